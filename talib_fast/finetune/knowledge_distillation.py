@@ -1,0 +1,54 @@
+"""Distilling the Knowledge in a Neural Network, 2015 (https://arxiv.org/abs/1503.02531)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["KnowledgeDistillationLoss"]
+
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+class KnowledgeDistillationLoss(nn.Module):
+    r"""KL(softmax(teacher / T) ‖ softmax(student / T)), without the factor T² of the paper.
+
+    Args:
+        T: temperature, > 0.
+        reduction: ``batchmean``, ``sum``, ``mean`` or ``none``, as in :func:`torch.nn.functional.kl_div`.
+
+    Inputs:
+        y_student: logits ``[b, N]``.
+        y_teacher: logits ``[b, N]``; they get no gradient.
+
+    Returns:
+        A 0-dim tensor (``[b, N]`` for ``none``), in float32 at least.
+
+    Raises:
+        ValueError: T ≤ 0, an unknown reduction, or shapes that differ.
+    """
+
+    def __init__(self, T: float = 1.0, reduction: str = "batchmean") -> None:
+        super().__init__()
+        if not T > 0:
+            raise ValueError(f"expected a temperature T > 0, got {T}")
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"expected reduction to be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+        self.T = T
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, reduction={self.reduction!r}"
+
+    def forward(self, y_student: Tensor, y_teacher: Tensor) -> Tensor:
+        if y_student.shape != y_teacher.shape:
+            raise ValueError(
+                "expected student and teacher logits of one shape, "
+                f"got {list(y_student.shape)} and {list(y_teacher.shape)}"
+            )
+        student = F.log_softmax(at_least_float32(y_student) / self.T, dim=-1)
+        teacher = F.softmax(at_least_float32(y_teacher.detach()) / self.T, dim=-1)
+        return F.kl_div(student, teacher.to(student.dtype), reduction=self.reduction)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32, others as they are."""
+    return logits.float() if logits.itemsize < 4 else logits

@@ -1,0 +1,92 @@
+"""Learning without Forgetting, ECCV 2016 (https://arxiv.org/abs/1606.09282)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .classifier import ClassifierBase, ParameterGroup, check_linear
+from .prediction import predictions
+
+__all__ = ["Classifier", "collect_pretrain_labels"]
+
+
+def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device: torch.device | str) -> Tensor:
+    """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
+
+    Args:
+        data_loader: batches ``x`` or ``(x, ...)``; without shuffling, or the order is lost.
+        classifier: gives logits ``[b, N_p]`` in evaluation mode; its modes are restored afterwards.
+        device: where the classifier is.
+
+    Returns:
+        Logits ``[N, N_p]`` on the CPU.
+
+    Raises:
+        TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
+            loader is empty.
+    """
+    logits = [y.cpu() for _, y in predictions(data_loader, classifier, device, "Collecting pretrain labels")]
+    if not logits:
+        raise ValueError("expected a data loader with at least one batch, got an empty one")
+    return torch.cat(logits)
+
+
+class Classifier(ClassifierBase):
+    """A backbone with two heads: the source's, on the pooled features, and the target's, after the bottleneck.
+
+    No parameter group holds the source head: it is not trained, but its gradients accumulate unless they are cleared
+    with the model's own ``zero_grad()`` or the head is frozen with :meth:`freeze_head_source`.
+
+    Args:
+        backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
+        num_classes: number of target classes.
+        head_source: the pretrained head, ``[b, out_features]`` → ``[b, N_p]``.
+        head_target: ``[b, features_dim]`` → ``[b, num_classes]``; a linear layer by default.
+        bottleneck: applied after pooling, for the target head; identity by default.
+        bottleneck_dim: the bottleneck's number of features, needed with ``bottleneck``.
+        finetune: the backbone learns at a tenth of the base rate.
+        pool_layer: global average pooling of ``[b, C, H, W]`` by default.
+
+    Inputs:
+        x: whatever the backbone takes.
+
+    Returns:
+        Training: ``(y_s [b, N_p], y_t [b, num_classes])``; evaluation: ``y_t``.
+
+    Raises:
+        TypeError, ValueError: a part is missing or its sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        head_source: nn.Module,
+        head_target: nn.Module | None = None,
+        bottleneck: nn.Module | None = None,
+        bottleneck_dim: int | None = -1,
+        finetune: bool = True,
+        pool_layer: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, num_classes, bottleneck, bottleneck_dim, finetune, pool_layer)
+        if not isinstance(head_source, nn.Module):
+            raise TypeError(f"expected head_source to be a torch.nn.Module, got {type(head_source).__name__}")
+        check_linear(head_source, "head_source", backbone.out_features)  # type: ignore[arg-type]
+        self.head_source = head_source
+        self.head_target = nn.Linear(self.features_dim, num_classes) if head_target is None else head_target
+        check_linear(self.head_target, "head_target", self.features_dim, num_classes)
+
+    def freeze_head_source(self, freeze: bool = True) -> None:
+        """Let the source head take no gradients (or, with ``freeze=False``, take them again)."""
+        self.head_source.requires_grad_(not freeze)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.pooled(x)
+        if not self.training:
+            return self.head_target(self.bottleneck(features))
+        return self.head_source(features), self.head_target(self.bottleneck(features))
+
+    def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
+        """Parameter groups in the order backbone, bottleneck, head_target."""
+        return self._groups(base_lr, [(self.backbone, True), (self.bottleneck, False), (self.head_target, False)])

@@ -1,0 +1,325 @@
+"""Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html)."""
+
+import warnings
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from ..ops import stoch_norm
+from ..ops.stoch_norm import Statistics
+
+__all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model"]
+
+# What the latest forward passes of each layer normalised with, the newest first: (mask, mean, invstd).
+_history: "weakref.WeakKeyDictionary[nn.Module, deque[tuple[Tensor, Tensor, Tensor]]]" = weakref.WeakKeyDictionary()
+_HISTORY_LENGTH = 4
+
+
+def _recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing runs it a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _remember(layer: nn.Module, mask: Tensor, statistics: Statistics) -> None:
+    if not torch.compiler.is_compiling():
+        _history.setdefault(layer, deque(maxlen=_HISTORY_LENGTH)).appendleft((mask, *statistics))
+
+
+def _recall(layer: nn.Module, mask: Tensor) -> tuple[Tensor, Statistics] | None:
+    """The mask and statistics of the forward pass that drew ``mask``; the newest one's if none is found.
+
+    The running statistics have moved on since the forward pass that is repeated, so they can't be read again. Several
+    passes may lie between when a layer is called more than once a step; the mask, which the restored generator
+    draws again, tells them apart, on the device, without a sync.
+    """
+    history = _history.get(layer)
+    if not history:
+        return None
+    masks, means, invstds = (torch.stack(column) for column in zip(*history, strict=True))
+    found = (masks == mask).all(1).to(torch.uint8).argmax(0, keepdim=True)
+    mask, mean, invstd = (column.index_select(0, found)[0] for column in (masks, means, invstds))
+    return mask, (mean, invstd)
+
+
+def _probability(p: Any) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"expected p to be a number in [0, 1], got {p!r}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"expected p in [0, 1], got {p}")
+    return float(p)
+
+
+class _StochNorm(_NormBase):
+    p: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        p: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        p = _probability(p)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.p = p
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        raise NotImplementedError
+
+    def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {got}")
+        self._check_input_dim(input)
+        if input.size(1) != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} expected {self.num_features} channels at dimension 1, "
+                f"got input of shape {list(input.shape)}"
+            )
+
+    def _draw_mask(self, input: Tensor) -> Tensor:
+        # rand is in [0, 1): p = 0 never and p = 1 always takes the batch's statistics
+        return torch.rand(self.num_features, device=input.device) < self.p
+
+    def _statistics_to_update(self) -> tuple[Tensor, Tensor, float]:
+        """The running mean and variance that the operation moves, and its momentum."""
+        if self.momentum is None:  # it moves copies all the way to the batch's; _finish_update averages on the device
+            return self.running_mean.clone(), self.running_var.clone(), 1.0
+        return self.running_mean, self.running_var, self.momentum
+
+    def _finish_update(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            share = self.num_batches_tracked.reciprocal().to(mean.dtype)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance, share)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        if not self.training or self.running_mean is None:
+            use_batch = self.running_mean is None
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
+            )
+        return self._forward_training(input)
+
+    def _forward_training(self, input: Tensor) -> Tensor:
+        mask = self._draw_mask(input)
+        recalled = _recall(self, mask) if _recomputing() else None
+        if recalled is not None:
+            mask, statistics = recalled
+            return stoch_norm(
+                input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, statistics
+            )[0]
+        mean, variance, momentum = self._statistics_to_update()
+        output, statistics = stoch_norm(input, mean, variance, mask, self.weight, self.bias, momentum, self.eps)
+        if input.numel():
+            self._finish_update(mean, variance)
+        _remember(self, mask, statistics)
+        return output
+
+
+class StochNorm1d(_StochNorm):
+    r"""Stochastic normalisation of ``[N, C]`` or ``[N, C, L]`` inputs, in :class:`torch.nn.BatchNorm1d`'s place.
+
+    In training each channel draws s ~ Bernoulli(p): s = 1 normalises with the batch's mean and variance, s = 0 with
+    the running ones as they were before this step. Both kinds move the running statistics. The mask comes from
+    torch's generator of the input's device. Evaluation uses the running statistics. From `Stochastic Normalization
+    (NeurIPS 2020)
+    <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`_.
+
+    Activation checkpointing repeats what the forward pass did and moves the running statistics once, as long as a
+    layer is called at most four times between its forward pass and its backward pass.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        momentum: share of the batch in the new running statistics; None averages over all batches.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: False keeps no running statistics: every channel takes the batch's, always.
+        p: probability of the batch's statistics, in [0, 1].
+
+    Raises:
+        ValueError: p is out of range; the input's rank or channel count does not fit; in training a channel has
+            only one value.
+        TypeError: the input is not floating point.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
+
+
+class StochNorm2d(_StochNorm):
+    """Stochastic normalisation of ``[N, C, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+
+class StochNorm3d(_StochNorm):
+    """Stochastic normalisation of ``[N, C, D, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ValueError(f"expected 5D input (got {input.dim()}D input)")
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the ranks of a process group; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grad, ctx.group), None
+
+
+class SyncStochNorm(_StochNorm):
+    """Stochastic normalisation of ``[N, C, *]`` inputs with the statistics of all ranks of a process group.
+
+    The ranks share one mask, drawn by the group's first rank. W ranks compute what one process would on the joined
+    batch, of which a rank's share may be of any size, or empty. Without an initialised process group, or in a group
+    of one, and in evaluation, it works alone. Otherwise as :class:`StochNorm1d`.
+
+    Args:
+        process_group: the group to synchronise in; None is the default group.
+    """
+
+    process_group: Any = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        p: float = 0.5,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, p, device=device, dtype=dtype)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        uses_batch = self.training or self.running_mean is None
+        if uses_batch and dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            return self._forward_synchronized(input)
+        return super().forward(input)
+
+    def _joined_statistics(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and biased variance per channel of the joined batch, and its number of values per channel."""
+        dims = [0, *range(2, values.dim())]
+        count = values.new_full((1,), values.numel() // self.num_features)
+        sums = _AllReduce.apply(torch.cat([values.sum(dims), count]), self.process_group)
+        total, count = sums.split([self.num_features, 1])
+        count = count.detach().clamp_min(1)
+        mean = total / count
+        centred = values - mean.view(-1, *[1] * (values.dim() - 2))
+        return mean, _AllReduce.apply(centred.square().sum(dims), self.process_group) / count, count
+
+    def _forward_synchronized(self, input: Tensor) -> Tensor:
+        values = input if input.dtype == torch.float64 else input.float()
+        mean, variance, count = self._joined_statistics(values)
+        invstd = (variance + self.eps).rsqrt()
+        if self.running_mean is not None:
+            mask = self._draw_mask(input).to(torch.uint8)
+            first = 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
+            dist.broadcast(mask, first, group=self.process_group)
+            mask = mask.bool()
+            recalled = _recall(self, mask) if _recomputing() else None
+            if recalled is not None:
+                mask, (running_mean, running_invstd) = recalled
+            else:
+                running_mean = self.running_mean.to(mean.dtype, copy=True)
+                running_invstd = (self.running_var.to(mean.dtype) + self.eps).rsqrt()
+                self._update(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
+            mean = torch.where(mask, mean, running_mean)
+            invstd = torch.where(mask, invstd, running_invstd)
+            if recalled is None:
+                _remember(self, mask, (mean.detach(), invstd.detach()))
+        shape = [-1] + [1] * (input.dim() - 2)
+        scale = invstd if self.weight is None else invstd * self.weight
+        output = (values - mean.view(shape)) * scale.view(shape)
+        if self.bias is not None:
+            output = output + self.bias.view(shape)
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, batch_mean: Tensor, batch_variance: Tensor) -> None:
+        mean, variance, momentum = self._statistics_to_update()
+        mean.lerp_(batch_mean.to(mean.dtype), momentum)
+        variance.lerp_(batch_variance.to(variance.dtype), momentum)
+        self._finish_update(mean, variance)
+
+
+_COUNTERPARTS: dict[type, type[_StochNorm]] = {
+    nn.BatchNorm1d: StochNorm1d,
+    nn.BatchNorm2d: StochNorm2d,
+    nn.BatchNorm3d: StochNorm3d,
+    nn.SyncBatchNorm: SyncStochNorm,
+}
+
+
+def convert_model(module: nn.Module, p: float) -> nn.Module:
+    """Turn every batch norm in ``module`` into the stochastic norm of its rank, in place.
+
+    The layers stay the objects they are and change their class, so everything about them stays too: parameters
+    and buffers, ``training``, ``requires_grad``, hooks, and that a layer is shared. ``nn.SyncBatchNorm`` becomes
+    :class:`SyncStochNorm`. Subclasses of a batch norm may do more than normalise: they are left alone, with a warning.
+
+    Args:
+        module: the model, or a single layer. Convert a ``copy.deepcopy`` to keep the original.
+        p: probability of the batch's statistics, in [0, 1].
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError, ValueError: ``module`` is no module, or ``p`` is not a number in [0, 1].
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    p = _probability(p)
+    converted, left = 0, {}
+    for name, layer in module.named_modules():
+        if type(layer) in _COUNTERPARTS:
+            layer.__class__ = _COUNTERPARTS[type(layer)]
+            layer.p = p
+            converted += 1
+        elif isinstance(layer, _BatchNorm):
+            left[name] = f"{name or 'module'} ({type(layer).__module__}.{type(layer).__qualname__})"
+    if left:
+        warnings.warn(f"convert_model leaves unknown batch norms as they are: {', '.join(left.values())}", stacklevel=2)
+    elif not converted:
+        warnings.warn("convert_model found no batch norm to convert", stacklevel=2)
+    return module

@@ -1,0 +1,8 @@
+"""The three operations that carry the fine-tuning methods, each with autograd, on every device."""
+
+from .library import backends
+from .spectral_tail import spectral_tail
+from .squared_distance import squared_distance
+from .stoch_norm import stoch_norm
+
+__all__ = ["backends", "spectral_tail", "squared_distance", "stoch_norm"]

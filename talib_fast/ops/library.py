@@ -1,0 +1,83 @@
+"""The ``talib_fast`` operator library: how an operation is defined, and which backend serves it where."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+OPERATIONS = ("stoch_norm", "squared_distance", "spectral_tail")
+
+_LIBRARY = torch.library.Library("talib_fast", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Define an operator and return its callable.
+
+    ``implementation`` serves every device for which no compiled kernel is registered; ``fake`` gives the shapes,
+    dtypes and strides of the outputs without computing them.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"talib_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.talib_fast, name).default
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that sums over ``tensor`` are taken in: float64 for float64, float32 for shorter floats.
+
+    Raises:
+        TypeError: ``tensor`` is not float16, bfloat16, float32 or float64.
+    """
+    if tensor.dtype == torch.float64:
+        return torch.float64
+    if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.float32
+    raise TypeError(f"expected a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
+
+
+def _load_compiled() -> str:
+    """Load the compiled kernels over the PyTorch implementations; say in a sentence what came of it.
+
+    The environment variable ``TALIB_FAST_BACKEND`` chooses: ``auto`` (the default) loads them where they are,
+    ``compiled`` raises if they are missing, ``pytorch`` leaves them alone.
+    """
+    choice = os.environ.get("TALIB_FAST_BACKEND", "auto")
+    if choice not in ("auto", "compiled", "pytorch"):
+        raise ValueError(f"TALIB_FAST_BACKEND must be auto, compiled or pytorch, got {choice!r}")
+    if choice == "pytorch":
+        return "TALIB_FAST_BACKEND=pytorch leaves compiled kernels alone"
+    library = next(iter(sorted(Path(__file__).parent.parent.glob("_C*.so"))), None)
+    if library is None:
+        reason = "talib_fast was installed without compiled kernels"
+    else:
+        try:
+            torch.ops.load_library(library)
+            return f"{library.name} is loaded"
+        except OSError as error:
+            reason = f"{library.name} does not load: {error}"
+    if choice == "compiled":
+        raise ImportError(f"TALIB_FAST_BACKEND=compiled, but {reason}")
+    if library is not None:
+        warnings.warn(f"talib_fast falls back to PyTorch: {reason}", stacklevel=2)
+    return reason
+
+
+_COMPILED_STATUS = _load_compiled()
+
+
+def backends() -> dict[str, dict[str, tuple[str, str]]]:
+    """Which backend serves each operation on each device, and why: ``{operation: {device: (backend, reason)}}``."""
+    served: dict[str, dict[str, tuple[str, str]]] = {}
+    for operation in OPERATIONS:
+        served[operation] = {}
+        for device in ("cpu", "cuda"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"talib_fast::{operation}_forward", device.upper()):
+                served[operation][device] = ("compiled", _COMPILED_STATUS)
+            elif "is loaded" in _COMPILED_STATUS:
+                served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
+            else:
+                served[operation][device] = ("PyTorch", _COMPILED_STATUS)
+    return served

@@ -1,0 +1,175 @@
+"""Half squared distances over lists of tensors, as DELTA, L2 and L2-SP need them: Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖².
+
+The gradient is w·(t − s), in t alone: sources and weights are constants.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import accumulation_dtype, define
+
+
+def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in targets) else torch.float32
+
+
+def _difference(target: Tensor, source: Tensor | None) -> Tensor:
+    target = target.to(accumulation_dtype(target))
+    return target if source is None else target - source.to(target.dtype)
+
+
+def _per_channel(weight: Tensor, target: Tensor, channel_dim: int) -> Tensor:
+    shape = [1] * target.dim()
+    shape[channel_dim] = -1
+    return weight.view(shape)
+
+
+def _forward(
+    targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(targets)
+    terms = []
+    for j, target in enumerate(targets):
+        squares = _difference(target, sources[j] if sources else None).square()
+        if weights:
+            squares = squares * _per_channel(weights[j].to(squares.dtype), target, channel_dim)
+        terms.append(0.5 * squares.sum(dtype=dtype))
+    stacked = torch.stack(terms)
+    return stacked.sum(), stacked
+
+
+def _gradients(
+    grad: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequence[Tensor], channel_dim: int
+) -> list[Tensor]:
+    gradients = []
+    for j, target in enumerate(targets):
+        difference = _difference(target, sources[j] if sources else None)
+        gradient = difference * grad.to(difference.dtype)
+        if weights:
+            gradient = gradient * _per_channel(weights[j].to(gradient.dtype), target, channel_dim)
+        gradients.append(gradient.to(target.dtype))
+    return gradients
+
+
+def _backward(
+    grad: Tensor, targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
+) -> list[Tensor]:
+    gradients = _gradients(grad, targets, sources, weights, channel_dim)
+    return [torch.empty_like(target).copy_(gradient) for target, gradient in zip(targets, gradients, strict=True)]
+
+
+def _forward_fake(targets, sources, weights, channel_dim):
+    dtype = _result_dtype(targets)
+    return targets[0].new_empty((), dtype=dtype), targets[0].new_empty(len(targets), dtype=dtype)
+
+
+def _backward_fake(grad, targets, sources, weights, channel_dim):
+    return [torch.empty_like(target) for target in targets]
+
+
+_forward_op = define(
+    "squared_distance_forward(Tensor[] targets, Tensor[] sources, Tensor[] weights, int channel_dim) "
+    "-> (Tensor total, Tensor terms)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "squared_distance_backward(Tensor grad, Tensor[] targets, Tensor[] sources, Tensor[] weights, int channel_dim) "
+    "-> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, channel_dim: int, num_targets: int, num_sources: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        targets = list(tensors[:num_targets])
+        sources = list(tensors[num_targets : num_targets + num_sources])
+        weights = list(tensors[num_targets + num_sources :])
+        total, terms = _forward_op(targets, sources, weights, channel_dim)
+        ctx.save_for_backward(*tensors)
+        ctx.channel_dim, ctx.num_targets, ctx.num_sources = channel_dim, num_targets, num_sources
+        ctx.mark_non_differentiable(terms)
+        return total, terms
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = [j for j in range(ctx.num_targets) if ctx.needs_input_grad[3 + j]]
+        sources = tensors[ctx.num_targets : ctx.num_targets + ctx.num_sources]
+        weights = tensors[ctx.num_targets + ctx.num_sources :]
+        gradients = (_gradients if torch.is_grad_enabled() else _backward_op)(
+            grad,
+            [tensors[j] for j in wanted],
+            [sources[j] for j in wanted] if sources else [],
+            [weights[j] for j in wanted] if weights else [],
+            ctx.channel_dim,
+        )
+        result: list[Tensor | None] = [None] * (3 + len(tensors))
+        for j, gradient in zip(wanted, gradients, strict=True):
+            result[3 + j] = gradient
+        return tuple(result)
+
+
+def squared_distance(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None,
+    channel_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² over lists of tensors of any shapes, dtypes and layouts on one device.
+
+    Sums are taken in float32 (float64 for float64 targets). Differentiable, also twice, in ``targets``; ``sources``
+    are detached and ``weights`` are constants.
+
+    Args:
+        targets: J tensors.
+        sources: J tensors of the targets' shapes; None stands for zeros.
+        weights: J vectors, one value per channel; None stands for ones.
+        channel_dim: the targets' dimension that ``weights`` run along.
+
+    Returns:
+        The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient and are there for logging.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: lengths, shapes or devices do not fit, or a weight requires a gradient.
+    """
+    targets = list(targets)
+    if not targets:
+        return torch.zeros(()), torch.zeros(0)
+    device = targets[0].device
+    for name, others in (("sources", sources), ("weights", weights)):
+        if others is not None and len(others) != len(targets):
+            raise ValueError(f"expected {len(targets)} {name}, one per target, got {len(others)}")
+    for j, target in enumerate(targets):
+        source = None if sources is None else sources[j]
+        weight = None if weights is None else weights[j]
+        for name, tensor in (("target", target), ("source", source), ("weight", weight)):
+            if tensor is None:
+                continue
+            accumulation_dtype(tensor)
+            if tensor.device != device:
+                raise ValueError(f"expected {name} {j} on {device}, the first target's device, got {tensor.device}")
+        if source is not None and source.shape != target.shape:
+            raise ValueError(
+                f"expected source {j} of its target's shape {list(target.shape)}, got {list(source.shape)}"
+            )
+        if weight is not None:
+            if not -target.dim() <= channel_dim < target.dim():
+                raise ValueError(f"channel_dim {channel_dim} is out of range for target {j} {list(target.shape)}")
+            if weight.shape != (target.size(channel_dim),):
+                raise ValueError(
+                    f"expected weight {j} of shape [{target.size(channel_dim)}], one value per channel of target "
+                    f"{list(target.shape)} along dimension {channel_dim}, got {list(weight.shape)}"
+                )
+            if weight.requires_grad:
+                raise ValueError(f"weight {j} requires a gradient, but weights are constants: detach it")
+    detached = [source.detach() for source in sources or ()]
+    return _SquaredDistance.apply(channel_dim, len(targets), len(detached), *targets, *detached, *(weights or ()))

@@ -1,0 +1,218 @@
+"""Stochastic normalisation: per channel either the batch's statistics or the running ones.
+
+With mask s, batch mean and biased variance (μ, v) and running statistics (m, q) as they were before this step::
+
+    r = 1/√(s·v + (1−s)·q + eps)        x̂ = (x − (s·μ + (1−s)·m))·r        y = γ·x̂ + β
+
+    dβ = Σ dy        dγ = Σ dy·x̂        dx = γ·r·(dy − s·(dβ + x̂·dγ)/n)
+
+A channel with s = 0 differentiates through no statistic: its dx needs no reduction.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import accumulation_dtype, define
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def _reduced_dims(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (input.dim() - 2))
+
+
+def _batch_statistics(input: Tensor) -> Statistics:
+    """Mean and biased variance per channel."""
+    variance, mean = torch.var_mean(input.to(accumulation_dtype(input)), _reduced_dims(input), correction=0)
+    return mean, variance
+
+
+def _normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    output = (input - _per_channel(mean, input)).mul_(_per_channel(scale, input))
+    if bias is not None:
+        output.add_(_per_channel(bias, input))
+    return output.to(input.dtype)
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, dims = mean.dtype, _reduced_dims(input)
+    dy = grad_output.to(dtype)
+    normalized = (input.to(dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
+    dbias = dy.sum(dims)
+    dweight = (dy * normalized).sum(dims)
+    n = max(input.numel() // max(input.size(1), 1), 1)
+    through_statistics = (_per_channel(dbias, input) + normalized * _per_channel(dweight, input)) / n
+    through_statistics = torch.where(_per_channel(mask, input), through_statistics, 0)
+    scale = invstd if weight is None else invstd * weight
+    return (dy - through_statistics) * _per_channel(scale, input), dweight, dbias
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, variance = running_mean.to(accumulation_dtype(input)), running_var.to(accumulation_dtype(input))
+    if input.numel() == 0:
+        return torch.empty_like(input), mean.clone(), (variance + eps).rsqrt()
+    batch_mean, batch_variance = _batch_statistics(input)
+    mean = torch.where(mask, batch_mean, mean)
+    invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
+    n = input.numel() // input.size(1)
+    running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((batch_variance * (n / max(n - 1, 1))).to(running_var.dtype), momentum)
+    return _normalize(input, mean, invstd, weight, bias), mean, invstd
+
+
+def _backward(
+    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
+    return torch.empty_like(input).copy_(dx), dweight, dbias
+
+
+def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum, eps):
+    mean = input.new_empty(input.size(1), dtype=accumulation_dtype(input))
+    return torch.empty_like(input), mean, torch.empty_like(mean)
+
+
+def _backward_fake(grad_output, input, mean, invstd, weight, mask):
+    return torch.empty_like(input), torch.empty_like(mean), torch.empty_like(mean)
+
+
+_forward_op = define(
+    "stoch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor mask, float momentum, float eps) -> (Tensor output, Tensor mean, Tensor invstd)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor mask) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _StochNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mask: Tensor,
+        momentum: float,
+        eps: float,
+        statistics: Statistics | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if statistics is None:
+            output, mean, invstd = _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps)
+        else:
+            mean, invstd = (statistic.clone() for statistic in statistics)
+            output = _normalize(input, mean, invstd, weight, bias)
+        ctx.save_for_backward(input, weight, mean, invstd, mask)
+        ctx.eps = eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, invstd)
+        return output, mean, invstd
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
+            batch_mean, batch_variance = _batch_statistics(input)
+            mean = torch.where(mask, batch_mean, mean)
+            invstd = torch.where(mask, (batch_variance + ctx.eps).rsqrt(), invstd)
+            dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
+            dx = dx.to(input.dtype)
+        else:
+            dx, dweight, dbias = _backward_op(grad_output, input, mean, invstd, weight, mask)
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            *[None] * 6,
+        )
+
+
+def stoch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    statistics: Statistics | None = None,
+) -> tuple[Tensor, Statistics]:
+    """Normalise each channel with the batch's statistics where ``mask`` holds, else with the running statistics.
+
+    The running statistics are read as they are before the call and then moved, for every channel, by ``momentum``
+    towards the batch's mean and unbiased variance, in place. An input without elements leaves them alone. Statistics
+    are taken in float32 (float64 for float64 input). Differentiable, also twice, in ``input``, ``weight`` and ``bias``.
+
+    Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html).
+
+    Args:
+        input: ``[N, C, *]``, float16, bfloat16, float32 or float64.
+        running_mean, running_var: ``[C]``, updated in place.
+        mask: ``[C]``, bool; True takes the batch's statistics.
+        weight, bias: ``[C]`` or None.
+        momentum: share of the batch in the new running statistics.
+        eps: added to the variance.
+        statistics: ``(mean, invstd)`` as an earlier call returned them: normalise with these instead, and leave the
+            running statistics alone. It is how a recomputation repeats what the forward pass did.
+
+    Returns:
+        The output, of the input's shape and dtype, and the ``(mean, invstd)`` it was normalised with, each ``[C]``.
+
+    Raises:
+        TypeError: ``input`` is not floating point, or ``mask`` is not bool.
+        ValueError: a shape or device does not fit, or a channel has only one value.
+    """
+    accumulation_dtype(input)
+    if input.dim() < 2:
+        raise ValueError(f"expected input of shape [N, C, *], got {list(input.shape)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expected a bool mask, got {mask.dtype}")
+    channels = input.size(1)
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("mask", mask),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is not None and (vector.dim() != 1 or vector.size(0) != channels):
+            raise ValueError(
+                f"expected {name} of shape [{channels}] for input of shape {list(input.shape)}, "
+                f"got {list(vector.shape)}"
+            )
+        if vector is not None and vector.device != input.device:
+            raise ValueError(f"expected {name} on the input's device {input.device}, got {vector.device}")
+    if channels and input.numel() == channels:
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
+        )
+    output, mean, invstd = _StochNorm.apply(
+        input, weight, bias, running_mean, running_var, mask, momentum, eps, statistics
+    )
+    return output, (mean, invstd)

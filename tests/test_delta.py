@@ -1,0 +1,585 @@
+import copy
+import inspect
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from talib_fast.finetune import delta
+from talib_fast.finetune.delta import (
+    AttentionBehavioralRegularization,
+    BehavioralRegularization,
+    IntermediateLayerGetter,
+    L2Regularization,
+    SPRegularization,
+    channel_attention,
+    get_attribute,
+)
+
+
+def small_net(classes=4):
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 6, 3, padding=1),
+            norm1=nn.BatchNorm2d(6),
+            act1=nn.ReLU(inplace=True),
+            conv2=nn.Conv2d(6, 8, 3, padding=1),
+            norm2=nn.BatchNorm2d(8),
+            act2=nn.ReLU(inplace=True),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(8, classes),
+        )
+    )
+
+
+def maps(requires_grad=False, dtype=torch.float64):
+    shapes = {"a": (2, 3, 4, 4), "b": (2, 5, 2, 2)}
+    return OrderedDict(
+        (name, torch.randn(shape, dtype=dtype, requires_grad=requires_grad)) for name, shape in shapes.items()
+    )
+
+
+class TestL2Regularization:
+    def test_is_half_the_squared_norm(self, device):
+        model = small_net().to(device)
+        loss = L2Regularization(model)()
+        assert loss.dim() == 0 and loss.device.type == device.type
+        torch.testing.assert_close(loss, sum(0.5 * p.square().sum() for p in model.parameters()))
+        loss.backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], [p.detach() for p in model.parameters()])
+
+    def test_nothing_to_sum(self):
+        assert L2Regularization(nn.ReLU())().item() == 0
+
+    def test_owns_nothing(self):
+        regularization = L2Regularization(small_net())
+        assert not list(regularization.parameters()) and not regularization.state_dict()
+
+    def test_follows_the_model(self):
+        model = nn.Linear(2, 2)
+        regularization = L2Regularization(nn.ModuleList([model, nn.Identity()]))
+        with torch.no_grad():
+            model.weight.fill_(1), model.bias.fill_(2)
+        assert regularization() == 0.5 * (4 + 8)
+
+    def test_rejects_what_is_no_module(self):
+        with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got list"):
+            L2Regularization([])
+
+
+class TestSPRegularization:
+    def test_is_half_the_squared_distance(self, device):
+        source, target = small_net().to(device), small_net().to(device)
+        loss = SPRegularization(source, target)()
+        pairs = list(zip(source.parameters(), target.parameters(), strict=True))
+        torch.testing.assert_close(loss, sum(0.5 * (t - s).square().sum() for s, t in pairs))
+        loss.backward()
+        assert all(s.grad is None for s, _ in pairs)
+        torch.testing.assert_close([t.grad for _, t in pairs], [(t - s).detach() for s, t in pairs])
+
+    def test_fault_of_a_model_and_itself_stayed_zero_for_ever(self):
+        model = nn.Linear(3, 2)
+        regularization = SPRegularization(model, model)
+        assert regularization() == 0
+        with torch.no_grad():
+            model.weight.add_(1)
+        assert regularization() == 3
+
+    def test_fault_a_new_head_raised_key_error(self):
+        source, target = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        with pytest.warns(UserWarning, match=r"no such parameters: \['1.weight', '1.bias'\]"):
+            warned = SPRegularization(source, target)
+        ignored = SPRegularization(source, target, unmatched="ignore")
+        penalized = SPRegularization(source, target, unmatched="penalize")
+        assert warned() == ignored()
+        torch.testing.assert_close(penalized() - ignored(), L2Regularization(target[1])())
+        with pytest.raises(ValueError, match=r"the source model has no parameters for \['1.weight'"):
+            SPRegularization(source, target, unmatched="error")
+
+    def test_matches_by_name_not_by_order(self):
+        source = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        target = nn.ModuleDict({"b": copy.deepcopy(source["b"]), "a": copy.deepcopy(source["a"])})
+        assert SPRegularization(source, target)() == 0
+
+    def test_the_start_moves_but_is_in_no_state_dict(self):
+        model = nn.Linear(3, 2)
+        regularization = SPRegularization(nn.Linear(3, 2), model)
+        assert not regularization.state_dict() and not list(regularization.parameters())
+        assert [b.dtype for b in regularization.double().buffers()] == [torch.float64] * 2
+
+    def test_the_start_follows_the_parameters(self, device):
+        source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+        regularization = SPRegularization(source, target)
+        expected = regularization().item()
+        target.to(device)
+        assert regularization().device.type == device.type
+        assert abs(regularization().item() - expected) < 1e-6
+
+    def test_wrapped_models_match(self):
+        source, target = nn.Linear(3, 2), nn.DataParallel(nn.Linear(3, 2))
+        expected = SPRegularization(source, target.module)()
+        assert SPRegularization(source, target)() == expected
+        assert SPRegularization(source, torch.compile(target.module))() == expected
+
+    def test_deepcopy_watches_the_copied_model(self):
+        pair = nn.ModuleDict({"model": nn.Linear(2, 2)})
+        pair.regularization = SPRegularization(nn.Linear(2, 2), pair["model"])
+        twin = copy.deepcopy(pair)
+        assert twin.regularization.target_model is twin["model"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ((nn.Linear(2, 2), nn.Linear(3, 2)), ValueError, r"'weight' of one shape.*\[2, 2\].*\[2, 3\]"),
+            ((nn.Linear(2, 2), None), TypeError, "expected target_model to be a torch.nn.Module, got NoneType"),
+            (({}, nn.Linear(2, 2)), TypeError, "expected source_model to be a torch.nn.Module, got dict"),
+            ((nn.Linear(2, 2), nn.Linear(2, 2), "skip"), ValueError, "expected unmatched to be warn.*got 'skip'"),
+            ((nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)), ValueError, "no parameter of the target has its name"),
+        ],
+    )
+    def test_bad_input_is_named(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            SPRegularization(*arguments)
+
+    def test_a_lost_parameter_is_named(self):
+        model = nn.Linear(2, 2)
+        regularization = SPRegularization(nn.Linear(2, 2), model)
+        model.bias = None
+        with pytest.raises(RuntimeError, match="has lost its parameter 'bias'"):
+            regularization()
+
+
+class TestBehavioralRegularization:
+    def test_is_half_the_squared_distance_of_the_maps(self):
+        source, target = maps(True), maps(True)
+        loss = BehavioralRegularization()(source, target)
+        torch.testing.assert_close(loss, sum(0.5 * (target[n] - source[n]).square().sum() for n in target))
+        loss.backward()
+        assert all(source[n].grad is None for n in source)
+        torch.testing.assert_close([target[n].grad for n in target], [(target[n] - source[n]).detach() for n in target])
+
+    def test_matches_by_name_and_sequences_by_position(self):
+        source, target = maps(), maps()
+        expected = BehavioralRegularization()(source, target)
+        torch.testing.assert_close(BehavioralRegularization()(OrderedDict(reversed(source.items())), target), expected)
+        torch.testing.assert_close(BehavioralRegularization()(list(source.values()), tuple(target.values())), expected)
+
+    def test_nothing_to_sum(self):
+        assert BehavioralRegularization()({}, {}).item() == 0
+
+    def test_fault_missing_layers_were_truncated_silently(self):
+        source, target = maps(), maps()
+        del source["b"]
+        with pytest.raises(ValueError, match=r"the source's outputs lack layers \['b'\]; there are \['a'\]"):
+            BehavioralRegularization()(source, target)
+        with pytest.raises(ValueError, match=r"the target's outputs lack layers \['b'\]"):
+            BehavioralRegularization()(target, source)
+
+    def test_fault_mismatched_shapes_broadcast_silently(self):
+        source, target = maps(), maps()
+        source["b"] = source["b"][:, :1]
+        with pytest.raises(ValueError, match=r"layer 'b' of one shape.*\[2, 1, 2, 2\].*\[2, 5, 2, 2\]"):
+            BehavioralRegularization()(source, target)
+
+    def test_wrong_types_are_named(self):
+        with pytest.raises(TypeError, match="layer 'a' of the source to be a tensor, got list"):
+            BehavioralRegularization()({"a": [1]}, {"a": torch.ones(1)})
+        with pytest.raises(TypeError, match="the target's layer outputs as a mapping, got Tensor"):
+            BehavioralRegularization()({}, torch.ones(1))
+
+
+class TestAttentionBehavioralRegularization:
+    @property
+    def attention(self):
+        return OrderedDict(a=torch.arange(3.0).double() + 1, b=torch.arange(5.0).double() / 3)
+
+    def expected(self, source, target):
+        total = 0
+        for name, t in target.items():
+            b, c, h, w = t.shape
+            for i in range(b):
+                for j in range(c):
+                    distance = (t[i, j] - source[name][i, j]).square().sum()
+                    total = total + 0.5 * c * self.attention[name][j] / (h * w) * distance
+        return total
+
+    @pytest.mark.parametrize("as_list", [True, False])
+    def test_weights_the_channels(self, as_list):
+        source, target = maps(), maps(True)
+        attention = list(self.attention.values()) if as_list else OrderedDict(reversed(self.attention.items()))
+        loss = AttentionBehavioralRegularization(attention)(source, target)
+        expected = self.expected(source, target)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, list(target.values())), torch.autograd.grad(expected, list(target.values()))
+        )
+
+    def test_fault_attention_was_4d_only(self):
+        attention = torch.rand(5)
+        tokens = torch.randn(2, 7, 5), torch.randn(2, 7, 5)
+        by_tokens = AttentionBehavioralRegularization([attention], channel_dim=-1)([tokens[0]], [tokens[1]])
+        images = [token.mT.unflatten(2, (7, 1)) for token in tokens]
+        torch.testing.assert_close(by_tokens, AttentionBehavioralRegularization([attention])(images[:1], images[1:]))
+        vectors = AttentionBehavioralRegularization([attention])([tokens[0][:, 0]], [tokens[1][:, 0]])
+        squares = (tokens[1][:, 0] - tokens[0][:, 0]).square()
+        torch.testing.assert_close(vectors, 0.5 * 5 * (attention * squares).sum())
+
+    def test_attention_moves_and_follows_but_is_in_no_state_dict(self):
+        regularization = AttentionBehavioralRegularization(self.attention)
+        assert not regularization.state_dict()
+        assert regularization.float().channel_attention[0].dtype == torch.float32
+        assert "layers=['a', 'b']" in repr(regularization)
+
+    @pytest.mark.parametrize(
+        ("attention", "names", "message"),
+        [
+            ([torch.rand(3)], "ab", r"expected outputs of 1 layers, as many as attentions, got 2: \['a', 'b'\]"),
+            ({"a": torch.rand(3), "c": torch.rand(5)}, "ab", r"the layers \['a', 'c'\] that attention is there for"),
+            ([torch.rand(3), torch.rand(4)], "ab", r"expected 4 channels in layer 'b', got \[2, 5, 2, 2\]"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, attention, names, message):
+        source, target = maps(), maps()
+        with pytest.raises(ValueError, match=message):
+            AttentionBehavioralRegularization(attention)(source, target)
+
+    def test_wrong_attention_is_named(self):
+        with pytest.raises(TypeError, match=r"channel attention 0 to be a floating-point vector \[C\], got \[2, 2\]"):
+            AttentionBehavioralRegularization([torch.ones(2, 2)])
+        with pytest.raises(TypeError, match="got list"):
+            AttentionBehavioralRegularization([[1.0]])
+        with pytest.raises(ValueError, match="layer '0' has no batch and channel dimension 1"):
+            AttentionBehavioralRegularization([torch.ones(2)])([torch.ones(2)], [torch.ones(2)])
+
+
+class Branching(nn.Module):
+    """Runs its layers in another order than they are declared, one of them twice, one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.late, self.early, self.twice, self.never = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x, scale=1.0):
+        return self.late(self.twice(self.twice(self.early(x)))) * scale
+
+
+class TestIntermediateLayerGetter:
+    def test_fault_returned_execution_order(self):
+        net = Branching()
+        x = torch.randn(2, 3)
+        outputs, output = IntermediateLayerGetter(net, ["late", "early"])(x, scale=2.0)
+        assert list(outputs) == ["late", "early"]
+        torch.testing.assert_close(outputs["early"], net.early(x))
+        torch.testing.assert_close(output, net(x, 2.0))
+        torch.testing.assert_close(outputs["late"] * 2, output)
+
+    def test_signature(self):
+        parameters = inspect.signature(IntermediateLayerGetter).parameters
+        assert list(parameters) == ["model", "return_layers", "keep_output"]
+        assert (
+            IntermediateLayerGetter(Branching(), return_layers=["late"], keep_output=False)(torch.ones(1, 3))[1] is None
+        )
+
+    def test_a_layer_that_runs_twice_gives_a_list(self):
+        outputs, _ = IntermediateLayerGetter(Branching(), ["twice"])(torch.randn(2, 3))
+        assert len(outputs["twice"]) == 2
+
+    def test_fault_hooks_leaked_when_forward_raised(self):
+        net = Branching()
+        with pytest.raises(RuntimeError):
+            IntermediateLayerGetter(net, ["early"])(torch.randn(2, 7))
+        assert not net.early._forward_hooks
+
+    def test_fault_a_missing_name_never_showed_its_own_error(self):
+        with pytest.raises(AttributeError, match="Module lat not found in Branching; did you mean late"):
+            IntermediateLayerGetter(Branching(), ["lat"])
+        with pytest.raises(AttributeError, match=r"Module late\.weight not found"):
+            IntermediateLayerGetter(Branching(), ["late.weight"])
+
+    def test_a_layer_that_does_not_run_is_named(self):
+        with pytest.raises(RuntimeError, match="layer 'never' did not run"):
+            IntermediateLayerGetter(Branching(), ["never"])(torch.randn(2, 3))
+
+    def test_a_string_is_no_list_of_names(self):
+        with pytest.raises(TypeError, match="the string 'late'"):
+            IntermediateLayerGetter(Branching(), "late")
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_fault_in_place_operations_overwrote_the_outputs(self, mode):
+        net = small_net().eval()
+        getter = IntermediateLayerGetter(net, ["norm1", "conv2"])
+        for _ in range(3):
+            x = torch.randn(2, 3, 5, 5)
+            with mode():
+                outputs, _ = getter(x)
+                expected = net.norm1(net.conv1(x))
+            torch.testing.assert_close(outputs["norm1"], expected)
+            assert (outputs["norm1"] < 0).any()
+
+    def test_outputs_that_survive_are_not_copied_after_the_first_call(self):
+        net = small_net()
+        getter = IntermediateLayerGetter(net, ["conv1", "norm1"])
+        seen = []
+        net.conv1.register_forward_hook(lambda module, args, output: seen.append(output))
+        net.norm1.register_forward_hook(lambda module, args, output: seen.append(output))
+        for call in range(2):
+            seen.clear()
+            outputs, _ = getter(torch.randn(2, 3, 5, 5))
+            assert (outputs["conv1"] is seen[0]) == (call == 1)
+            assert outputs["norm1"] is not seen[1]
+
+    def test_an_output_that_stops_surviving_is_an_error_not_a_wrong_value(self):
+        net = small_net()
+        getter = IntermediateLayerGetter(net, ["conv2"])
+        x = torch.randn(2, 3, 5, 5)
+        getter(x)
+        net.norm2 = nn.ReLU(inplace=True)
+        with pytest.raises(RuntimeError, match="'conv2' was overwritten in place, although it had survived"):
+            getter(x)
+
+    def test_gradients_flow_through_the_outputs(self):
+        net = small_net()
+        getter = IntermediateLayerGetter(net, ["norm1"])
+        for _ in range(2):
+            net.zero_grad()
+            outputs, _ = getter(torch.randn(2, 3, 5, 5))
+            outputs["norm1"].square().sum().backward()
+            assert net.conv1.weight.grad.abs().sum() > 0 and net.conv2.weight.grad is None
+
+    @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+    def test_names_inside_wrapped_models(self, wrap):
+        net = small_net()
+        outputs, _ = IntermediateLayerGetter(wrap(net), ["conv1"])(torch.ones(2, 3, 5, 5))
+        torch.testing.assert_close(outputs["conv1"], net.conv1(torch.ones(2, 3, 5, 5)))
+
+    def test_structured_outputs_are_copied(self):
+        class Point(tuple):
+            _fields = ("x", "y")
+
+            def __new__(cls, x, y):
+                return super().__new__(cls, (x, y))
+
+        class Structured(nn.Module):
+            def forward(self, x):
+                return {"list": [x], "tuple": (x,), "point": Point(x, x), "text": "t"}
+
+        class Overwriting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Structured()
+
+            def forward(self, x):
+                self.inner(x)
+                return x.zero_()
+
+        outputs, _ = IntermediateLayerGetter(Overwriting(), ["inner"])(torch.ones(2))
+        inner = outputs["inner"]
+        assert inner["text"] == "t" and isinstance(inner["point"], Point)
+        for kept in (inner["list"][0], inner["tuple"][0], inner["point"][0]):
+            assert kept.tolist() == [1, 1]
+
+
+def test_get_attribute():
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 3)))
+    assert get_attribute(net, "0.0.out_features") == 3
+    assert get_attribute(net, "0.7", None) is None
+    with pytest.raises(AttributeError):
+        get_attribute(net, "0.7")
+
+
+class Residual(nn.Module):
+    """Functional operations between modules, a skip connection round the layer, and in-place activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.side = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x), inplace=True)
+        skip = x * 2
+        x = self.body(x) + skip
+        x = F.relu(self.side(x), inplace=True) + skip
+        return self.head(x.mean((2, 3)))
+
+
+class Unmappable(Residual):
+    """Looks at its values, which a batched pass does not allow."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if float(y.sum()) < 1e9 else -y
+
+
+@torch.no_grad()
+def brute_force(model, batches, names, temperature=5.0):
+    """Upstream's way: zero one filter, and its bias, at a time and run everything."""
+    attention = OrderedDict()
+    model = copy.deepcopy(model).double().eval()
+    for name in names:
+        layer = model.get_submodule(name)
+        increases = torch.zeros(layer.out_channels, dtype=torch.float64)
+        for x, labels in batches:
+            for c in range(layer.out_channels):
+                kept = copy.deepcopy(layer.state_dict())
+                base = F.cross_entropy(model(x.double()), labels)
+                layer.weight.data[c] = 0
+                layer.bias.data[c] = 0
+                increases[c] += (F.cross_entropy(model(x.double()), labels) - base) / len(batches)
+                layer.load_state_dict(kept)
+        z = (increases - increases.mean()) / increases.std(correction=0)
+        attention[name] = torch.softmax(z / temperature, 0).float()
+    return attention
+
+
+class TestChannelAttention:
+    batches = tuple((torch.randn(5, 3, 8, 8), torch.randint(4, (5,))) for _ in range(3))
+
+    @pytest.mark.parametrize(
+        ("net", "names"),
+        [(small_net, ["conv2", "conv1"]), (Residual, ["body", "stem", "side"]), (Unmappable, ["body"])],
+    )
+    @pytest.mark.parametrize("channels_per_pass", [1, 4, 16])
+    def test_equals_brute_force(self, net, names, channels_per_pass):
+        model = net()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3)
+        got = channel_attention(model, self.batches, names, progress=False, channels_per_pass=channels_per_pass)
+        expected = brute_force(model, self.batches, names)
+        assert list(got) == names
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        for attention in got.values():
+            torch.testing.assert_close(attention.sum(), torch.tensor(1.0))
+            assert attention.std() > 0
+
+    def test_options(self):
+        model = small_net()
+        first = channel_attention(model, self.batches, ["conv2"], max_batches=1, temperature=1.0, progress=False)
+        torch.testing.assert_close(first, brute_force(model, self.batches[:1], ["conv2"], 1.0), rtol=1e-4, atol=1e-6)
+        everything = channel_attention(model, self.batches, "conv2", max_batches=None, progress=False)
+        torch.testing.assert_close(everything, channel_attention(model, self.batches, ["conv2"]), rtol=0, atol=0)
+
+    def test_a_criterion_of_ones_own(self):
+        seen = []
+
+        def criterion(logits, labels):
+            seen.append(logits.shape)
+            return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+        channel_attention(small_net(), self.batches[:1], ["conv1"], criterion, progress=False)
+        assert seen == [(5, 4)] * 7
+
+    def test_what_precedes_the_layer_is_not_computed_again(self):
+        model = small_net()
+        calls = {"conv1": 0, "conv2": 0, "head": 0}
+        for name in calls:
+            forward = type(model.get_submodule(name)).forward
+
+            def counted(x, name=name, forward=forward):
+                calls[name] += 1
+                return forward(model.get_submodule(name), x)
+
+            model.get_submodule(name).forward = counted
+        channel_attention(model, self.batches[:1], ["conv2"], progress=False)
+        assert calls == {"conv1": 1, "conv2": 1, "head": 2}
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_the_model_is_left_as_it_was(self, fails):
+        model = small_net()
+        model.norm1.eval()
+        model.conv1.forward = own = model.conv1.forward
+        before = copy.deepcopy(model.state_dict())
+
+        def criterion(logits, labels):
+            if fails:
+                raise KeyError("criterion")
+            return F.cross_entropy(logits, labels)
+
+        try:
+            channel_attention(model, self.batches, ["conv2"], criterion, progress=False)
+        except KeyError:
+            assert fails
+        torch.testing.assert_close(dict(model.state_dict()), dict(before))
+        assert model.training and model.norm2.training and not model.norm1.training
+        assert model.conv1.__dict__["forward"] is own and "forward" not in model.conv2.__dict__
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    def test_equal_increases_give_equal_attention(self):
+        model = small_net()
+        nn.init.zeros_(model.head.weight)
+        attention = channel_attention(model, self.batches, ["conv2"], progress=False)["conv2"]
+        torch.testing.assert_close(attention, torch.full((8,), 1 / 8))
+
+    def test_serves_attention_behavioral_regularization(self):
+        model = small_net()
+        attention = channel_attention(model, self.batches, ["conv1", "conv2"], progress=True)
+        getter = IntermediateLayerGetter(model, ["conv1", "conv2"])
+        x = torch.randn(2, 3, 8, 8)
+        source, _ = getter(x)
+        target, _ = getter(x + 1)
+        assert AttentionBehavioralRegularization(attention)(source, target) > 0
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(return_layers=["conv9"]), AttributeError, "Module conv9 not found"),
+            (dict(data_loader=[]), ValueError, "at least one batch"),
+            (dict(temperature=0), ValueError, "temperature > 0, got 0"),
+            (dict(max_batches=0), ValueError, "max_batches >= 1, got 0"),
+            (dict(channels_per_pass=0), ValueError, "channels_per_pass >= 1"),
+            (dict(data_loader=[torch.ones(2, 3, 8, 8)]), TypeError, r"batches \(x, labels, ...\), got Tensor"),
+            (
+                dict(data_loader=[(torch.ones(2, 3, 8, 8), torch.ones(2))]),
+                TypeError,
+                "integer labels, got torch.float32",
+            ),
+            (dict(data_loader=[(torch.ones(2, 3, 8, 8), [0])]), ValueError, r"one label per input, \[2\], got \[1\]"),
+        ],
+    )
+    def test_bad_input_is_named(self, change, error, message):
+        arguments = dict(model=small_net(), data_loader=self.batches, return_layers=["conv1"], progress=False)
+        with pytest.raises(error, match=message):
+            channel_attention(**{**arguments, **change})
+
+    def test_layers_that_can_not_be_asked_are_named(self):
+        x, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+        with pytest.raises(ValueError, match="runs once per forward pass, but it ran 2 times"):
+            channel_attention(Branching(), [(x, labels)], ["twice"], progress=False)
+        with pytest.raises(ValueError, match="runs once per forward pass, but it ran 0 times"):
+            channel_attention(Branching(), [(x, labels)], ["never"], progress=False)
+
+        class Tuple(nn.Module):
+            def forward(self, x):
+                return (x,)
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = Tuple()
+
+            def forward(self, x):
+                return self.layer(x)[0]
+
+        with pytest.raises(ValueError, match="a layer that returns a tensor"):
+            channel_attention(Net(), [(x, labels)], ["layer"], progress=False)
+
+
+def test_modules_that_run_again_after_the_layer_run_for_real():
+    class Again(Residual):
+        def forward(self, x):
+            x = F.relu(self.side(F.relu(self.stem(x))))
+            x = F.relu(self.side(self.body(x)))
+            return self.head(x.mean((2, 3)))
+
+    batches = TestChannelAttention.batches[:1]
+    model = Again()
+    got = channel_attention(model, batches, ["body"], progress=False)
+    torch.testing.assert_close(got, brute_force(model, batches, ["body"]), rtol=1e-4, atol=1e-6)
+
+
+def test_star_names_are_all_there():
+    assert all(hasattr(delta, name) for name in delta.__all__)

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from talib_fast.finetune.bss import BatchSpectralShrinkage
+from talib_fast.ops import spectral_tail
+
+OP = torch.ops.talib_fast
+CASES = [((4, 7), 0), ((4, 7), 1), ((4, 7), 4), ((7, 4), 2), ((5, 5), 3), ((2, 3, 4), 2), ((1, 6), 1)]
+
+
+def oracle(matrix, k):
+    return torch.linalg.svdvals(matrix.double()).flip(-1)[..., :k].square().sum(-1)
+
+
+def with_condition_number(condition, b, f):
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for n in (b, f))
+    singular_values = torch.logspace(0, -torch.tensor(float(condition)).log10().item(), b, dtype=torch.float64)
+    return left @ (singular_values[:, None] * right[:b])
+
+
+@pytest.mark.parametrize(("shape", "k"), CASES)
+class TestValuesAndGradients:
+    def test_matches_the_oracle(self, shape, k, device):
+        matrix = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+        value = spectral_tail(matrix, k)
+        torch.testing.assert_close(value, oracle(matrix, k))
+        assert value.shape == shape[:-2]
+        torch.testing.assert_close(
+            torch.autograd.grad(value.sum(), matrix), torch.autograd.grad(oracle(matrix, k).sum(), matrix)
+        )
+
+    def test_gradcheck_and_gradgradcheck(self, shape, k, device):
+        matrix = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+        assert gradcheck(lambda m: spectral_tail(m, k), (matrix,))
+        assert gradgradcheck(lambda m: spectral_tail(m, k), (matrix,))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+    def test_opcheck(self, shape, k, dtype, device):
+        matrix = torch.randn(shape, device=device).to(dtype)
+        torch.library.opcheck(OP.spectral_tail_forward.default, (matrix, k))
+        value, vectors = OP.spectral_tail_forward(matrix, k)
+        torch.library.opcheck(OP.spectral_tail_backward.default, (torch.ones_like(value), matrix, vectors))
+
+
+@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-5), (1e3, 1e-4), (1e4, 1e-3), (1e5, 1e-2)])
+def test_float32_accuracy(condition, tolerance):
+    matrix = with_condition_number(condition, 48, 512).float()
+    expected = oracle(matrix, 1)
+    assert abs(spectral_tail(matrix, 1).double() - expected) <= tolerance * expected
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e7])
+def test_float64_is_as_accurate_as_lapack(condition):
+    """Against the singular values that the matrix was built from."""
+    matrix = with_condition_number(condition, 24, 64)
+    exact = condition**-2.0
+    error, lapack = (abs(value - exact) for value in (spectral_tail(matrix, 1), oracle(matrix, 1)))
+    assert error <= 4 * lapack + 1e-9 * exact
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_gradient_at_ties_is_a_projection(shape):
+    """With all singular values equal any k directions will do: 2·P·F for some projector P of rank k."""
+    matrix = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q[: shape[0], : shape[1]].clone().requires_grad_()
+    value = spectral_tail(matrix, 2)
+    (grad,) = torch.autograd.grad(value, matrix)
+    projector = (grad / 2) @ matrix.detach().mT if shape[0] < shape[1] else matrix.detach().mT @ (grad / 2)
+    torch.testing.assert_close(value.detach(), torch.tensor(2.0, dtype=torch.float64))
+    torch.testing.assert_close(projector @ projector, projector)
+    torch.testing.assert_close(projector.trace(), torch.tensor(2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_rank_deficient_and_zero_matrices(rank):
+    matrix = (torch.randn(5, rank) @ torch.randn(rank, 8)).requires_grad_()
+    value = spectral_tail(matrix, 2)
+    value.backward()
+    assert 0 <= value < 1e-6
+    assert matrix.grad.isfinite().all() and matrix.grad.abs().max() < 1e-3
+
+
+def test_strides_do_not_matter():
+    matrix = torch.randn(7, 2, 5)[:, 0].mT
+    torch.testing.assert_close(spectral_tail(matrix, 2), spectral_tail(matrix.contiguous(), 2))
+
+
+def test_empty_matrices():
+    assert spectral_tail(torch.zeros(0, 4), 0) == 0
+    assert spectral_tail(torch.zeros(3, 0, 4), 0).tolist() == [0, 0, 0]
+    assert spectral_tail(torch.zeros(0, 3, 4), 2).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_fault_non_finite_input_raised_in_lapack(bad, dtype, device):
+    matrices = torch.randn(2, 4, 6, dtype=dtype, device=device)
+    matrices[0, 1, 2] = bad
+    matrices.requires_grad_()
+    values = spectral_tail(matrices, 1)
+    values.sum().backward()
+    assert values.isfinite().tolist() == [False, True]
+    assert not matrices.grad[0].isfinite().any() and matrices.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fault_half_precision_raised(dtype, device):
+    matrix = torch.randn(6, 9, device=device).to(dtype).requires_grad_()
+    value = spectral_tail(matrix, 2)
+    torch.testing.assert_close(value.double(), oracle(matrix, 2), rtol=1e-6, atol=0)
+    value.backward()
+    assert value.dtype == torch.float32 and matrix.grad.dtype == dtype
+
+
+def test_autocast_changes_nothing(device):
+    matrix = torch.randn(6, 9, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = spectral_tail(matrix, 1)
+        (grad,) = torch.autograd.grad(inside, matrix)
+    assert inside == spectral_tail(matrix, 1)
+    torch.testing.assert_close(grad, torch.autograd.grad(spectral_tail(matrix, 1), matrix)[0])
+
+
+def test_compiles_into_one_graph():
+    matrix = torch.randn(6, 9, requires_grad=True)
+    expected = spectral_tail(matrix, 2)
+    compiled = torch.compile(lambda m: spectral_tail(m, 2), fullgraph=True, backend="aot_eager")(matrix)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, matrix), torch.autograd.grad(expected, matrix))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "k", "error", "message"),
+    [
+        (torch.ones(2, 3).long(), 1, TypeError, "got torch.int64"),
+        (torch.ones(2, 3), 1.0, TypeError, r"expected an integer k, got 1\.0"),
+        (torch.ones(2, 3), True, TypeError, "expected an integer k, got True"),
+        (torch.ones(3), 1, ValueError, r"expected input of shape \[\.\.\., b, f\], got \[3\]"),
+        (torch.ones(2, 3), -1, ValueError, "got k = -1"),
+    ],
+)
+def test_bad_input_is_named(matrix, k, error, message):
+    with pytest.raises(error, match=message):
+        spectral_tail(matrix, k)
+
+
+class TestBatchSpectralShrinkage:
+    @pytest.mark.parametrize("k", [0, 1, 5])
+    def test_is_the_tail_of_the_batch(self, k, device):
+        feature = torch.randn(12, 32, device=device, requires_grad=True)
+        loss = BatchSpectralShrinkage(k)(feature)
+        assert loss.dim() == 0 and loss.device == feature.device and loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), oracle(feature, k), rtol=1e-6, atol=0)
+        loss.backward()
+        assert (feature.grad.abs().sum() > 0) == (k > 0)
+
+    def test_shrinks_the_smallest_singular_value(self):
+        feature = torch.randn(4, 8, requires_grad=True)
+        before = torch.linalg.svdvals(feature.detach())
+        BatchSpectralShrinkage(k=1)(feature).backward()
+        after = torch.linalg.svdvals(feature.detach() - 0.1 * feature.grad)
+        torch.testing.assert_close(after[:-1], before[:-1])
+        torch.testing.assert_close(after[-1], 0.8 * before[-1])
+
+    def test_fault_k_larger_than_the_rank_wrapped_round(self):
+        with pytest.raises(ValueError, match=r"min\(b, f\) = 3 for input of shape \[3, 8\], got k = 4"):
+            BatchSpectralShrinkage(4)(torch.randn(3, 8))
+
+    def test_bad_input_is_named(self):
+        with pytest.raises(ValueError, match="expected k >= 0, got -1"):
+            BatchSpectralShrinkage(-1)
+        with pytest.raises(TypeError, match="expected an integer k, got '1'"):
+            BatchSpectralShrinkage("1")
+        with pytest.raises(ValueError, match=r"features of shape \[b, f\], got \[2, 3, 4\]"):
+            BatchSpectralShrinkage()(torch.randn(2, 3, 4))
+
+    def test_repr(self):
+        assert repr(BatchSpectralShrinkage()) == "BatchSpectralShrinkage(k=1)"

@@ -1,0 +1,589 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from talib_fast.finetune import stochnorm
+from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model
+from talib_fast.ops import stoch_norm
+
+SHAPES = [(6, 5), (4, 5, 7), (3, 5, 4, 3), (2, 5, 3, 2, 4)]
+LAYERS = {2: StochNorm1d, 3: StochNorm1d, 4: StochNorm2d, 5: StochNorm3d}
+OP = torch.ops.talib_fast
+
+
+def oracle(input, running_mean, running_var, mask, weight=None, bias=None, momentum=0.1, eps=1e-5):
+    """Stochastic normalisation channel by channel, in float64; returns output and updated statistics."""
+    x = input.double()
+    output = torch.empty_like(x)
+    mean, var = running_mean.double().clone(), running_var.double().clone()
+    for c in range(x.size(1)):
+        values = x[:, c]
+        batch_mean = values.mean()
+        batch_var = ((values - batch_mean) ** 2).mean()
+        m, v = (batch_mean, batch_var) if mask[c] else (running_mean[c].double(), running_var[c].double())
+        y = (values - m) / torch.sqrt(v + eps)
+        y = y if weight is None else y * weight[c].double()
+        output[:, c] = y if bias is None else y + bias[c].double()
+        n = values.numel()
+        mean[c] = (1 - momentum) * mean[c] + momentum * batch_mean.detach()
+        var[c] = (1 - momentum) * var[c] + momentum * batch_var.detach() * n / (n - 1)
+    return output, mean, var
+
+
+def inputs(shape, dtype=torch.float64, device="cpu"):
+    channels = shape[1]
+    return dict(
+        input=(torch.randn(shape, dtype=torch.float64) * 2 + 3).to(device, dtype),
+        running_mean=torch.randn(channels, dtype=torch.float64).to(device, dtype),
+        running_var=(torch.rand(channels, dtype=torch.float64) + 0.5).to(device, dtype),
+        mask=(torch.arange(channels) % 2 == 0).to(device),
+        weight=torch.randn(channels, dtype=torch.float64).to(device, dtype),
+        bias=torch.randn(channels, dtype=torch.float64).to(device, dtype),
+    )
+
+
+def layout(x: Tensor, name: str) -> Tensor:
+    if name == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if name == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    if name == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x
+
+
+class TestOperation:
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("name", ["contiguous", "channels_last", "strided", "transposed"])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_matches_the_oracle(self, shape, name, affine, device):
+        args = inputs(shape, device=device)
+        args["input"] = layout(args["input"], name)
+        if not affine:
+            args["weight"] = args["bias"] = None
+        expected, mean, var = oracle(**args)
+        output, _ = stoch_norm(**args)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(args["running_mean"], mean)
+        torch.testing.assert_close(args["running_var"], var)
+        if name in ("contiguous", "channels_last"):
+            assert output.stride() == args["input"].stride()
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_gradients_are_those_of_the_oracle(self, shape, device):
+        args = inputs(shape, device=device)
+        leaves = [args[name].requires_grad_() for name in ("input", "weight", "bias")]
+        expected = torch.autograd.grad((oracle(**args)[0] ** 3).sum(), leaves)
+        got = torch.autograd.grad((stoch_norm(**args)[0] ** 3).sum(), leaves)
+        torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_gradcheck_and_gradgradcheck(self, shape, device):
+        args = inputs(shape, device=device)
+
+        def normalize(input, weight, bias):
+            fresh = {**args, "running_mean": args["running_mean"].clone(), "running_var": args["running_var"].clone()}
+            return stoch_norm(**{**fresh, "input": input, "weight": weight, "bias": bias})[0]
+
+        leaves = tuple(args[name].requires_grad_() for name in ("input", "weight", "bias"))
+        assert gradcheck(normalize, leaves)
+        assert gradgradcheck(normalize, leaves)
+
+    @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
+    def test_only_the_wanted_gradient_is_given(self, wanted):
+        args = inputs((4, 5, 3))
+        args[wanted].requires_grad_()
+        stoch_norm(**args)[0].square().sum().backward()
+        for name in ("input", "weight", "bias"):
+            assert (args[name].grad is not None) == (name == wanted)
+        assert args[wanted].grad.abs().min() > 0
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("mixed", [True, False])
+    def test_error_at_most_twice_that_of_batch_norm(self, dtype, mixed, device):
+        args = inputs((16, 8, 9, 9), dtype, device)
+        args["mask"] = torch.ones_like(args["mask"])
+        if mixed:
+            for name in ("running_mean", "running_var", "weight", "bias"):
+                args[name] = args[name].float()
+        x, weight, bias = (args[name].requires_grad_() for name in ("input", "weight", "bias"))
+        grad = torch.randn_like(x)
+
+        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        expected = F.batch_norm(exact[0], None, None, *exact[1:], True)
+        expected_grads = torch.autograd.grad(expected, exact, grad.double())
+        reference = F.batch_norm(x, None, None, weight, bias, True)
+        reference_grads = torch.autograd.grad(reference, (x, weight, bias), grad)
+        output, _ = stoch_norm(**args)
+        grads = torch.autograd.grad(output, (x, weight, bias), grad)
+        assert output.dtype == dtype and [g.dtype for g in grads] == [x.dtype, weight.dtype, bias.dtype]
+        for got, theirs, exactly in zip(
+            (output, *grads), (reference, *reference_grads), (expected, *expected_grads), strict=True
+        ):
+            error, their_error = ((t.double() - exactly).abs().max() for t in (got, theirs))
+            assert error <= 2 * their_error + 1e-6 * exactly.abs().max()
+
+    def test_large_mean_does_not_cancel(self, device):
+        args = inputs((64, 4, 8, 8), torch.float32, device)
+        args["input"] = args["input"] / 2 + 1e4
+        args["mask"] = torch.ones_like(args["mask"])
+        expected = oracle(**args)[0]
+        torch.testing.assert_close(stoch_norm(**args)[0].double(), expected, atol=5e-3, rtol=5e-3)
+
+    def test_an_unselected_non_finite_branch_does_not_leak(self, device):
+        args = inputs((4, 3, 5), device=device)
+        args["mask"] = torch.tensor([True, False, True], device=device)
+        args["running_var"][0] = torch.inf
+        args["input"][0, 1, 0] = torch.inf
+        output, _ = stoch_norm(**args)
+        assert output[:, 0].isfinite().all() and output[:, 2].isfinite().all()
+        assert output[:, 1].isfinite().sum() == 19
+
+    def test_all_channels_on_one_branch_are_batch_norm(self, device):
+        for training in (True, False):
+            args = inputs((4, 5, 3, 3), device=device)
+            args["mask"] = torch.full_like(args["mask"], training)
+            statistics = args["running_mean"].clone(), args["running_var"].clone()
+            expected = F.batch_norm(args["input"], *statistics, args["weight"], args["bias"], training)
+            torch.testing.assert_close(stoch_norm(**args)[0], expected)
+
+    def test_empty_input_leaves_the_statistics_alone(self, device):
+        args = inputs((2, 5, 3), device=device)
+        before = args["running_mean"].clone(), args["running_var"].clone()
+        args["input"] = args["input"][:0].requires_grad_()
+        output, _ = stoch_norm(**args)
+        output.sum().backward()
+        assert output.shape == (0, 5, 3) and args["input"].grad.shape == (0, 5, 3)
+        torch.testing.assert_close((args["running_mean"], args["running_var"]), before)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["contiguous", "channels_last", "strided"])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_opcheck(self, dtype, name, affine, device):
+        args = inputs((3, 4, 5, 2), dtype, device)
+        x = layout(args["input"], name)
+        weight, bias = (args["weight"], args["bias"]) if affine else (None, None)
+        forward = (x, weight, bias, args["running_mean"], args["running_var"], args["mask"], 0.1, 1e-5)
+        torch.library.opcheck(OP.stoch_norm_forward.default, forward)
+        _, mean, invstd = OP.stoch_norm_forward(*forward)
+        torch.library.opcheck(
+            OP.stoch_norm_backward.default, (torch.randn_like(x), x, mean, invstd, weight, args["mask"])
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(input=torch.zeros(4, 5, dtype=torch.long)), TypeError, "expected a float16.*int64"),
+            (dict(input=torch.zeros(5)), ValueError, r"expected input of shape \[N, C, \*\], got \[5\]"),
+            (dict(mask=torch.ones(5)), TypeError, "expected a bool mask, got torch.float32"),
+            (dict(mask=torch.ones(4, dtype=torch.bool)), ValueError, r"mask of shape \[5\].*got \[4\]"),
+            (dict(weight=torch.ones(5, 1)), ValueError, r"weight of shape \[5\].*got \[5, 1\]"),
+            (dict(running_mean=torch.ones(5, device="meta")), ValueError, "running_mean on the input's device cpu"),
+            (dict(input=torch.zeros(1, 5)), ValueError, r"more than 1 value per channel.*\[1, 5\]"),
+        ],
+    )
+    def test_bad_input_is_named(self, change, error, message):
+        with pytest.raises(error, match=message):
+            stoch_norm(**{**inputs((4, 5)), **change})
+
+
+class TestLayer:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_training_step_is_the_operation_with_the_drawn_mask(self, shape, device):
+        layer = LAYERS[len(shape)](5, p=0.5).to(device)
+        x = torch.randn(shape, device=device)
+        torch.manual_seed(3)
+        output = layer(x)
+        torch.manual_seed(3)
+        mask = torch.rand(5, device=device) < 0.5
+        expected, mean, var = oracle(x, torch.zeros(5), torch.ones(5), mask, layer.weight, layer.bias)
+        torch.testing.assert_close(output, expected.to(output))
+        torch.testing.assert_close(layer.running_mean, mean.to(output))
+        torch.testing.assert_close(layer.running_var, var.to(output))
+        assert layer.num_batches_tracked == 1
+
+    def test_p_is_the_probability_of_the_batch_statistics(self):
+        layer = StochNorm2d(2000, p=0.3)
+        layer(torch.randn(2, 2000, 1, 2))
+        mask = stochnorm._history[layer][0][0]
+        assert 0.25 < mask.float().mean() < 0.35
+
+    @pytest.mark.parametrize("p", [0, 1, 0.0, 1.0])
+    def test_p_at_its_ends(self, p):
+        layer = StochNorm1d(1000, p=p)
+        layer(torch.randn(4, 1000))
+        assert (stochnorm._history[layer][0][0] == bool(p)).all()
+
+    def test_masks_are_drawn_per_channel_and_anew(self):
+        layer = StochNorm2d(64)
+        x = torch.randn(4, 64, 2, 2)
+        layer(x), layer(x)
+        (second, *_), (first, *_) = stochnorm._history[layer]
+        assert 0 < first.sum() < 64 and (first != second).any()
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(self, shape, device):
+        layer = LAYERS[len(shape)](5).to(device)
+        layer(torch.randn(shape, device=device))
+        layer.eval()
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.randn(shape, device=device)
+        expected = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(dict(layer.state_dict()), dict(before))
+
+    def test_evaluates_a_single_value_per_channel(self):
+        assert StochNorm2d(5).eval()(torch.randn(1, 5, 1, 1)).shape == (1, 5, 1, 1)
+
+    def test_signature(self):
+        layer = StochNorm2d(5, 1e-3, 0.2, False, True, 0.25)
+        assert (layer.eps, layer.momentum, layer.affine, layer.track_running_stats, layer.p) == (
+            1e-3, 0.2, False, True, 0.25,
+        )  # fmt: skip
+        assert (
+            repr(layer)
+            == repr(nn.BatchNorm2d(5, 1e-3, 0.2, False)).replace("BatchNorm2d", "StochNorm2d")[:-1] + ", p=0.25)"
+        )
+        assert StochNorm1d(5).p == 0.5
+
+    @pytest.mark.parametrize(
+        ("p", "error"),
+        [(-0.1, ValueError), (1.5, ValueError), (float("nan"), ValueError), (True, TypeError), ("1", TypeError)],
+    )
+    def test_p_is_validated(self, p, error):
+        for make in (lambda: StochNorm2d(4, p=p), lambda: convert_model(nn.BatchNorm2d(4), p)):
+            with pytest.raises(error, match="expected p"):
+                make()
+
+    def test_deepcopy_pickle_and_state_dict_round_trip(self):
+        layer = StochNorm2d(5, p=0.25)
+        layer(torch.randn(3, 5, 2, 2))
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert twin.p == 0.25
+            torch.testing.assert_close(dict(twin.state_dict()), dict(layer.state_dict()))
+        fresh = StochNorm2d(5)
+        fresh.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(fresh.running_var, layer.running_var)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype, device):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), StochNorm2d(8), nn.ReLU()).to(device)
+        x = torch.randn(4, 3, 8, 8, device=device)
+        with torch.autocast(device.type, dtype):
+            output = net(x)
+        assert output.dtype == dtype
+        output.float().square().sum().backward()
+        assert net[1].weight.grad.dtype == torch.float32
+        assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+    def test_compiles_into_one_graph_and_equals_eager(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.norm = nn.Linear(6, 8), StochNorm1d(8)
+
+            def forward(self, x):
+                return self.norm(self.linear(x)).relu()
+
+        net = Net()
+        twin = copy.deepcopy(net)
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        for training in (True, False):
+            net.train(training), twin.train(training)
+            for step in range(3):
+                x = torch.randn(16, 6)
+                results = []
+                for model, module in ((net, net), (compiled, twin)):
+                    torch.manual_seed(step)
+                    output = model(x)
+                    output.square().sum().backward()
+                    results.append(
+                        (output, module.linear.weight.grad, module.norm.running_var, module.norm.weight.grad)
+                    )
+                torch.testing.assert_close(*results)
+
+    def test_exports_in_evaluation(self):
+        layer = StochNorm2d(3).eval()
+        x = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def small_net(p=None):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    return net if p is None else convert_model(net, p)
+
+
+class TestConvertModel:
+    def test_every_rank(self):
+        for norm, stoch in (
+            (nn.BatchNorm1d, StochNorm1d),
+            (nn.BatchNorm2d, StochNorm2d),
+            (nn.BatchNorm3d, StochNorm3d),
+        ):
+            assert type(convert_model(norm(4), 0.5)) is stoch
+            assert type(convert_model(nn.Sequential(nn.Sequential(norm(4))), 0.5)[0][0]) is stoch
+
+    def test_returns_the_module_with_its_parameters(self):
+        net = small_net()
+        parameters, buffers = list(net.parameters()), list(net.buffers())
+        assert convert_model(net, 0.5) is net
+        assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
+        assert all(a is b for a, b in zip(buffers, net.buffers(), strict=True))
+
+    def test_trains_like_batch_norm_at_p_1(self):
+        plain = small_net()
+        nets = plain, convert_model(copy.deepcopy(plain), 1.0)
+        optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+        for _ in range(5):
+            x, labels = torch.randn(8, 3, 8, 8), torch.randint(4, (8,))
+            losses = []
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                loss = F.cross_entropy(net(x), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss)
+            torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*[dict(net.state_dict()) for net in nets], rtol=1e-4, atol=1e-5)
+
+    def test_warns_where_there_is_nothing_to_convert(self):
+        with pytest.warns(UserWarning, match="found no batch norm"):
+            convert_model(nn.Linear(2, 2), 0.5)
+
+    def test_rejects_what_is_no_module(self):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+            convert_model({}, 0.5)
+
+
+class TestUpstreamFaults:
+    def test_fault_convert_model_handed_p_to_track_running_stats(self):
+        layer = convert_model(nn.BatchNorm2d(4), 0.25)
+        assert layer.p == 0.25 and layer.track_running_stats is True
+
+    def test_fault_convert_model_raised_at_p_0(self):
+        layer = convert_model(nn.BatchNorm2d(4), 0)
+        x = torch.randn(3, 4, 2, 2)
+        torch.testing.assert_close(layer(x), F.batch_norm(x, torch.zeros(4), torch.ones(4)))
+
+    def test_fault_running_branch_differentiated_with_the_updated_statistics(self):
+        args = inputs((4, 3, 5))
+        args["mask"] = torch.zeros(3, dtype=torch.bool)
+        x = args["input"].requires_grad_()
+        scale = (args["weight"] / (args["running_var"] + 1e-5).sqrt()).clone()
+        output, _ = stoch_norm(**args)
+        output.sum().backward()
+        torch.testing.assert_close(x.grad, scale.view(3, 1).expand(4, 3, 5))
+
+    def test_fault_masks_came_from_numpy_on_a_hard_coded_gpu(self, device):
+        layer = StochNorm2d(32).to(device)
+        x = torch.randn(4, 32, 2, 2, device=device)
+        outputs = []
+        for _ in range(2):
+            layer.reset_running_stats()
+            torch.manual_seed(5)
+            outputs.append(layer(x))
+        assert torch.equal(*outputs)
+
+    def test_fault_no_host_sync_is_needed(self):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        calls = []
+
+        class Record(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                calls.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        for momentum in (0.1, None):
+            layer = StochNorm2d(8, momentum=momentum)
+            x = torch.randn(4, 8, 2, 2, requires_grad=True)
+            with Record():
+                layer(x).sum().backward()
+        assert calls and not {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"} & set(calls)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_fault_activation_checkpointing_was_not_reproduced(self, reentrant, momentum):
+        plain = small_net(0.5)
+        for layer in plain.modules():
+            if isinstance(layer, StochNorm2d):
+                layer.momentum = momentum
+        kept = copy.deepcopy(plain)
+        for step in range(3):
+            x = torch.randn(8, 3, 8, 8, requires_grad=True)
+            torch.manual_seed(step)
+            plain(x).square().sum().backward()
+            expected, x.grad = x.grad, None
+            torch.manual_seed(step)
+            hidden = checkpoint(kept[:6], x, use_reentrant=reentrant)
+            kept[6:](hidden).square().sum().backward()
+            torch.testing.assert_close(x.grad, expected)
+        for a, b in zip(plain.parameters(), kept.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(dict(plain.state_dict()), dict(kept.state_dict()))
+
+    def test_activation_checkpointing_of_a_layer_called_twice(self):
+        net = nn.Sequential(nn.Linear(6, 32), StochNorm1d(32), nn.Linear(32, 6))
+        twin = copy.deepcopy(net)
+        views = torch.randn(2, 16, 6)
+        torch.manual_seed(1)
+        sum(net(view).square().sum() for view in views).backward()
+        torch.manual_seed(1)
+        sum(checkpoint(twin, view, use_reentrant=False).square().sum() for view in views).backward()
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+    def test_fault_5d_input_raised(self):
+        assert StochNorm3d(3)(torch.randn(2, 3, 2, 2, 2)).shape == (2, 3, 2, 2, 2)
+
+    def test_fault_momentum_none_raised(self):
+        ours, theirs = StochNorm1d(4, momentum=None), nn.BatchNorm1d(4, momentum=None)
+        for _ in range(3):
+            x = torch.randn(6, 4)
+            ours(x), theirs(x)
+            torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+    def test_fault_track_running_stats_false_raised(self):
+        ours, theirs = (cls(4, track_running_stats=False) for cls in (StochNorm2d, nn.BatchNorm2d))
+        for training in (True, False):
+            x = torch.randn(3, 4, 2, 2)
+            torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+        assert ours.running_mean is None and not dict(ours.named_buffers())
+
+    def test_fault_a_batch_norm_checkpoint_failed_strict_loading(self):
+        trained = nn.BatchNorm2d(4)
+        trained(torch.randn(3, 4, 2, 2))
+        layer = StochNorm2d(4)
+        layer.load_state_dict(trained.state_dict(), strict=True)
+        torch.testing.assert_close(dict(layer.state_dict()), dict(trained.state_dict()))
+
+    def test_an_upstream_checkpoint_loads_strictly(self):
+        names = ("weight", "bias", "running_mean", "running_var")
+        checkpoint = {f"0.{name}": torch.full((4,), float(j + 1)) for j, name in enumerate(names)}
+        net = nn.Sequential(StochNorm2d(4))
+        net.load_state_dict(checkpoint, strict=True)
+        assert net[0].running_var[0] == 4 and net[0].num_batches_tracked == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_fault_half_precision_input_came_back_float32(self, dtype):
+        for layer in (StochNorm2d(4), StochNorm2d(4).to(dtype)):
+            for training in (True, False):
+                assert layer.train(training)(torch.randn(3, 4, 2, 2, dtype=dtype)).dtype == dtype
+
+    def test_fault_0_times_inf_was_nan_through_the_blend(self):
+        layer = StochNorm1d(2, p=1)
+        layer.running_var.fill_(torch.inf)
+        assert layer(torch.randn(8, 2)).isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("layer", "shape", "message"),
+        [
+            (StochNorm2d(4), (1, 4, 1, 1), "more than 1 value per channel"),
+            (StochNorm2d(4, track_running_stats=False), (1, 4, 1, 1), "more than 1 value per channel"),
+            (StochNorm1d(4), (3, 4, 2, 2), "expected 2D or 3D input .got 4D"),
+            (StochNorm2d(4), (3, 4, 2), "expected 4D input .got 3D"),
+            (StochNorm3d(4), (3, 4, 2, 2), "expected 5D input .got 4D"),
+            (SyncStochNorm(4), (4,), "expected at least 2D input .got 1D"),
+            (StochNorm2d(4), (3, 5, 2, 2), r"expected 4 channels at dimension 1, got input of shape \[3, 5"),
+        ],
+    )
+    def test_fault_wrong_shapes_were_not_value_errors(self, layer, shape, message):
+        with pytest.raises(ValueError, match=message):
+            layer(torch.zeros(shape))
+
+    def test_wrong_types_are_type_errors(self):
+        with pytest.raises(TypeError, match=r"floating-point tensor, got torch\.int64"):
+            StochNorm2d(4)(torch.zeros(2, 4, 1, 1, dtype=torch.long))
+        with pytest.raises(TypeError, match="floating-point tensor, got list"):
+            StochNorm2d(4)([1.0])
+
+    def test_fault_convert_model_lost_training_requires_grad_and_hooks(self):
+        norm = nn.BatchNorm2d(4).eval()
+        norm.weight.requires_grad_(False)
+        seen = []
+        norm.register_forward_hook(lambda *_: seen.append(1))
+        layer = convert_model(nn.Sequential(norm), 0.5)[0]
+        layer(torch.randn(2, 4, 2, 2))
+        assert not layer.training and not layer.weight.requires_grad and layer.bias.requires_grad and seen
+
+    def test_fault_convert_model_lost_sharing(self):
+        norm, tied = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        tied.weight = norm.weight
+        net = convert_model(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm), "c": tied}), 0.5)
+        assert net["a"] is net["b"][0] and net["c"].weight is net["a"].weight
+
+    def test_fault_convert_model_stripped_subclasses(self):
+        class BatchNormAct2d(nn.BatchNorm2d):
+            def forward(self, x):
+                return super().forward(x).relu()
+
+        net = nn.Sequential(BatchNormAct2d(4), nn.BatchNorm2d(4))
+        with pytest.warns(UserWarning, match=r"leaves unknown batch norms as they are: 0 \(.*BatchNormAct2d\)"):
+            convert_model(net, 0.5)
+        assert type(net[0]) is BatchNormAct2d and type(net[1]) is StochNorm2d
+
+    def test_fault_convert_model_skipped_sync_batch_norm(self):
+        layer = convert_model(nn.SyncBatchNorm(4), 0.25)
+        assert type(layer) is SyncStochNorm and layer.p == 0.25 and layer.process_group is None
+        assert layer(torch.randn(3, 4, 2, 2)).shape == (3, 4, 2, 2)
+
+
+def _run_rank(rank, world, path, shares, track, momentum):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=world)
+    try:
+        torch.set_num_threads(1)
+        torch.manual_seed(rank)
+        layer = SyncStochNorm(6, momentum=momentum, track_running_stats=track).double()
+        data = torch.load(f"{path}/data.pt")
+        outputs, grads = [], []
+        for x, target in data:
+            mine = x.split(shares)[rank].clone().requires_grad_()
+
+            def step(x, target=target):
+                return (layer(x) * target.split(shares)[rank]).pow(2).sum()
+
+            loss = step(mine) if not outputs else checkpoint(step, mine, use_reentrant=False)
+            loss.backward()
+            outputs.append(loss.detach()), grads.append(mine.grad)
+        torch.distributed.all_reduce(layer.weight.grad)
+        masks = [mask for mask, *_ in reversed(stochnorm._history.get(layer, []))]
+        torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), masks), f"{path}/{rank}.pt")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("shares", "track", "momentum"),
+    [([5, 3], True, 0.1), ([8, 0], True, 0.1), ([4, 4], True, None), ([5, 3], False, 0.1)],
+)
+def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tmp_path):
+    data = [
+        (torch.randn(8, 6, 3, dtype=torch.float64) + 2, torch.randn(8, 6, 3, dtype=torch.float64)) for _ in range(2)
+    ]
+    torch.save(data, tmp_path / "data.pt")
+    mp.spawn(_run_rank, (len(shares), str(tmp_path), shares, track, momentum), nprocs=len(shares))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
+    alone = StochNorm1d(6, momentum=momentum, track_running_stats=track).double()
+    masks = iter(ranks[0][4])
+    alone._draw_mask = lambda _: next(masks)
+    for step, (x, target) in enumerate(data):
+        x.requires_grad_()
+        loss = (alone(x) * target).pow(2).sum()
+        loss.backward()
+        torch.testing.assert_close(sum(rank[0][step] for rank in ranks), loss.detach())
+        torch.testing.assert_close(torch.cat([rank[1][step] for rank in ranks]), x.grad)
+    for rank in ranks:
+        torch.testing.assert_close(rank[2], alone.weight.grad)
+        torch.testing.assert_close(rank[3], dict(alone.state_dict()))
+        assert all(torch.equal(*pair) for pair in zip(rank[4], ranks[0][4], strict=True))
