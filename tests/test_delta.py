@@ -110,13 +110,18 @@ class TestSPRegularization:
         assert not regularization.state_dict() and not list(regularization.parameters())
         assert [b.dtype for b in regularization.double().buffers()] == [torch.float64] * 2
 
-    def test_the_start_follows_the_parameters(self, device):
-        source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-        regularization = SPRegularization(source, target)
-        expected = regularization().item()
-        target.to(device)
-        assert regularization().device.type == device.type
-        assert abs(regularization().item() - expected) < 1e-6
+    @pytest.mark.parametrize("destination", ["cuda", "meta"])
+    def test_the_start_follows_the_parameters(self, destination):
+        if destination == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        target = nn.Linear(3, 2)
+        regularization = SPRegularization(nn.Linear(3, 2), target)
+        expected = regularization()
+        target.to(destination)
+        assert regularization().device.type == destination
+        assert all(start.device.type == destination for start in regularization.buffers())
+        if destination == "cuda":
+            torch.testing.assert_close(regularization().cpu(), expected)
 
     def test_wrapped_models_match(self):
         source, target = nn.Linear(3, 2), nn.DataParallel(nn.Linear(3, 2))
@@ -232,6 +237,9 @@ class TestAttentionBehavioralRegularization:
         assert not regularization.state_dict()
         assert regularization.float().channel_attention[0].dtype == torch.float32
         assert "layers=['a', 'b']" in repr(regularization)
+        meta = OrderedDict((name, output.to("meta")) for name, output in maps().items())
+        assert regularization(meta, meta).device.type == "meta"
+        assert regularization.channel_attention[0].device.type == "meta"
 
     @pytest.mark.parametrize(
         ("attention", "names", "message"),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .classifier import Classifier as ClassifierBase
 from .classifier import ParameterGroup
+from .knowledge_distillation import at_least_float32
 
 __all__ = ["BiTuning", "Bituning", "Classifier"]
 
@@ -67,10 +68,10 @@ class Classifier(ClassifierBase):
 class BiTuning(nn.Module):
     """Contrastive fine-tuning with a momentum encoder and one queue of K keys per class.
 
-    Both outputs ``logits_*`` hold log-probabilities over 1 + C·K keys: the sample's own key, the K keys of its class,
-    then those of the other classes in ascending order. ``logits_z`` compares projections with the queue as it was
-    before this batch, ``logits_y`` compares, with this batch enqueued, every key's feature with the head's weight
-    of the sample's class; it gives the head no gradient. From `Bi-tuning of Pre-trained Representations
+    Both outputs ``logits_*`` hold log-probabilities, in float32 at least, over 1 + C·K keys: the sample's own key, the
+    K keys of its class, then those of the other classes in ascending order. ``logits_z`` compares projections with the
+    queue as it was before this batch, ``logits_y`` compares, with this batch enqueued, every key's feature with the
+    head's weight of the sample's class; it gives the head no gradient. From `Bi-tuning of Pre-trained Representations
     <https://arxiv.org/abs/2011.06182>`_.
 
     Under ``torch.distributed`` every rank enqueues the keys of all ranks, in rank order, so that the queues stay
@@ -167,6 +168,8 @@ class BiTuning(nn.Module):
     @torch.no_grad()
     def _enqueue(self, h: Tensor, z: Tensor, labels: Tensor) -> None:
         """Write the keys in batch order, each to its class's next slot; past K of one class the last writer wins."""
+        if not len(labels):
+            return
         position = torch.arange(len(labels), device=labels.device)
         same_class = labels[:, None] == labels
         place_in_class = (same_class & (position < position[:, None])).sum(1)
@@ -187,7 +190,7 @@ class BiTuning(nn.Module):
 
     def _log_probabilities(self, current: Tensor, queue: Tensor, labels: Tensor) -> Tensor:
         logits = torch.cat([current[:, None], self._own_class_first(queue, labels)], dim=1)
-        return F.log_softmax(logits / self.T, dim=1)
+        return F.log_softmax(at_least_float32(logits) / self.T, dim=1)
 
     def _check(self, im_k: Tensor | None, labels: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         if im_k is None or labels is None:

@@ -1,5 +1,6 @@
 """Batch Spectral Shrinkage, NeurIPS 2019 (https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html)."""
 
+import numpy as np
 from torch import Tensor, nn
 
 from ..ops import spectral_tail
@@ -30,11 +31,11 @@ class BatchSpectralShrinkage(nn.Module):
 
     def __init__(self, k: int = 1) -> None:
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, int):
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
             raise TypeError(f"expected an integer k, got {k!r}")
         if k < 0:
             raise ValueError(f"expected k >= 0, got {k}")
-        self.k = k
+        self.k = int(k)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

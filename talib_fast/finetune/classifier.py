@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 __all__ = ["Classifier"]
@@ -33,7 +34,7 @@ class ClassifierBase(nn.Module):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"expected backbone to be a torch.nn.Module, got {type(backbone).__name__}")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
             raise ValueError(f"expected num_classes to be a positive integer, got {num_classes!r}")
         if not isinstance(getattr(backbone, "out_features", None), int):
             raise ValueError(

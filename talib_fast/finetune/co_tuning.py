@@ -3,8 +3,7 @@
 import hashlib
 import os
 import warnings
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,14 @@ def calibrate_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"expected logits [N, N_p] and labels [N], got {list(logits.shape)} and {list(labels.shape)}")
-    logits, labels = logits.detach().double().cpu(), labels.cpu()
-    # the loss is convex in 1/T, so its slope in log T changes sign once: bisection finds the place
+    logits, labels = logits.detach().cpu().double(), labels.cpu().long()
+    own = logits.gather(1, labels[:, None]).mean()
+    # the loss is convex in 1/T, and its slope has the sign of the mean of z_y - E[z]: bisect log T for its change
     low, high = -7.0, 7.0
     for _ in range(60):
         middle = (low + high) / 2
-        log_temperature = torch.tensor(middle, dtype=torch.float64, requires_grad=True)
-        loss = F.cross_entropy(logits / log_temperature.exp(), labels)
-        (slope,) = torch.autograd.grad(loss, log_temperature)
-        low, high = (low, middle) if slope > 0 else (middle, high)
+        expected = (F.softmax(logits / np.exp(middle), dim=1) * logits).sum(1).mean()
+        low, high = (low, middle) if own > expected else (middle, high)
     return float(np.exp((low + high) / 2))
 
 
@@ -96,10 +94,10 @@ class Relationship:
     regression from source probabilities to target classes, and turns it round by Bayes' rule with the mean source
     probabilities as p(y_s); it needs scikit-learn.
 
-    A cache saves the pass over the data. It is stored as ``.npz`` (another suffix is replaced), written in one step,
-    and used only if its fingerprint fits the classifier's weights, the options and what can be seen of the data set
-    without loading its samples (length, class names, labels, file names, or the tensors of a ``TensorDataset``);
-    otherwise it is computed again, with a warning.
+    A cache saves the pass over the data. It is stored as ``.npz`` (in place of ``.npy``, after any other name), written
+    in one step, and used only if its fingerprint fits the classifier's weights, the options and what can be seen of
+    the data set without loading its samples: length, class names, labels, file names, what lists and a
+    ``TensorDataset`` hold. Otherwise it is computed again, with a warning.
 
     Args:
         data_loader: batches ``(x, labels, ...)`` of the target data.
@@ -156,9 +154,11 @@ class Relationship:
         if cache is None:
             self.relationship = self._learn()
             return
-        path = Path(cache).with_suffix(".npz")
+        path = Path(cache)
+        if path.suffix != ".npz":
+            path = path.with_name(f"{path.name.removesuffix('.npy')}.npz")
         fingerprint = self._fingerprint()
-        cached = _read_cache(path, fingerprint)
+        cached = _read_cache(path, fingerprint, num_classes)
         if cached is None:
             cached = self._learn()
             write_atomically(path, lambda file: np.savez(file, relationship=cached, fingerprint=fingerprint))
@@ -175,7 +175,7 @@ class Relationship:
         table = self._on_device.get(labels.device)
         if table is None:
             table = self._on_device[labels.device] = torch.from_numpy(self.relationship).to(labels.device)
-        return table[labels]
+        return table[labels.long()]
 
     def _learn(self) -> np.ndarray:
         # the regression needs the samples, the mean only their sums
@@ -185,6 +185,8 @@ class Relationship:
         accumulated = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         for batch, logits in predictions(self.data_loader, self.classifier, self.device, "Collecting labels"):
             labels = labels_of(batch).cpu()
+            if not len(labels):
+                continue
             limit = self.num_classes if self.num_classes is not None else int(labels.max()) + 1
             if int(labels.min()) < 0 or int(labels.max()) >= limit:
                 raise ValueError(
@@ -238,44 +240,58 @@ class Relationship:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update(repr((self.num_classes, self.absent, self.method, self.temperature, self.C)).encode())
-        for name, tensor in self.classifier.state_dict().items():
-            digest.update(name.encode())
-            _digest(digest, tensor)
-        _digest_dataset(digest, getattr(self.data_loader, "dataset", self.data_loader))
+        _digest(digest, dict(self.classifier.state_dict()))
+        _digest(digest, getattr(self.data_loader, "dataset", self.data_loader))
         return digest.hexdigest()
 
 
 def _digest(digest: Any, value: Any) -> None:
+    """Feed ``value`` to ``digest``: data by content, a data set by what it shows of itself without loading samples."""
+    digest.update(type(value).__qualname__.encode())
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, value.shape)).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray) and value.dtype != object:
         digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-    else:
-        digest.update(repr(value).encode())
-
-
-def _digest_dataset(digest: Any, dataset: Any) -> None:
-    digest.update(type(dataset).__qualname__.encode())
-    if hasattr(dataset, "__len__"):
-        digest.update(str(len(dataset)).encode())
-    for attribute in ("classes", "targets", "labels", "samples", "imgs", "indices", "tensors"):
-        value = getattr(dataset, attribute, None)
-        for part in value if attribute == "tensors" and value is not None else [value]:
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        digest.update(str(len(value)).encode())
+        for part in value:
             _digest(digest, part)
-    if hasattr(dataset, "dataset"):
-        _digest_dataset(digest, dataset.dataset)
+    elif isinstance(value, dict):
+        _digest(digest, list(value.items()))
+    elif isinstance(value, (str, bytes, int, float, range, np.generic, os.PathLike, type(None))):
+        digest.update(repr(value).encode())
+    else:
+        if isinstance(value, Sized):
+            digest.update(str(len(value)).encode())
+        for attribute in (
+            "classes",
+            "targets",
+            "labels",
+            "samples",
+            "imgs",
+            "tensors",
+            "indices",
+            "dataset",
+            "datasets",
+        ):
+            _digest(digest, getattr(value, attribute, None))
 
 
-def _read_cache(path: Path, fingerprint: str) -> np.ndarray | None:
+def _read_cache(path: Path, fingerprint: str, num_classes: int | None) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["fingerprint"]) == fingerprint:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            if str(stored["fingerprint"]) != fingerprint:
+                reason = "it was made from another classifier, data set or options"
+            elif stored["relationship"].ndim != 2 or len(stored["relationship"]) != (
+                num_classes or len(stored["relationship"])
+            ):
+                reason = f"it holds a table of shape {list(stored['relationship'].shape)}"
+            else:
                 return stored["relationship"]
-        reason = "it was made from another classifier, data set or options"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip, its codecs and numpy each have their own errors for a damaged file
         reason = f"it can't be read ({error})"
     warnings.warn(f"the cached relationship {path} is computed again: {reason}", stacklevel=3)
     return None

@@ -8,6 +8,7 @@ float64, and a float64 F is reduced by a QR factorisation instead.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,7 +137,7 @@ def spectral_tail(input: Tensor, k: int) -> Tensor:
         ValueError: ``input`` has fewer than two dimensions, or ``k`` is out of range.
     """
     accumulation_dtype(input)
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"expected an integer k, got {k!r}")
     if input.dim() < 2:
         raise ValueError(f"expected input of shape [..., b, f], got {list(input.shape)}")
@@ -145,4 +146,4 @@ def spectral_tail(input: Tensor, k: int) -> Tensor:
             f"expected 0 <= k <= min(b, f) = {min(input.size(-2), input.size(-1))} "
             f"for input of shape {list(input.shape)}, got k = {k}"
         )
-    return _SpectralTail.apply(input, k)
+    return _SpectralTail.apply(input, int(k))

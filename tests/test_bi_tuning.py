@@ -1,0 +1,729 @@
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from talib_fast.finetune.bi_tuning import BiTuning, Bituning, Classifier
+
+REQUIRED = inspect.Parameter.empty
+CLASSES, QUEUE, FEATURES, PROJECTION, BATCH = 4, 3, 6, 5, 7
+
+
+class Backbone(nn.Module):
+    out_features = FEATURES
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, FEATURES, 3)
+        self.norm = nn.BatchNorm2d(FEATURES) if norm else nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).tanh()
+
+
+def encoder(norm=False, classes=CLASSES, **options):
+    return Classifier(Backbone(norm), classes, PROJECTION, **options)
+
+
+def make(norm=False, classes=CLASSES, K=QUEUE, **options):
+    return BiTuning(encoder(norm, classes), encoder(norm, classes), classes, K, **options)
+
+
+def images(batch=BATCH, device="cpu", dtype=torch.float32):
+    return torch.randn(batch, 3, 5, 5, device=device, dtype=dtype)
+
+
+def step_inputs(batch=BATCH, classes=CLASSES, device="cpu", dtype=torch.float32):
+    labels = torch.randint(classes, (batch,), device=device)
+    return images(batch, device, dtype), images(batch, device, dtype), labels
+
+
+def loss_of(y_q, logits_z, logits_y, labels_c, labels):
+    contrast = nn.KLDivLoss(reduction="batchmean")
+    return F.cross_entropy(y_q, labels) + contrast(logits_z, labels_c) + contrast(logits_y, labels_c)
+
+
+def same_state(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+class Oracle:
+    """Bi-Tuning sample by sample, from its definition; the queues are nested lists ``[class][slot]`` of keys."""
+
+    def __init__(self, model, key_buffers="own"):
+        self.q, self.k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.classes, self.K, self.m, self.T, self.key_buffers = (
+            model.num_classes,
+            model.K,
+            model.m,
+            model.T,
+            key_buffers,
+        )
+        self.queue_h = self.unpack(model.queue_h)
+        self.queue_z = self.unpack(model.queue_z)
+        self.ptr = model.queue_ptr.tolist()
+
+    def unpack(self, queue):
+        return [[queue[:, c, k].clone() for k in range(self.K)] for c in range(self.classes)]
+
+    def pack(self, queue):
+        return torch.stack([torch.stack(keys, 1) for keys in queue], 1)
+
+    def update_key_encoder(self):
+        for q, k in zip(self.q.parameters(), self.k.parameters(), strict=True):
+            k.data = self.m * k.data + (1 - self.m) * q.data
+        for q, k in zip(self.q.buffers(), self.k.buffers(), strict=True):
+            if self.key_buffers == "average" and k.is_floating_point():
+                k.data = self.m * k.data + (1 - self.m) * q.data
+            elif self.key_buffers != "own":
+                k.data = q.data.clone()
+
+    def columns(self, queue, own):
+        order = [own, *(c for c in range(self.classes) if c != own)]
+        return [key for c in order for key in queue[c]]
+
+    def log_probabilities(self, similarities):
+        scores = torch.stack(similarities) / self.T
+        return scores - scores.exp().sum().log()
+
+    def step(self, im_q, im_k, labels):
+        y_q, z_q, h_q = self.q(im_q)
+        with torch.no_grad():
+            self.update_key_encoder()
+            _, z_k, h_k = self.k(im_k)
+        labels = labels.tolist()
+        logits_z = [
+            self.log_probabilities([z_q[i] @ z_k[i], *(z_q[i] @ key for key in self.columns(self.queue_z, c))])
+            for i, c in enumerate(labels)
+        ]
+        for i, c in enumerate(labels):
+            self.queue_h[c][self.ptr[c]], self.queue_z[c][self.ptr[c]] = h_k[i], z_k[i]
+            self.ptr[c] = (self.ptr[c] + 1) % self.K
+        logits_y = []
+        for i, c in enumerate(labels):
+            weight = torch.cat([self.q.head.weight[c], self.q.head.bias[c : c + 1]]).detach()
+            weight = weight / weight.square().sum().sqrt()
+            similarities = [h_q[i] @ weight, *(key @ weight for key in self.columns(self.queue_h, c))]
+            logits_y.append(self.log_probabilities(similarities))
+        labels_c = [1 / (self.K + 1) if j <= self.K else 0.0 for j in range(1 + self.classes * self.K)]
+        labels_c = torch.tensor([labels_c] * len(labels), dtype=y_q.dtype)
+        return y_q, torch.stack(logits_z), torch.stack(logits_y), labels_c
+
+
+# --- Classifier
+
+
+def test_signatures_are_the_contracts():
+    assert [(name, p.default) for name, p in inspect.signature(Classifier).parameters.items()] == [
+        ("backbone", REQUIRED),
+        ("num_classes", REQUIRED),
+        ("projection_dim", 128),
+        ("finetune", True),
+        ("pool_layer", None),
+    ]
+    assert [(name, p.default) for name, p in inspect.signature(BiTuning).parameters.items()] == [
+        ("encoder_q", REQUIRED),
+        ("encoder_k", REQUIRED),
+        ("num_classes", REQUIRED),
+        ("K", 40),
+        ("m", 0.999),
+        ("T", 0.07),
+        ("key_buffers", "own"),
+        ("check_labels", False),
+    ]
+    assert list(inspect.signature(BiTuning.forward).parameters) == ["self", "im_q", "im_k", "labels"]
+    assert Bituning is BiTuning
+
+
+def test_classifier_values(device):
+    model = encoder().to(device).double()
+    x = images(device=device, dtype=torch.float64)
+    y, z, hn = model(x)
+    assert y.shape == (BATCH, CLASSES) and z.shape == (BATCH, PROJECTION) and hn.shape == (BATCH, FEATURES + 1)
+    for i, h in enumerate(model.backbone(x).mean((2, 3))):
+        projection, extended = model.projector(h), torch.cat([h, h.new_ones(1)])
+        torch.testing.assert_close(y[i], model.head(h))
+        torch.testing.assert_close(z[i], projection / projection.square().sum().sqrt())
+        torch.testing.assert_close(hn[i], extended / extended.square().sum().sqrt())
+    evaluated = model.eval()(x)
+    assert isinstance(evaluated, torch.Tensor) and torch.equal(evaluated, y)
+
+
+def test_classifier_initialises_the_head_narrowly():
+    model = Classifier(Backbone(), 5000)
+    assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model.head.weight.mean().item() == pytest.approx(0, abs=5e-4)
+    assert not model.head.bias.any() and model.projection_dim == 128 and model.projector.out_features == 128
+
+
+@pytest.mark.parametrize("finetune, pretrained_lr", [(True, 0.1 * 0.3), (False, 0.3)])
+def test_classifier_has_four_parameter_groups(finetune, pretrained_lr):
+    model = encoder(finetune=finetune)
+    groups = model.get_parameters(base_lr=0.3)
+    assert [group["lr"] for group in groups] == [pretrained_lr, 0.3, 0.3, pretrained_lr]
+    modules = (model.backbone, model.bottleneck, model.head, model.projector)
+    for group, module in zip(groups, modules, strict=True):
+        assert set(group) == {"params", "lr"}
+        assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
+    rate = 0.1 if finetune else 1.0
+    assert [group["lr"] for group in model.get_parameters()] == [rate, 1.0, 1.0, rate]
+
+
+def test_classifier_state_dict_and_pool_layer():
+    pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    model = Classifier(Backbone(), CLASSES, PROJECTION, False, pool)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
+        "backbone.conv.weight": (FEATURES, 3, 3, 3),
+        "backbone.conv.bias": (FEATURES,),
+        "head.weight": (CLASSES, FEATURES),
+        "head.bias": (CLASSES,),
+        "projector.weight": (PROJECTION, FEATURES),
+        "projector.bias": (PROJECTION,),
+    }
+    assert model.pool_layer is pool and model.finetune is False
+    assert model.features_dim == FEATURES and model.num_classes == CLASSES
+    x = images()
+    torch.testing.assert_close(model(x)[0], model.head(model.backbone(x).amax((2, 3))))
+
+
+@pytest.mark.parametrize("dimension", [0, -1])
+def test_classifier_with_a_bad_projection(dimension):
+    with pytest.raises(ValueError, match=rf"projection_dim >= 1, got {dimension}"):
+        Classifier(Backbone(), CLASSES, dimension)
+
+
+# --- BiTuning: values
+
+
+@pytest.mark.parametrize("key_buffers", ["own", "copy", "average"])
+def test_many_training_steps_equal_the_per_sample_loop(key_buffers):
+    model = make(norm=True, m=0.9, T=0.5, key_buffers=key_buffers).double()
+    oracle = Oracle(model, key_buffers)
+    optimizers = [torch.optim.SGD(e.get_parameters(0.2), lr=0.2, momentum=0.9) for e in (model.encoder_q, oracle.q)]
+    for step in range(25):
+        im_q, im_k, labels = step_inputs(dtype=torch.float64)
+        if step % 5 == 1:
+            labels.fill_(step % CLASSES)
+        outputs, expected = model(im_q, im_k, labels), oracle.step(im_q, im_k, labels)
+        for got, value in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-9)
+        for results, optimizer in zip((outputs, expected), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(*results, labels).backward()
+            optimizer.step()
+        torch.testing.assert_close(model.queue_h, oracle.pack(oracle.queue_h))
+        torch.testing.assert_close(model.queue_z, oracle.pack(oracle.queue_z))
+        assert model.queue_ptr.tolist() == oracle.ptr
+    for encoder, reference in ((model.encoder_q, oracle.q), (model.encoder_k, oracle.k)):
+        for name, tensor in encoder.state_dict().items():
+            torch.testing.assert_close(tensor, reference.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes, K, batch", [(1, 1, 4), (1, 5, 3), (3, 1, 7), (2, 2, 11), (9, 4, 1)])
+def test_odd_sizes_equal_the_per_sample_loop(classes, K, batch):
+    model = make(classes=classes, K=K).double()
+    oracle = Oracle(model)
+    for _ in range(4):
+        inputs = step_inputs(batch, classes, dtype=torch.float64)
+        outputs = model(*inputs)
+        assert outputs[0].shape == (batch, classes)
+        assert all(output.shape == (batch, 1 + classes * K) for output in outputs[1:])
+        for got, value in zip(outputs, oracle.step(*inputs), strict=True):
+            torch.testing.assert_close(got, value)
+        torch.testing.assert_close(model.queue_h, oracle.pack(oracle.queue_h))
+        torch.testing.assert_close(model.queue_z, oracle.pack(oracle.queue_z))
+        assert model.queue_ptr.tolist() == oracle.ptr
+
+
+def test_step_on_the_device_equals_the_per_sample_loop(device):
+    model = make().double()
+    oracle, model = Oracle(model), model.to(device)
+    for _ in range(3):
+        inputs = step_inputs(dtype=torch.float64)
+        outputs = model(*(x.to(device) for x in inputs))
+        for got, value in zip(outputs, oracle.step(*inputs), strict=True):
+            assert got.device.type == device.type
+            torch.testing.assert_close(got.cpu(), value)
+    torch.testing.assert_close(model.queue_h.cpu(), oracle.pack(oracle.queue_h))
+
+
+def test_labels_may_stay_on_the_host(device):
+    model = make().to(device)
+    im_q, im_k, labels = step_inputs()
+    assert model(im_q.to(device), im_k.to(device), labels)[1].device.type == device.type
+
+
+def test_positional_and_keyword_calls_agree():
+    model = make()
+    other = copy.deepcopy(model)
+    im_q, im_k, labels = step_inputs()
+    for got, value in zip(model(im_q, im_k, labels), other(labels=labels, im_k=im_k, im_q=im_q), strict=True):
+        assert torch.equal(got, value)
+
+
+def test_more_samples_of_a_class_than_slots_keep_the_last_writers():
+    model = make()
+    im_q, im_k, _ = step_inputs()
+    model.queue_ptr[2] = 1
+    before = model.queue_z.clone()
+    model(im_q, im_k, torch.full((BATCH,), 2))
+    keys = model.encoder_k(im_k)[1]
+    for slot, sample in {1: 6, 2: 4, 0: 5}.items():
+        torch.testing.assert_close(model.queue_z[:, 2, slot], keys[sample])
+    assert model.queue_ptr.tolist() == [0, 0, (1 + BATCH) % QUEUE, 0]
+    assert torch.equal(model.queue_z[:, [0, 1, 3]], before[:, [0, 1, 3]])
+
+
+def test_columns_are_own_key_then_own_class_then_the_others_ascending():
+    model = make(T=1.0)
+    im_q, im_k, labels = step_inputs()
+    queue = model.queue_z.clone()
+    logits_z = model(im_q, im_k, labels)[1]
+    z_q = model.encoder_q(im_q)[1]
+    for i, label in enumerate(labels.tolist()):
+        order = [label] + [c for c in range(CLASSES) if c != label]
+        expected = torch.cat([z_q[i] @ queue[:, c] for c in order])
+        differences = logits_z[i, 1:] - logits_z[i, 1]
+        torch.testing.assert_close(differences, expected - expected[0])
+        own_key = z_q[i] @ model.encoder_k(im_k)[1][i]
+        torch.testing.assert_close(logits_z[i, 0] - logits_z[i, 1], own_key - expected[0])
+
+
+def test_logits_z_reads_the_queue_before_this_batch_logits_y_after():
+    model, (im_q, im_k, _) = make(T=1.0), step_inputs()
+    labels = torch.arange(BATCH) % CLASSES
+    queues = [(model.queue_z.clone(), model.queue_h.clone())]
+    _, logits_z, logits_y, _ = model(im_q, im_k, labels)
+    queues.append((model.queue_z, model.queue_h))
+    z_q, head = model.encoder_q(im_q)[1], model.encoder_q.head
+    weight = F.normalize(torch.cat([head.weight, head.bias[:, None]], 1), dim=1)[labels]
+    for right, (queue_z, queue_h) in zip(((True, False), (False, True)), queues, strict=True):
+        keys = ((logits_z, z_q, queue_z), (logits_y, weight, queue_h))
+        for is_right, (logits, query, queue) in zip(right, keys, strict=True):
+            own = torch.stack([query[i] @ queue[:, c] for i, c in enumerate(labels)])
+            differences = logits[:, 1 : QUEUE + 1] - logits[:, 1:2]
+            assert torch.allclose(differences, own - own[:, :1], atol=1e-5) is is_right
+
+
+def test_outputs_are_log_probabilities_and_even_contrastive_labels(device):
+    model = make().to(device)
+    _, logits_z, logits_y, labels_c = model(*step_inputs(device=device))
+    for logits in (logits_z, logits_y):
+        torch.testing.assert_close(logits.exp().sum(1), torch.ones(BATCH, device=device))
+    assert (labels_c[:, : QUEUE + 1] == 1 / (QUEUE + 1)).all() and not labels_c[:, QUEUE + 1 :].any()
+    assert not labels_c.requires_grad and labels_c.dtype == torch.float32
+
+
+def test_gradients_reach_the_query_encoder_only():
+    model = make()
+    y_q, logits_z, logits_y, _ = model(*step_inputs())
+    logits_y[:, 0].sum().backward(retain_graph=True)
+    assert model.encoder_q.head.weight.grad is None and model.encoder_q.head.bias.grad is None
+    assert model.encoder_q.projector.weight.grad is None
+    assert model.encoder_q.backbone.conv.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    logits_z[:, 0].sum().backward(retain_graph=True)
+    assert model.encoder_q.head.weight.grad is None and model.encoder_q.projector.weight.grad.abs().sum() > 0
+    y_q.square().sum().backward()
+    assert model.encoder_q.head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder_k.parameters())
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_backward_after_a_second_forward():
+    model = make(m=1.0).double()
+    twin = copy.deepcopy(model)
+    first, second = step_inputs(dtype=torch.float64), step_inputs(dtype=torch.float64)
+    losses = [loss_of(*model(*inputs), inputs[2]) for inputs in (first, second)]
+    sum(losses).backward()
+    for inputs in (first, second):
+        loss_of(*twin(*inputs), inputs[2]).backward()
+    for a, b in zip(model.encoder_q.parameters(), twin.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+# --- BiTuning: state
+
+
+def test_buffers_and_state_dict():
+    torch.manual_seed(3)
+    model = make()
+    shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    assert shapes == {
+        "queue_h": (FEATURES + 1, CLASSES, QUEUE),
+        "queue_z": (PROJECTION, CLASSES, QUEUE),
+        "queue_ptr": (CLASSES,),
+    }
+    assert model.queue_ptr.dtype == torch.long and not model.queue_ptr.any()
+    for queue in (model.queue_h, model.queue_z):
+        torch.testing.assert_close(queue.square().sum(0), torch.ones(CLASSES, QUEUE))
+    encoders = [f"encoder_{x}.{name}" for x in "qk" for name in model.encoder_q.state_dict()]
+    assert set(model.state_dict()) == {"queue_h", "queue_z", "queue_ptr", *encoders}
+    assert (model.K, model.m, model.T, model.num_classes) == (QUEUE, 0.999, 0.07, CLASSES)
+
+
+def test_defaults():
+    model = BiTuning(encoder(), encoder(), CLASSES)
+    assert (model.K, model.m, model.T, model.key_buffers) == (40, 0.999, 0.07, "own")
+    assert "num_classes=4, K=40, m=0.999, T=0.07" in repr(model)
+
+
+def test_key_encoder_starts_as_the_query_encoder():
+    model = make()
+    for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+        assert torch.equal(q, k) and q.requires_grad and not k.requires_grad and q.data_ptr() != k.data_ptr()
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    model = make(norm=True)
+    model(*step_inputs())
+    other, inputs = make(norm=True), step_inputs()
+    other.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    outputs = model(*inputs)
+    for copied in (other, twin):
+        for got, value in zip(copied(*inputs), outputs, strict=True):
+            assert torch.equal(got, value)
+        assert same_state(copied.state_dict(), model.state_dict())
+
+
+def test_fault_momentum_update_rebound_storage():
+    model = make(norm=True, m=0.75, key_buffers="average")
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(torch.randn_like(p))
+    tensors = [*model.encoder_k.parameters(), *model.buffers()]
+    addresses = [t.data_ptr() for t in tensors]
+    before = [k.clone() for k in model.encoder_k.parameters()]
+    for _ in range(2):
+        model(*step_inputs())
+    assert [t.data_ptr() for t in [*model.encoder_k.parameters(), *model.buffers()]] == addresses
+    pairs = zip(before, model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True)
+    for k, q, now in pairs:
+        once = 0.75 * k + 0.25 * q
+        torch.testing.assert_close(now, 0.75 * once + 0.25 * q)
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_extreme_momentum(m):
+    model = make(m=m)
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(1)
+    before = copy.deepcopy(model.encoder_k.state_dict())
+    model(*step_inputs())
+    assert same_state(model.encoder_k.state_dict(), before if m else model.encoder_q.state_dict())
+
+
+@pytest.mark.parametrize("key_buffers", ["own", "copy", "average"])
+def test_buffers_of_the_key_encoder(key_buffers):
+    model, seen = make(norm=True, m=0.75, key_buffers=key_buffers), []
+    model(*step_inputs())
+    norm_q, norm_k = model.encoder_q.backbone.norm, model.encoder_k.backbone.norm
+    previous = norm_k.running_mean.clone()
+    norm_k.num_batches_tracked.fill_(10)
+    model.encoder_k.register_forward_pre_hook(
+        lambda *_: seen.extend((norm_k.running_mean.clone(), norm_k.num_batches_tracked.item()))
+    )
+    im_q, im_k, labels = step_inputs()
+    model(im_q, im_k, labels)
+    query = norm_q.running_mean
+    mean = {"own": previous, "copy": query, "average": 0.75 * previous + 0.25 * query}[key_buffers]
+    tracked = {"own": 10, "copy": 2, "average": 2}[key_buffers]
+    torch.testing.assert_close(seen[0], mean)
+    assert seen[1] == tracked
+    batch_mean = model.encoder_k.backbone.conv(im_k).mean((0, 2, 3))
+    torch.testing.assert_close(norm_k.running_mean, 0.9 * mean + 0.1 * batch_mean)
+    assert norm_k.num_batches_tracked.item() == tracked + 1
+
+
+def test_fault_eval_crashed(device):
+    model = make(norm=True).to(device)
+    im_q, im_k, labels = step_inputs(device=device)
+    model(im_q, im_k, labels)
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for outputs in (model(im_q), model(im_q, im_k), model(im_q, im_k, labels), model(im_q=im_q, labels=labels)):
+            assert isinstance(outputs, torch.Tensor) and torch.equal(outputs, model.encoder_q(im_q))
+    assert outputs.shape == (BATCH, CLASSES)
+    assert same_state(model.state_dict(), before)
+    assert len(model.train()(im_q, im_k, labels)) == 4
+
+
+# --- BiTuning: host synchronisation and operators
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators of a model's forward outside its encoders."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.inside = [], False
+        for e in (model.encoder_q, model.encoder_k):
+            e.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
+            e.register_forward_hook(lambda *_: setattr(self, "inside", False))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not self.inside:
+            self.names.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("classes, K, batch", [(2, 1, 2), (200, 40, 48)])
+def test_fault_forward_took_720_host_syncs_and_3955_operators(classes, K, batch):
+    model, inputs = make(classes=classes, K=K), step_inputs(batch, classes)
+    with Operators(model) as operators:
+        model(*inputs)
+    assert operators.names.count("_local_scalar_dense") <= 2
+    assert not {"item", "nonzero", "is_nonzero", "equal"} & set(operators.names)
+    assert len(operators.names) < 100
+
+
+def test_step_needs_no_value_on_the_host():
+    model, inputs = make(norm=True).to("meta"), [x.to("meta") for x in step_inputs()]
+    outputs = model(*inputs)
+    loss_of(*outputs, inputs[2]).backward()
+    assert [tuple(output.shape) for output in outputs] == [(BATCH, CLASSES)] + [(BATCH, 1 + CLASSES * QUEUE)] * 3
+    model.check_labels = True
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(*inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_step_does_not_synchronise():
+    model, inputs = make(norm=True).cuda(), step_inputs(device="cuda")
+    model(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(*model(*inputs), inputs[2]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_step_in_a_cuda_graph():
+    model, inputs = make().cuda().double(), step_inputs(device="cuda", dtype=torch.float64)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin, graph = copy.deepcopy(model), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = model(*inputs)
+    model.load_state_dict(twin.state_dict())
+    for _ in range(3):
+        for static, new in zip(inputs, step_inputs(device="cuda", dtype=torch.float64), strict=True):
+            static.copy_(new)
+        graph.replay()
+        for got, value in zip(outputs, twin(*inputs), strict=True):
+            torch.testing.assert_close(got, value)
+    assert torch.equal(model.queue_ptr, twin.queue_ptr)
+
+
+# --- BiTuning: precision and compilation
+
+
+def test_autocast_keeps_log_probabilities_in_float32(device):
+    model = make().to(device)
+    exact, inputs = copy.deepcopy(model), step_inputs(device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        outputs = model(*inputs)
+    reference = exact(*inputs)
+    for got, value in zip(outputs, reference, strict=True):
+        torch.testing.assert_close(got.float(), value, atol=0.3, rtol=0.05)
+    loss_of(*(output.float() for output in outputs), inputs[2]).backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder_q.parameters())
+    assert [output.dtype for output in outputs[1:]] == [torch.float32] * 3
+    for output in (outputs[1].exp(), outputs[2].exp(), outputs[3]):
+        torch.testing.assert_close(output.float().sum(1), torch.ones(BATCH, device=device))
+
+
+def test_half_precision_model(device):
+    model = make().to(device)
+    exact, inputs = copy.deepcopy(model), step_inputs(device=device)
+    outputs = model.bfloat16()(inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2])
+    for got, value in zip(outputs, exact(*inputs), strict=True):
+        torch.testing.assert_close(got.float(), value, atol=0.3, rtol=0.05)
+    assert model.queue_h.dtype == model.queue_z.dtype == torch.bfloat16
+
+
+def test_labels_of_any_integer_type():
+    model = make()
+    inputs = step_inputs()
+    outputs = copy.deepcopy(model)(*inputs)
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        for got, value in zip(copy.deepcopy(model)(*inputs[:2], inputs[2].to(dtype)), outputs, strict=True):
+            assert torch.equal(got, value)
+
+
+def test_empty_batch():
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    outputs = model(images(0), images(0), torch.zeros(0, dtype=torch.long))
+    assert [tuple(o.shape) for o in outputs] == [(0, CLASSES)] + [(0, 1 + CLASSES * QUEUE)] * 3
+    assert same_state(model.state_dict(), before)
+
+
+def train(model, forward, steps):
+    optimizer = torch.optim.SGD(model.encoder_q.get_parameters(0.1), lr=0.1)
+    for inputs in steps:
+        loss = loss_of(*forward(*inputs), inputs[2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
+def test_compiled_training_equals_eager():
+    model = make()
+    twin, steps = copy.deepcopy(model), [step_inputs() for _ in range(3)]
+    loss = train(model, torch.compile(model, backend="aot_eager"), steps)
+    torch.testing.assert_close(loss, train(twin, twin, steps))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name])
+
+
+def test_step_compiles_without_a_graph_break_where_labels_are_unchecked():
+    model, inputs = make().to("meta"), [x.to("meta") for x in step_inputs()]
+    outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs)
+    loss_of(*outputs, inputs[2]).backward()
+    assert outputs[1].shape == (BATCH, 1 + CLASSES * QUEUE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_compiled_training_on_cuda_equals_eager_without_a_graph_break():
+    model = make().cuda().double()
+    twin, steps = copy.deepcopy(model), [step_inputs(device="cuda", dtype=torch.float64) for _ in range(3)]
+    loss = train(model, torch.compile(model, backend="aot_eager", fullgraph=True), steps)
+    torch.testing.assert_close(loss, train(twin, twin, steps))
+    torch.testing.assert_close(model.queue_h, twin.queue_h)
+
+
+# --- BiTuning: bad input
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([0, 4, 1], r"labels in \[0, 4\), got labels from 0 to 4"),
+        ([2, -1, 1], r"labels in \[0, 4\), got labels from -1 to 2"),
+    ],
+)
+def test_fault_labels_out_of_range_were_accepted(labels, message):
+    model = make(norm=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model(images(3), images(3), torch.tensor(labels))
+    assert same_state(model.state_dict(), before)
+
+
+def test_labels_on_the_device_are_checked_on_request(device):
+    model = make(check_labels=True).to(device)
+    with pytest.raises(ValueError, match=r"labels in \[0, 4\), got labels from 0 to 9"):
+        model(images(2, device), images(2, device), torch.tensor([0, 9], device=device))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"K": 0}, r"queue length K >= 1, got 0"),
+        ({"m": 1.5}, r"momentum m in \[0, 1\], got 1.5"),
+        ({"m": -0.1}, r"momentum m in \[0, 1\], got -0.1"),
+        ({"m": math.nan}, r"momentum m in \[0, 1\], got nan"),
+        ({"T": 0}, r"temperature T > 0, got 0"),
+        ({"T": math.nan}, r"temperature T > 0, got nan"),
+        ({"key_buffers": "share"}, r"key_buffers to be own, copy or average, got 'share'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        BiTuning(encoder(), encoder(), CLASSES, **options)
+
+
+def test_bad_encoders():
+    one = encoder()
+    with pytest.raises(ValueError, match=r"two encoders, got the same module twice"):
+        BiTuning(one, one, CLASSES)
+    with pytest.raises(ValueError, match=r"two encoders of one architecture"):
+        BiTuning(one, encoder(norm=True), CLASSES)
+    with pytest.raises(ValueError, match=r"two encoders of one architecture"):
+        BiTuning(one, encoder(classes=5), CLASSES)
+    with pytest.raises(ValueError, match=r"num_classes = 4, the encoder's, got 5"):
+        BiTuning(one, encoder(), 5)
+
+
+@pytest.mark.parametrize(
+    "inputs, error, message",
+    [
+        ((images(3),), ValueError, r"im_q, im_k and labels in training mode, got im_q alone"),
+        ((images(3), images(3)), ValueError, r"im_q, im_k and labels in training mode"),
+        ((images(3), images(3), [0, 1, 2]), TypeError, r"tensor of integers, got list"),
+        ((images(3), images(3), torch.zeros(3)), TypeError, r"tensor of integers, got torch.float32"),
+        ((images(3), images(3), torch.zeros(3) > 0), TypeError, r"tensor of integers, got torch.bool"),
+        ((images(3), images(2), torch.arange(3)), ValueError, r"one batch size, got 3, 2 and \[3\]"),
+        ((images(3), images(3), torch.arange(2)), ValueError, r"one batch size, got 3, 3 and \[2\]"),
+        ((images(3), images(3), torch.arange(3)[:, None]), ValueError, r"one batch size, got 3, 3 and \[3, 1\]"),
+    ],
+)
+def test_bad_inputs(inputs, error, message):
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        model(*inputs)
+    assert same_state(model.state_dict(), before)
+
+
+# --- BiTuning: several processes
+
+RANKS, STEPS, PER_RANK = 2, 3, 4
+
+
+def rank_batches(rank):
+    generator = torch.Generator().manual_seed(100 + rank)
+    for _ in range(STEPS):
+        im_q, im_k = torch.randn(2, PER_RANK, 3, 5, 5, generator=generator, dtype=torch.float64)
+        yield im_q, im_k, torch.randint(CLASSES, (PER_RANK,), generator=generator)
+
+
+def train_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    bare = make(m=0.5, T=0.5).double()
+    for inputs in rank_batches(rank):
+        bare(*inputs)
+    torch.manual_seed(rank)
+    model = make(m=0.5, T=0.5).double()
+    train(model, DistributedDataParallel(model), rank_batches(rank))
+    torch.save((bare.state_dict(), model.state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
+def test_fault_rank_0s_queue_overwrote_the_others(tmp_path):
+    torch.multiprocessing.spawn(train_a_rank, (str(tmp_path),), nprocs=RANKS)
+    joined = [
+        [torch.cat(parts) for parts in zip(*ranks, strict=True)]
+        for ranks in zip(*(rank_batches(rank) for rank in range(RANKS)), strict=True)
+    ]
+    torch.manual_seed(0)
+    bare = make(m=0.5, T=0.5).double()
+    for inputs in joined:
+        bare(*inputs)
+    torch.manual_seed(0)
+    trained = make(m=0.5, T=0.5).double()
+    train(trained, trained, joined)
+    for rank in range(RANKS):
+        states = torch.load(tmp_path / f"{rank}.pt")
+        for state, model in zip(states, (bare, trained), strict=True):
+            for name, tensor in model.state_dict().items():
+                torch.testing.assert_close(state[name], tensor, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,219 @@
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from talib_fast.finetune.classifier import Classifier
+
+REQUIRED = inspect.Parameter.empty
+
+
+class Backbone(nn.Module):
+    out_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Vectors(nn.Module):
+    """A backbone whose maps are its inputs."""
+
+    out_features = 3
+
+    def forward(self, x):
+        return x
+
+
+def images(batch=4, device="cpu", dtype=torch.float32):
+    return torch.randn(batch, 3, 7, 5, device=device, dtype=dtype)
+
+
+def bottleneck():
+    return nn.Sequential(nn.Linear(6, 2), nn.ReLU())
+
+
+def max_pool():
+    return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def test_signature_is_the_contracts():
+    parameters = [(name, p.default) for name, p in inspect.signature(Classifier).parameters.items()]
+    assert parameters == [
+        ("backbone", REQUIRED),
+        ("num_classes", REQUIRED),
+        ("bottleneck", None),
+        ("bottleneck_dim", -1),
+        ("head", None),
+        ("finetune", True),
+        ("pool_layer", None),
+    ]
+    base_lr = inspect.signature(Classifier.get_parameters).parameters["base_lr"]
+    assert base_lr.default == 1.0
+
+
+def test_positional_and_keyword_calls_build_the_same():
+    parts = (Backbone(), 5, bottleneck(), 2, nn.Linear(2, 5), False, max_pool())
+    names = ("backbone", "num_classes", "bottleneck", "bottleneck_dim", "head", "finetune", "pool_layer")
+    positional, keyword = Classifier(*parts), Classifier(**dict(zip(names, parts, strict=True)))
+    assert repr(positional) == repr(keyword)
+    for model in (positional, keyword):
+        for name, part in zip(names, parts, strict=True):
+            if name != "bottleneck_dim":
+                assert getattr(model, name) is part
+        assert model.features_dim == 2
+
+
+def test_training_returns_predictions_and_features_evaluation_predictions(device):
+    model = Classifier(Backbone(), 5).to(device)
+    predictions, features = model(images(device=device))
+    assert predictions.shape == (4, 5) and features.shape == (4, 6)
+    predictions = model.eval()(images(device=device))
+    assert isinstance(predictions, torch.Tensor) and predictions.shape == (4, 5)
+    assert predictions.device.type == device.type
+
+
+def test_values_are_mean_pooling_then_linear():
+    model = Classifier(Vectors(), 4).double()
+    x = images(dtype=torch.float64)
+    weight, bias = model.head.weight.tolist(), model.head.bias.tolist()
+    pooled = [[sum(map(sum, channel)) / 35 for channel in sample] for sample in x.tolist()]
+    expected = [
+        [b + sum(w * f for w, f in zip(row, features, strict=True)) for row, b in zip(weight, bias, strict=True)]
+        for features in pooled
+    ]
+    predictions, features = model(x)
+    torch.testing.assert_close(features, torch.tensor(pooled, dtype=torch.float64))
+    torch.testing.assert_close(predictions, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(model.eval()(x), predictions)
+
+
+def test_features_are_taken_after_the_bottleneck():
+    model = Classifier(Backbone(), 5, bottleneck(), 2)
+    model.backbone.eval()
+    x = images()
+    predictions, features = model(x)
+    pooled = model.backbone(x).mean((2, 3))
+    torch.testing.assert_close(features, model.bottleneck(pooled))
+    torch.testing.assert_close(predictions, model.head(features))
+    assert (features >= 0).all() and model.features_dim == 2
+
+
+def test_custom_pool_layer_and_head():
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    model = Classifier(Vectors(), 2, head=head, pool_layer=max_pool()).eval()
+    x = images()
+    torch.testing.assert_close(model(x), head[1](x.amax((2, 3))))
+
+
+def test_backbone_of_vectors_with_identity_pooling():
+    model = Classifier(Vectors(), 2, pool_layer=nn.Identity())
+    x = torch.randn(4, 3)
+    assert torch.equal(model(x)[1], x)
+
+
+@pytest.mark.parametrize("finetune, backbone_lr", [(True, 0.1 * 0.3), (False, 0.3)])
+def test_parameter_groups_and_rates(finetune, backbone_lr):
+    model = Classifier(Backbone(), 5, bottleneck(), 2, finetune=finetune)
+    groups = model.get_parameters(base_lr=0.3)
+    assert [group["lr"] for group in groups] == [backbone_lr, 0.3, 0.3]
+    for group, module in zip(groups, (model.backbone, model.bottleneck, model.head), strict=True):
+        assert set(group) == {"params", "lr"}
+        assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
+    assert [group["lr"] for group in model.get_parameters()] == [0.1 if finetune else 1.0, 1.0, 1.0]
+    assert [group["lr"] for group in model.get_parameters(2.0)] == [0.2 if finetune else 2.0, 2.0, 2.0]
+
+
+def test_optimizer_takes_the_groups_without_a_bottleneck():
+    model = Classifier(Backbone(), 5)
+    optimizer = torch.optim.SGD(model.get_parameters(0.5), lr=0.5, momentum=0.9, nesterov=True)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 0, 2]
+    before = copy.deepcopy(model.state_dict())
+    model(images())[0].square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if name != "backbone.conv.bias")
+
+
+def test_attributes_and_state_dict():
+    model = Classifier(Backbone(), 5, bottleneck(), 2)
+    assert model.num_classes == 5 and model.finetune is True and model.features_dim == 2
+    assert isinstance(Classifier(Backbone(), 5).bottleneck, nn.Identity)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {
+        "backbone.conv.weight": (6, 3, 3, 3),
+        "backbone.conv.bias": (6,),
+        "backbone.bn.weight": (6,),
+        "backbone.bn.bias": (6,),
+        "backbone.bn.running_mean": (6,),
+        "backbone.bn.running_var": (6,),
+        "backbone.bn.num_batches_tracked": (),
+        "bottleneck.0.weight": (2, 6),
+        "bottleneck.0.bias": (2,),
+        "head.weight": (5, 2),
+        "head.bias": (5,),
+    }
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    model, x = Classifier(Backbone(), 5).eval(), images()
+    other = Classifier(Backbone(), 5).eval()
+    assert not torch.equal(other(x), model(x))
+    other.load_state_dict(model.state_dict())
+    for twin in (other, copy.deepcopy(model)):
+        assert torch.equal(twin(x), model(x))
+
+
+def test_autocast_and_half_precision(device):
+    model, x = Classifier(Backbone(), 5).to(device).eval(), images(device=device)
+    exact = model(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), exact, atol=0.05, rtol=0.05)
+    halved = model.bfloat16()(x.bfloat16())
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_numpy_integer_as_number_of_classes():
+    assert Classifier(Backbone(), np.int64(5)).eval()(images()).shape == (4, 5)
+
+
+@pytest.mark.parametrize("num_classes", [0, -3, 2.0, True, "5", None])
+def test_bad_number_of_classes(num_classes):
+    with pytest.raises(ValueError, match=rf"num_classes to be a positive integer, got {num_classes!r}"):
+        Classifier(Backbone(), num_classes)
+
+
+@pytest.mark.parametrize("dimension", [-1, 0, None])
+def test_bottleneck_without_its_dimension(dimension):
+    with pytest.raises(ValueError, match=rf"bottleneck_dim.* >= 1, got {dimension}"):
+        Classifier(Backbone(), 5, bottleneck(), dimension)
+
+
+def test_backbone_is_no_module():
+    with pytest.raises(TypeError, match=r"backbone to be a torch.nn.Module, got function"):
+        Classifier(images, 5)
+
+
+@pytest.mark.parametrize("out_features", [None, "6"])
+def test_backbone_does_not_say_how_many_features(out_features):
+    backbone = nn.Conv2d(3, 6, 3)
+    if out_features:
+        backbone.out_features = out_features
+    with pytest.raises(ValueError, match=rf"integer out_features.*Conv2d has '{out_features or 'none'}'"):
+        Classifier(backbone, 5)
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [(nn.Linear(7, 5), r"head with in_features = 6, got 7"), (nn.Linear(6, 4), r"head with out_features = 5, got 4")],
+)
+def test_head_does_not_fit(head, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(Backbone(), 5, head=head)

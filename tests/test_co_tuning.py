@@ -1,0 +1,935 @@
+import copy
+import inspect
+import math
+import os
+import re
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+
+from talib_fast.finetune import co_tuning, lwf
+from talib_fast.finetune.co_tuning import Classifier, CoTuningLoss, Relationship, calibrate_temperature
+
+REQUIRED = inspect.Parameter.empty
+SOURCE_CLASSES = 5
+
+
+def softmax(row, temperature=1.0):
+    exponentials = [math.exp((x - max(row)) / temperature) for x in row]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def cross_entropies(logits, target):
+    """−Σ target·log_softmax(input) of each sample, in plain loops."""
+    rows = zip(logits.tolist(), target.tolist(), strict=True)
+    return [-sum(p * math.log(q) for p, q in zip(t, softmax(row), strict=True)) for row, t in rows]
+
+
+def batch(size=5, classes=7, device="cpu", dtype=torch.float64):
+    logits = torch.randn(size, classes, dtype=torch.float64) * 3
+    target = torch.rand(size, classes, dtype=torch.float64)
+    return logits.to(device, dtype), (target / target.sum(1, keepdim=True)).to(device, dtype)
+
+
+def source_classifier():
+    return nn.Sequential(nn.Linear(3, SOURCE_CLASSES), nn.BatchNorm1d(SOURCE_CLASSES), nn.Dropout(0.5))
+
+
+def samples(labels=(0, 1, 2, 0, 2, 2, 1, 0, 0)):
+    return torch.randn(len(labels), 3) * 2, torch.tensor(labels)
+
+
+def batches(x, labels, size=4):
+    return list(zip(x.split(size), labels.split(size), strict=True))
+
+
+def table(x, labels, classifier, num_classes=3, temperature=1.0):
+    """The mean softmax of every class, sample by sample, in plain loops."""
+    classifier = copy.deepcopy(classifier).cpu().eval()
+    sums, counts = [[0.0] * SOURCE_CLASSES for _ in range(num_classes)], [0] * num_classes
+    for sample, label in zip(x, labels.tolist(), strict=True):
+        row = softmax(classifier(sample[None])[0].tolist(), temperature)
+        sums[label] = [a + b for a, b in zip(sums[label], row, strict=True)]
+        counts[label] += 1
+    return np.array([[total / count for total in row] for row, count in zip(sums, counts, strict=True)])
+
+
+class Uncalled(nn.Module):
+    """A classifier with the weights of another, which must not be called."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def state_dict(self, *args, **kwargs):
+        return self.classifier.state_dict(*args, **kwargs)
+
+    def forward(self, x):
+        raise AssertionError("the cache was not used")
+
+
+# --- CoTuningLoss
+
+
+def test_signatures_are_the_contracts():
+    assert list(inspect.signature(CoTuningLoss.forward).parameters) == ["self", "input", "target"]
+    positional, keyword_only = [], []
+    for name, p in inspect.signature(Relationship).parameters.items():
+        (keyword_only if p.kind is p.KEYWORD_ONLY else positional).append((name, p.default))
+    assert positional == [("data_loader", REQUIRED), ("classifier", REQUIRED), ("device", REQUIRED), ("cache", None)]
+    assert keyword_only == [
+        ("num_classes", None),
+        ("absent", "error"),
+        ("method", "direct"),
+        ("temperature", 1.0),
+        ("C", 1.0),
+    ]
+    parameters = inspect.signature(Classifier).parameters
+    assert [(name, p.default) for name, p in parameters.items() if name != "kwargs"] == [
+        ("backbone", REQUIRED),
+        ("num_classes", REQUIRED),
+        ("head_source", REQUIRED),
+    ]
+    assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+
+
+def test_loss_is_the_mean_cross_entropy_with_soft_labels(device):
+    logits, target = batch(device=device)
+    loss = CoTuningLoss()(logits, target)
+    expected = sum(cross_entropies(logits, target)) / 5
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64, device=device))
+    assert CoTuningLoss()(target=target, input=logits) == loss
+
+
+def test_loss_with_targets_that_do_not_sum_to_one():
+    logits, target = batch()
+    assert CoTuningLoss()(logits, 3 * target).item() == pytest.approx(3 * sum(cross_entropies(logits, target)) / 5)
+
+
+def test_gradient_of_the_logits(device):
+    logits, target = batch(device=device)
+    CoTuningLoss()(logits.requires_grad_(), target).backward()
+    rows = zip(logits.tolist(), target.tolist(), strict=True)
+    expected = [[(q - p) / 5 for q, p in zip(softmax(row), t, strict=True)] for row, t in rows]
+    torch.testing.assert_close(logits.grad, torch.tensor(expected, dtype=torch.float64, device=device))
+
+
+def test_gradcheck():
+    logits, target = batch(3, 4)
+    assert torch.autograd.gradcheck(lambda x: CoTuningLoss()(x, target), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_loss_is_a_scalar_in_float32_at_least(dtype, target_dtype, device):
+    logits, target = batch(device=device)
+    logits, target = logits.to(dtype).requires_grad_(), target.to(target_dtype)
+    loss = CoTuningLoss()(logits, target)
+    assert loss.shape == () and loss.device == logits.device
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.item() == pytest.approx(sum(cross_entropies(logits.detach(), target)) / 5, rel=1e-5)
+    loss.backward()
+    assert logits.grad.dtype == dtype and logits.grad.abs().sum() > 0
+
+
+def test_loss_under_autocast(device):
+    logits, target = batch(device=device, dtype=torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = CoTuningLoss()(logits.bfloat16(), target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(sum(cross_entropies(logits.bfloat16(), target)) / 5, rel=1e-5)
+
+
+def test_loss_of_an_empty_batch_is_a_scalar(device):
+    loss = CoTuningLoss()(torch.zeros(0, 3, device=device), torch.zeros(0, 3, device=device))
+    assert loss.shape == () and loss.device.type == device.type
+    loss.item()
+
+
+def test_loss_compiles_without_a_graph_break():
+    logits, target = batch(dtype=torch.float32)
+    eager_logits = logits.clone().requires_grad_()
+    compiled = torch.compile(CoTuningLoss(), fullgraph=True, backend="aot_eager")
+    compiled_value, value = compiled(logits.requires_grad_(), target), CoTuningLoss()(eager_logits, target)
+    compiled_value.backward()
+    value.backward()
+    torch.testing.assert_close(compiled_value, value)
+    torch.testing.assert_close(logits.grad, eager_logits.grad)
+
+
+def test_loss_has_no_state_and_copies():
+    logits, target = batch()
+    assert CoTuningLoss().state_dict() == {}
+    assert copy.deepcopy(CoTuningLoss())(logits, target) == CoTuningLoss()(logits, target)
+
+
+@pytest.mark.parametrize(
+    "target, error, message",
+    [
+        (torch.zeros(2, dtype=torch.long), TypeError, r"floating-point tensor of probabilities, got torch.int64"),
+        (np.zeros((2, 3)), TypeError, r"floating-point tensor of probabilities, got ndarray"),
+        (torch.zeros(2, 4), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[2, 4\]"),
+        (torch.zeros(1, 3), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[1, 3\]"),
+    ],
+)
+def test_loss_of_bad_targets(target, error, message):
+    with pytest.raises(error, match=message):
+        CoTuningLoss()(torch.zeros(2, 3), target)
+
+
+def test_loss_of_logits_of_another_rank():
+    with pytest.raises(ValueError, match=r"one shape \[b, N_p\], got \[3\] and \[3\]"):
+        CoTuningLoss()(torch.zeros(3), torch.zeros(3))
+
+
+# --- Classifier
+
+
+class Backbone(nn.Module):
+    out_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def make(**options):
+    return Classifier(Backbone(), 4, nn.Linear(6, SOURCE_CLASSES), **options)
+
+
+@pytest.mark.parametrize("finetune, pretrained_lr", [(True, 0.1 * 0.3), (False, 0.3)])
+def test_classifier_has_four_parameter_groups(finetune, pretrained_lr):
+    model = make(bottleneck=nn.Linear(6, 2), bottleneck_dim=2, finetune=finetune)
+    groups = model.get_parameters(base_lr=0.3)
+    assert [group["lr"] for group in groups] == [pretrained_lr, pretrained_lr, 0.3, 0.3]
+    modules = (model.backbone, model.head_source, model.bottleneck, model.head_target)
+    for group, module in zip(groups, modules, strict=True):
+        assert set(group) == {"params", "lr"}
+        assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
+    rate = 0.1 if finetune else 1.0
+    assert [group["lr"] for group in model.get_parameters()] == [rate, rate, 1.0, 1.0]
+
+
+def test_classifier_is_lwfs_otherwise(device):
+    model = make(bottleneck=nn.Linear(6, 2), bottleneck_dim=2, head_target=nn.Linear(2, 4)).to(device)
+    assert isinstance(model, lwf.Classifier) and model.features_dim == 2
+    x = torch.randn(3, 3, 5, 5, device=device)
+    y_s, y_t = model(x)
+    pooled = model.backbone(x).mean((2, 3))
+    torch.testing.assert_close(y_s, model.head_source(pooled))
+    torch.testing.assert_close(y_t, model.head_target(model.bottleneck(pooled)))
+    torch.testing.assert_close(model.eval()(x), y_t)
+    assert list(model.state_dict()) == [
+        f"{module}.{name}"
+        for module in ("backbone.conv", "bottleneck", "head_source", "head_target")
+        for name in ("weight", "bias")
+    ]
+
+
+def test_classifier_training_step_moves_both_heads():
+    model, relationship = make(), torch.rand(4, SOURCE_CLASSES).softmax(1)
+    optimizer = torch.optim.SGD(model.get_parameters(0.5), lr=0.5, momentum=0.9, nesterov=True)
+    x, labels, before = torch.randn(8, 3, 5, 5), torch.arange(8) % 4, copy.deepcopy(model.state_dict())
+    y_s, y_t = model(x)
+    (nn.functional.cross_entropy(y_t, labels) + 2.3 * CoTuningLoss()(y_s, relationship[labels])).backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- Relationship
+
+
+def test_direct_relationship_is_the_mean_softmax_of_each_class(device):
+    x, labels = samples()
+    classifier = source_classifier().to(device)
+    relationship = Relationship(batches(x, labels), classifier, device)
+    assert isinstance(relationship.relationship, np.ndarray) and relationship.relationship.dtype == np.float32
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
+    np.testing.assert_allclose(relationship.relationship.sum(1), 1, rtol=1e-6)
+
+
+def test_positional_and_keyword_calls_agree(tmp_path):
+    x, labels = samples()
+    loader, classifier = batches(x, labels), source_classifier()
+    positional = Relationship(loader, classifier, "cpu", str(tmp_path / "a"))
+    keyword = Relationship(cache=tmp_path / "b", device="cpu", classifier=classifier, data_loader=loader)
+    np.testing.assert_array_equal(positional.relationship, keyword.relationship)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2, 10.0])
+def test_temperature_divides_the_logits(temperature):
+    x, labels = samples()
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", temperature=temperature)
+    expected = table(x, labels, classifier, temperature=temperature)
+    np.testing.assert_allclose(relationship.relationship, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_classifier_of_another_precision(dtype):
+    x, labels = samples()
+    classifier = source_classifier()
+    relationship = Relationship(batches(x.to(dtype), labels), copy.deepcopy(classifier).to(dtype), "cpu")
+    assert relationship.relationship.dtype == np.float32
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), atol=tolerance)
+    np.testing.assert_allclose(relationship.relationship.sum(1), 1, rtol=1e-6)
+
+
+def test_sums_do_not_drift_over_many_samples():
+    x, labels = torch.randn(20_000, 3), torch.zeros(20_000, dtype=torch.long)
+    classifier = nn.Linear(3, SOURCE_CLASSES)
+    expected = classifier(x).double().softmax(1).mean(0).detach()
+    relationship = Relationship(batches(x, labels, 1000), classifier, "cpu")
+    np.testing.assert_allclose(relationship.relationship[0], expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_classes_appear_one_after_the_other(order):
+    x, labels = samples((0, 0, 1, 1, 2, 2))
+    if order == "descending":
+        x, labels = x.flip(0), labels.flip(0)
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels, 2), classifier, "cpu")
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
+
+
+def with_extra_fields(x, labels):
+    return [(*pair, ["path"] * len(pair[1]), {}) for pair in batches(x, labels)]
+
+
+def with_labels_in_lists(x, labels):
+    return [[x, labels.tolist()] for x, labels in batches(x, labels)]
+
+
+def with_numpy_labels(x, labels):
+    return [(x, labels.numpy()) for x, labels in batches(x, labels)]
+
+
+def with_small_labels(x, labels):
+    return [(x, labels.to(torch.uint8)) for x, labels in batches(x, labels)]
+
+
+def in_a_data_loader(x, labels):
+    return DataLoader(TensorDataset(x, labels, torch.zeros(len(x))), 4)
+
+
+def without_a_length(x, labels):
+    return iter(batches(x, labels))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        with_extra_fields,
+        with_labels_in_lists,
+        with_numpy_labels,
+        with_small_labels,
+        in_a_data_loader,
+        without_a_length,
+    ],
+)
+def test_loaders_of_every_kind(loader):
+    x, labels = samples()
+    classifier = source_classifier()
+    relationship = Relationship(loader(x, labels), classifier, "cpu")
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:No data was collected")  # coverage, of a worker that runs none of our code
+def test_data_loader_with_workers_and_a_cache(tmp_path):
+    x, labels = samples()
+    classifier, dataset = source_classifier(), TensorDataset(x, labels)
+    relationship = Relationship(DataLoader(dataset, 2, num_workers=2), classifier, "cpu", tmp_path / "table")
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
+    again = Relationship(DataLoader(dataset, 5), Uncalled(classifier), "cpu", tmp_path / "table")
+    np.testing.assert_array_equal(again.relationship, relationship.relationship)
+
+
+def test_empty_batch_among_others():
+    x, labels = samples()
+    classifier = source_classifier()
+    loader = [(x[:4], labels[:4]), (x[:0], labels[:0]), (x[4:], labels[4:])]
+    relationship = Relationship(loader, classifier, "cpu")
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
+
+
+def test_fault_classifier_was_left_in_eval():
+    classifier = source_classifier().train()
+    classifier[2].eval()
+    before = copy.deepcopy(classifier.state_dict())
+    Relationship(batches(*samples()), classifier, "cpu")
+    with pytest.raises(ValueError, match="have none"):
+        Relationship(batches(*samples((0, 2))), classifier, "cpu")
+    with pytest.raises(ValueError, match="labels in"):
+        Relationship(batches(*samples((0, 2))), classifier, "cpu", num_classes=2)
+    assert [module.training for module in classifier.modules()] == [True, True, True, False]
+    assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
+
+
+def test_fault_every_batch_was_copied_to_the_host(monkeypatch):
+    copied = []
+    for name in ("cpu", "numpy", "tolist"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda x, *a, real=real, **k: (x.dim() > 1 and copied.append(x.shape), real(x, *a, **k))[1],
+        )
+    Relationship(batches(*samples(), size=1), source_classifier(), "cpu")
+    assert 1 <= len(copied) <= 2 and set(copied) == {(3, SOURCE_CLASSES)}
+
+
+# --- absent classes
+
+
+def test_fault_absent_class_gave_a_nan_row_and_a_short_table():
+    x, labels = samples((0, 3, 3, 0))
+    classifier = source_classifier()
+    with pytest.raises(ValueError, match=r"every target class, but 2 of 4 have none: \[1, 2\]; pass absent="):
+        Relationship(batches(x, labels), classifier, "cpu")
+    with pytest.raises(ValueError, match=r"but 4 of 6 have none: \[1, 2, 4, 5\]"):
+        Relationship(batches(x, labels), classifier, "cpu", num_classes=6)
+    for absent in ("mean", "uniform"):
+        relationship = Relationship(batches(x, labels), classifier, "cpu", num_classes=6, absent=absent)
+        assert relationship.relationship.shape == (6, SOURCE_CLASSES)
+        assert np.isfinite(relationship.relationship).all()
+        np.testing.assert_allclose(relationship.relationship.sum(1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+@pytest.mark.parametrize("absent", ["mean", "uniform"])
+def test_rows_of_absent_classes(absent, method):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+    x, labels = samples((0, 3, 3, 0, 0))
+    classifier = source_classifier()
+    relationship = Relationship(
+        batches(x, labels), classifier, "cpu", num_classes=5, absent=absent, method=method
+    ).relationship
+    mean_over_samples = table(x, torch.zeros(5, dtype=torch.long), classifier, num_classes=1)[0]
+    expected = mean_over_samples if absent == "mean" else np.full(SOURCE_CLASSES, 1 / SOURCE_CLASSES)
+    for row in (1, 2, 4):
+        np.testing.assert_allclose(relationship[row], expected, rtol=1e-5)
+    if method == "direct":
+        present = table(x, labels.clamp_max(1), classifier, num_classes=2)
+        np.testing.assert_allclose(relationship[[0, 3]], present, rtol=1e-5)
+
+
+def test_absent_is_ignored_where_every_class_has_samples():
+    loader, classifier = batches(*samples()), source_classifier()
+    tables = [Relationship(loader, classifier, "cpu", absent=a).relationship for a in ("error", "mean", "uniform")]
+    np.testing.assert_array_equal(tables[0], tables[1])
+    np.testing.assert_array_equal(tables[0], tables[2])
+
+
+# --- reverse
+
+
+def logistic_regression(features, labels, C):
+    """Newton's method for C·Σ cross entropy + ½‖W‖² with an unpenalised intercept; gives p(label | feature)."""
+    n, f = features.shape
+    classes = int(labels.max()) + 1
+    design, targets = np.hstack([features, np.ones((n, 1))]), np.eye(classes)[labels]
+    penalty = np.append(np.ones(f), 0)
+
+    def predict(design, weights):
+        scores = np.exp(design @ weights.T)
+        return scores / scores.sum(1, keepdims=True)
+
+    weights = np.zeros((classes, f + 1))
+    for _ in range(50):
+        p = predict(design, weights)
+        gradient = C * (p - targets).T @ design + weights * penalty
+        hessian = np.zeros((classes, f + 1, classes, f + 1))
+        for a in range(classes):
+            for b in range(classes):
+                curvature = p[:, a] * ((a == b) - p[:, b])
+                hessian[a, :, b, :] = C * (design * curvature[:, None]).T @ design + (a == b) * np.diag(penalty)
+        size = classes * (f + 1)
+        weights -= (np.linalg.pinv(hessian.reshape(size, size)) @ gradient.ravel()).reshape(weights.shape)
+    return lambda x: predict(np.hstack([x, np.ones((len(x), 1))]), weights)
+
+
+@pytest.mark.parametrize("C, temperature", [(1.0, 1.0), (0.3, 2.0)])
+def test_reverse_relationship_is_a_logistic_regression_turned_round(C, temperature):
+    pytest.importorskip("sklearn")
+    x = torch.randn(60, 3) * 2
+    labels = x.argmax(1)
+    classifier = source_classifier()
+    relationship = Relationship(
+        batches(x, labels), classifier, "cpu", method="reverse", C=C, temperature=temperature
+    ).relationship
+
+    logits = copy.deepcopy(classifier).eval()(x).tolist()
+    probabilities = np.array([softmax(row, temperature) for row in logits])
+    p_target = logistic_regression(probabilities, labels.numpy(), C)(np.eye(SOURCE_CLASSES))
+    p_source = probabilities.mean(0)
+    for t in range(3):
+        joint = [p_target[s, t] * p_source[s] for s in range(SOURCE_CLASSES)]
+        np.testing.assert_allclose(relationship[t], np.array(joint) / sum(joint), atol=5e-4)
+    assert relationship.dtype == np.float32
+
+
+def test_reverse_relationship_of_two_classes():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x = torch.randn(40, 3) * 2
+    labels = (x[:, 0] > 0).long()
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse").relationship
+    probabilities = copy.deepcopy(classifier).eval()(x).double().softmax(1).detach().numpy()
+    regression = linear_model.LogisticRegression().fit(probabilities, labels.numpy())
+    for t in range(2):
+        joint = regression.predict_proba(np.eye(SOURCE_CLASSES))[:, t] * probabilities.mean(0)
+        np.testing.assert_allclose(relationship[t], joint / joint.sum(), atol=1e-5)
+
+
+def test_reverse_relationship_of_one_class():
+    pytest.importorskip("sklearn")
+    x, labels = samples((0, 0, 0))
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse")
+    np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier, 1), rtol=1e-5)
+
+
+def test_reverse_needs_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match="needs scikit-learn: pip install scikit-learn"):
+        Relationship(batches(*samples()), source_classifier(), "cpu", method="reverse")
+
+
+# --- indexing
+
+
+def test_indexing_gives_numpy_rows():
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    rows = relationship.relationship
+    indices = (1, [2, 0], np.array([1, 1]), slice(0, 2), torch.tensor([2, 0, 0]), torch.tensor(1))
+    for index in indices:
+        got = relationship[index]
+        assert isinstance(got, np.ndarray) and got.dtype == np.float32
+        plain = index.tolist() if isinstance(index, torch.Tensor) else index
+        np.testing.assert_array_equal(got, rows[plain])
+    assert relationship[1].shape == (SOURCE_CLASSES,) and relationship[[2, 0]].shape == (2, SOURCE_CLASSES)
+
+
+def test_rows_become_a_tensor_as_upstreams_script_does(device):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    label_t = torch.tensor([2, 0, 1, 1])
+    target = torch.from_numpy(relationship[label_t]).to(device).float()
+    assert target.shape == (4, SOURCE_CLASSES)
+    assert CoTuningLoss()(torch.randn(4, SOURCE_CLASSES, device=device), target).isfinite()
+
+
+def test_indexing_with_labels_on_the_device(device):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    np.testing.assert_array_equal(relationship[torch.tensor([2, 0], device=device)], relationship.relationship[[2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.uint8])
+def test_lookup_gives_rows_on_the_labels_device(device, dtype):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    labels = torch.tensor([2, 0, 1, 1], device=device, dtype=dtype)
+    for _ in range(2):
+        rows = relationship.lookup(labels)
+        assert rows.dtype == torch.float32 and rows.device == labels.device
+        np.testing.assert_array_equal(rows.cpu(), relationship.relationship[[2, 0, 1, 1]])
+
+
+def test_lookup_keeps_a_table_for_every_device():
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    for name in ("cpu", "meta", "cpu"):
+        rows = relationship.lookup(torch.tensor([2, 0], device=name))
+        assert rows.device.type == name and rows.shape == (2, SOURCE_CLASSES)
+
+
+def test_lookup_gives_a_copy():
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    before = relationship.relationship.copy()
+    relationship.lookup(torch.tensor([0, 1])).zero_()
+    np.testing.assert_array_equal(relationship.relationship, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_lookup_does_not_synchronise():
+    relationship, labels = Relationship(batches(*samples()), source_classifier(), "cpu"), torch.tensor([2, 0]).cuda()
+    relationship.lookup(labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        relationship.lookup(labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- cache
+
+
+def test_fault_cache_path_without_npy_was_never_found_again(tmp_path):
+    x, labels = samples()
+    classifier, loader = source_classifier(), batches(x, labels)
+    for kind in (str, lambda path: path):
+        for name in ("table", "table2.npy", "table3.npz", "new/folder/table"):
+            relationship = Relationship(loader, classifier, "cpu", kind(tmp_path / name))
+            again = Relationship(loader, Uncalled(classifier), "cpu", kind(tmp_path / name))
+            np.testing.assert_array_equal(again.relationship, relationship.relationship)
+            np.testing.assert_allclose(again.relationship, table(x, labels, classifier), rtol=1e-5)
+
+
+def test_cache_names_that_differ_after_a_dot_are_two_files(tmp_path):
+    x, labels = samples()
+    classifier, loader = source_classifier(), batches(x, labels)
+    tables = [Relationship(loader, classifier, "cpu", tmp_path / f"T{t}", temperature=t) for t in (0.1, 0.5)]
+    again = [Relationship(loader, Uncalled(classifier), "cpu", tmp_path / f"T{t}", temperature=t) for t in (0.1, 0.5)]
+    for a, b in zip(tables, again, strict=True):
+        np.testing.assert_array_equal(a.relationship, b.relationship)
+
+
+def test_cached_rows_become_tensors_without_a_warning(tmp_path):
+    loader, classifier = batches(*samples()), source_classifier()
+    for _ in range(2):
+        relationship = Relationship(loader, classifier, "cpu", tmp_path / "table")
+        assert relationship.relationship.dtype == np.float32
+        torch.from_numpy(relationship[0])
+        torch.from_numpy(relationship.relationship)
+        relationship.lookup(torch.tensor([0]))
+
+
+def test_no_cache_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Relationship(batches(*samples()), source_classifier(), "cpu")
+    assert os.listdir(tmp_path) == []
+
+
+def recomputed(loader, classifier, path, **options):
+    with pytest.warns(UserWarning, match=re.escape(str(path)) + " is computed again: it") as caught:
+        relationship = Relationship(loader, classifier, "cpu", path, **options)
+    assert [warning.filename for warning in caught] == [__file__]
+    again = Relationship(loader, Uncalled(classifier), "cpu", path, **options)
+    np.testing.assert_array_equal(again.relationship, relationship.relationship)
+    return relationship.relationship
+
+
+def test_fault_stale_cache_was_loaded_blindly(tmp_path):
+    x, labels = samples()
+    path, classifier, other = tmp_path / "table.npz", source_classifier(), source_classifier()
+    loader = in_a_data_loader(x, labels)
+    Relationship(loader, classifier, "cpu", path)
+    np.testing.assert_allclose(recomputed(loader, other, path), table(x, labels, other), rtol=1e-5)
+    flipped = in_a_data_loader(x, 2 - labels)
+    np.testing.assert_allclose(recomputed(flipped, other, path), table(x, 2 - labels, other), rtol=1e-5)
+    hotter = recomputed(flipped, other, path, temperature=2.0)
+    np.testing.assert_allclose(hotter, table(x, 2 - labels, other, temperature=2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_classes": 4, "absent": "mean"}, {"absent": "uniform"}, {"temperature": 0.5}, {"C": 2.0}]
+)
+def test_cache_made_with_other_options(tmp_path, options):
+    loader, classifier, path = batches(*samples()), source_classifier(), tmp_path / "table.npz"
+    Relationship(loader, classifier, "cpu", path)
+    expected = Relationship(loader, classifier, "cpu", **options).relationship
+    np.testing.assert_array_equal(recomputed(loader, classifier, path, **options), expected)
+
+
+def test_cache_made_by_the_other_method(tmp_path):
+    pytest.importorskip("sklearn")
+    loader, classifier, path = batches(*samples()), source_classifier(), tmp_path / "table.npz"
+    direct = Relationship(loader, classifier, "cpu", path).relationship
+    assert not np.allclose(recomputed(loader, classifier, path, method="reverse"), direct)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_var", "1.num_batches_tracked"])
+def test_cache_made_with_other_weights_or_buffers(tmp_path, name):
+    loader, classifier, path = batches(*samples()), source_classifier(), tmp_path / "table.npz"
+    Relationship(loader, classifier, "cpu", path)
+    classifier.state_dict()[name].flatten()[:1].add_(1)
+    recomputed(loader, classifier, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fingerprint_of_any_precision(tmp_path, dtype):
+    x, labels = samples()
+    classifier, loader = source_classifier().to(dtype), batches(x.to(dtype), labels)
+    first = Relationship(loader, classifier, "cpu", tmp_path / "table").relationship
+    again = Relationship(loader, Uncalled(classifier), "cpu", tmp_path / "table").relationship
+    np.testing.assert_array_equal(first, again)
+
+
+class Pictures(Dataset):
+    """As an image folder: it shows its classes, files and labels, not its pixels."""
+
+    def __init__(self, labels, classes=("cat", "dog", "owl"), prefix="a", targets=np.asarray):
+        self.classes = list(classes)
+        self.targets = targets(labels)
+        self.samples = [(f"{prefix}{i}.jpg", label) for i, label in enumerate(labels)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index)), self.samples[index][1]
+
+
+def tensors(seed, labels=(0, 1, 2, 0, 2, 2)):
+    return TensorDataset(torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)), torch.tensor(labels))
+
+
+DATA_SETS = {
+    "tensors": (tensors(0), tensors(1)),
+    "labels": (tensors(0), tensors(0, (0, 1, 2, 0, 2, 1))),
+    "length": (tensors(0), Subset(tensors(0), range(5))),
+    "subset": (Subset(tensors(0), [0, 1, 2, 3]), Subset(tensors(0), [0, 1, 2, 4])),
+    "subset of other tensors": (Subset(tensors(0), [0, 1, 2]), Subset(tensors(1), [0, 1, 2])),
+    "concatenation": (ConcatDataset([tensors(0), tensors(1)]), ConcatDataset([tensors(0), tensors(2)])),
+    "class names": (Pictures([0, 1, 2]), Pictures([0, 1, 2], ("cat", "dog", "yak"))),
+    "files": (Pictures([0, 1, 2]), Pictures([0, 1, 2], prefix="b")),
+    "targets": (Pictures([0, 1, 2, 2]), Pictures([0, 1, 2, 1])),
+    "list": (list(tensors(0)), list(tensors(1))),
+    "objects": tuple(
+        Pictures([0, 1, 2], targets=lambda _, middle=middle: np.array([0] * 1000 + [middle] + [0] * 1000, dtype=object))
+        for middle in (1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_cache_made_from_another_data_set(tmp_path, name):
+    classifier, path = source_classifier(), tmp_path / "table.npz"
+    first, second = DATA_SETS[name]
+    Relationship(DataLoader(first, 2), Uncalled(classifier).classifier, "cpu", path)
+    again = Relationship(DataLoader(copy.deepcopy(first), 3), Uncalled(classifier), "cpu", path)
+    expected = Relationship(DataLoader(second, 2), classifier, "cpu").relationship
+    np.testing.assert_array_equal(recomputed(DataLoader(second, 2), classifier, path), expected)
+    assert again.relationship.shape == (3, SOURCE_CLASSES)
+
+
+def test_cache_made_from_another_list_of_batches(tmp_path):
+    classifier, path = source_classifier(), tmp_path / "table.npz"
+    x, labels = samples()
+    Relationship(batches(x, labels), classifier, "cpu", path)
+    got = recomputed(batches(x, 2 - labels), classifier, path)
+    np.testing.assert_allclose(got, table(x, 2 - labels, classifier), rtol=1e-5)
+
+
+def flip_a_bit(name, offset):
+    """Damage the zip archive's central directory at ``offset`` of the entry of ``name``."""
+
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        entry = content.index(b"PK\x01\x02", content.rindex(b"PK\x01\x02") if name == "fingerprint" else 0)
+        content[entry + offset] ^= 0x01 if offset == 8 else 0x40
+        path.write_bytes(content)
+
+    return damage
+
+
+def keep_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def save(array):
+    def write(path):
+        with path.open("wb") as file:
+            np.save(file, array)
+
+    return write
+
+
+def change_a_value(path):
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = content.index(archive.read("relationship.npy")) + 130
+    path.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"not an archive"),
+    "half": keep_half,
+    "a changed value": change_a_value,
+    "another archive": lambda path: np.savez(path, other=np.zeros(3)),
+    "an array": save(np.zeros((3, SOURCE_CLASSES), np.float32)),
+    "a pickle": save(np.array([None])),
+    "an encryption flag": flip_a_bit("fingerprint", 8),
+    "an unknown compression": flip_a_bit("fingerprint", 10),
+    "a damaged entry of the table": flip_a_bit("relationship", 10),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_cache_is_computed_again(tmp_path, name):
+    x, labels = samples()
+    classifier, path = source_classifier(), tmp_path / "table.npz"
+    Relationship(batches(x, labels), classifier, "cpu", path)
+    DAMAGES[name](path)
+    got = recomputed(batches(x, labels), classifier, path)
+    np.testing.assert_allclose(got, table(x, labels, classifier), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((3, SOURCE_CLASSES, 1), np.float32), np.zeros((2, SOURCE_CLASSES), np.float32)]
+)
+def test_cached_table_of_another_shape_is_computed_again(tmp_path, wrong):
+    x, labels = samples()
+    classifier, path = source_classifier(), tmp_path / "table.npz"
+    Relationship(batches(x, labels), classifier, "cpu", path, num_classes=3)
+    with np.load(path) as stored:
+        fingerprint = stored["fingerprint"]
+    np.savez(path, relationship=wrong, fingerprint=fingerprint)
+    got = recomputed(batches(x, labels), classifier, path, num_classes=3)
+    np.testing.assert_allclose(got, table(x, labels, classifier), rtol=1e-5)
+
+
+def test_cache_is_written_in_one_step(tmp_path, monkeypatch):
+    loader, classifier, path = batches(*samples()), source_classifier(), tmp_path / "table.npz"
+    first = Relationship(loader, classifier, "cpu", path).relationship
+    content = path.read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(co_tuning.np, "savez", fail)
+        with pytest.raises(OSError, match="disk full"), pytest.warns(UserWarning, match="computed again"):
+            Relationship(loader, classifier, "cpu", path, temperature=2.0)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["table.npz"]
+    again = Relationship(loader, Uncalled(classifier), "cpu", path).relationship
+    np.testing.assert_array_equal(again, first)
+
+
+def test_failed_computation_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="have none"):
+        Relationship(batches(*samples((0, 2))), source_classifier(), "cpu", tmp_path / "table")
+    assert os.listdir(tmp_path) == []
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"absent": "nan"}, r"absent to be error, mean or uniform, got 'nan'"),
+        ({"method": "bayes"}, r"method to be direct or reverse, got 'bayes'"),
+        ({"temperature": 0}, r"temperature > 0, got 0"),
+        ({"temperature": math.nan}, r"temperature > 0, got nan"),
+        ({"num_classes": 0}, r"num_classes >= 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Relationship(batches(*samples()), source_classifier(), "cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "labels, num_classes, message",
+    [
+        ([0, 1, 3], 3, r"labels in \[0, 3\), got labels from 0 to 3"),
+        ([0, -1, 1], None, r"labels in \[0, 2\), got labels from -1 to 1"),
+        ([0, -1, 1], 3, r"labels in \[0, 3\), got labels from -1 to 1"),
+        ([0, 1], None, r"one label per input, \[3\], got \[2\]"),
+        ([[0], [1], [2]], None, r"one label per input, \[3\], got \[3, 1\]"),
+    ],
+)
+def test_bad_labels(labels, num_classes, message):
+    with pytest.raises(ValueError, match=message):
+        Relationship([(torch.randn(3, 3), torch.tensor(labels))], source_classifier(), "cpu", num_classes=num_classes)
+
+
+@pytest.mark.parametrize(
+    "loader, message",
+    [
+        ([torch.zeros(2, 3)], r"batches \(x, labels, ...\), got Tensor"),
+        ([(torch.zeros(2, 3),)], r"batches \(x, labels, ...\), got tuple"),
+        ([{"x": torch.zeros(2, 3)}], r"batches that are a tensor or start with one, got dict"),
+        ([(torch.zeros(2, 3), torch.zeros(2))], r"integer labels, got torch.float32"),
+        ([(torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool))], r"integer labels, got torch.bool"),
+    ],
+)
+def test_bad_batches(loader, message):
+    with pytest.raises(TypeError, match=message):
+        Relationship(loader, source_classifier(), "cpu")
+
+
+def test_empty_loader():
+    with pytest.raises(ValueError, match=r"at least one batch, got an empty one"):
+        Relationship([], source_classifier(), "cpu")
+
+
+def test_classifier_does_not_return_logits():
+    with pytest.raises(ValueError, match=r"logits of shape \[b, N\] in eval mode, got \[2, 3, 1\]"):
+        Relationship([(torch.zeros(2, 3, 1), torch.tensor([0, 1]))], nn.Identity(), "cpu")
+
+
+# --- calibration
+
+
+def mean_cross_entropy(logits, labels, temperature):
+    rows = zip(logits.tolist(), labels.tolist(), strict=True)
+    return -sum(math.log(softmax(row, temperature)[label]) for row, label in rows) / len(labels)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_calibrated_temperature_is_the_best_of_a_grid(scale, dtype):
+    true_logits = torch.randn(200, 4, dtype=torch.float64) * 2
+    labels = torch.distributions.Categorical(logits=true_logits).sample()
+    logits = (true_logits * scale).to(dtype)
+    grid = np.geomspace(scale / 3, scale * 3, 61)
+    losses = [mean_cross_entropy(logits, labels, t) for t in grid]
+    best = int(np.argmin(losses))
+    temperature = calibrate_temperature(logits, labels)
+    assert isinstance(temperature, float)
+    assert grid[best - 1] < temperature < grid[best + 1]
+    assert mean_cross_entropy(logits, labels, temperature) <= losses[best]
+    for nearby in (0.999, 1.001):
+        assert mean_cross_entropy(logits, labels, temperature) < mean_cross_entropy(
+            logits, labels, temperature * nearby
+        )
+
+
+def test_calibration_undoes_a_scale():
+    logits, labels = torch.randn(300, 4, dtype=torch.float64) * 2, torch.randint(4, (300,))
+    labels = torch.where(torch.rand(300) < 0.8, logits.argmax(1), labels)
+    assert calibrate_temperature(7 * logits, labels) == pytest.approx(7 * calibrate_temperature(logits, labels))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_calibration_without_a_minimum_is_finite(sign):
+    logits = sign * 10 * torch.eye(3)
+    assert 0 < calibrate_temperature(logits, torch.arange(3)) < math.inf
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibration_without_gradients(mode):
+    logits, labels = torch.randn(20, 4, requires_grad=True), torch.randint(4, (20,))
+    expected = calibrate_temperature(logits, labels)
+    with mode():
+        assert calibrate_temperature(logits, labels) == expected
+        assert calibrate_temperature(logits.clone(), labels.clone()) == expected
+    assert logits.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_calibration_with_labels_of_any_integer_type(dtype):
+    logits, labels = torch.randn(20, 4), torch.randint(4, (20,))
+    assert calibrate_temperature(logits, labels.to(dtype)) == calibrate_temperature(logits, labels)
+
+
+@pytest.mark.parametrize("logits, labels", [((4,), (4,)), ((4, 3), (3,)), ((4, 3), (4, 1)), ((0, 3), (0,))], ids=str)
+def test_calibration_of_bad_shapes(logits, labels):
+    message = (
+        rf"logits \[N, N_p\] and labels \[N\], got {re.escape(str(list(logits)))} and {re.escape(str(list(labels)))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        calibrate_temperature(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
