@@ -1,0 +1,41 @@
+"""``python -m talib_fast info``: versions, devices, and which backend serves each operation where."""
+
+import platform
+
+import numpy as np
+import torch
+
+from . import ops
+from .version import __version__
+
+
+def describe() -> str:
+    """A few aligned lines for a bug report or a curious user."""
+    lines = [
+        f"talib_fast  {__version__}",
+        f"torch       {torch.__version__}",
+        f"numpy       {np.__version__}",
+        f"python      {platform.python_version()}",
+        "",
+        f"cpu         {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        *gpus(),
+        "",
+    ]
+    for operation, devices in ops.backends().items():
+        for device, (backend, reason) in devices.items():
+            lines.append(f"{operation:<18}{device:<6}{backend:<10}{reason}")
+    return "\n".join(lines)
+
+
+def gpus() -> list[str]:
+    if torch.version.cuda is None:
+        return ["cuda        this torch is built without it"]
+    if not torch.cuda.is_available():
+        return [f"cuda        no GPU is usable (torch is built with CUDA {torch.version.cuda})"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index}"
+        capability = f"compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}"
+        lines.append(f"{name:<12}{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
+    return lines

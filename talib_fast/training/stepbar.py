@@ -1,0 +1,36 @@
+"""A run's progress: a bar on a terminal, a line per evaluation anywhere else."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class StepBar:
+    """Use as a context; ``done`` steps of ``total`` are behind already."""
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total, self.step = title, total, done
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(desc=title, total=total, initial=done, unit="step", leave=False, dynamic_ncols=True)
+
+    def __enter__(self) -> "StepBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, loss: float, accuracies: Sequence[tuple[int, float]]) -> None:
+        """Another step is done, with this loss; ``accuracies`` are the (step, %) pairs so far."""
+        self.step += 1
+        latest = f", accuracy {accuracies[-1][1]:.1f} %" if accuracies else ""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}{latest}", refresh=False)
+            self.bar.update()
+        elif accuracies and accuracies[-1][0] == self.step:
+            print(f"  {self.title}: step {self.step}/{self.total}, loss {loss:.3f}{latest}", file=sys.stderr)

@@ -1,0 +1,104 @@
+"""A network, images and options small enough that a whole run takes a fraction of a second."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from talib_fast.training import networks, options
+from talib_fast.training.data import TaskData, load_image_folder
+from talib_fast.training.networks import Network
+from talib_fast.training.options import Options
+from talib_fast.training.trainer import Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks gain nothing from a second thread, and lose much where other tests run at the same time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Tiny(nn.Module):
+    out_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.block2 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block2(self.block1(x))
+
+
+def tiny_network(weights: Path | None = None) -> Network:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Network("tiny", Tiny(), nn.Linear(16, 7), None, ("block1", "block2"))
+
+
+def register_tiny() -> None:
+    """Make the network known as ``--network tiny``."""
+    networks.NETWORKS["tiny"] = tiny_network
+
+
+def make_images(folder: Path, classes: int = 3, images: int = 8, size: int = 20) -> Path:
+    """An image folder whose classes differ in colour."""
+    generator = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(images):
+            pixels = generator.integers(0, 120, (size, size + 4, 3), dtype=np.uint8)
+            pixels[..., label % 3] += 100
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
+    return folder
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    """The command line of a small job; ``more`` is appended and wins."""
+    small = {
+        "--network": "tiny",
+        "--data": str(data),
+        "--out": str(out),
+        "--image-size": "16",
+        "--batch-size": "6",
+        "--steps": "12",
+        "--labels-per-class": "4",
+        "--device": "cpu",
+        "--threads": "1",
+    }
+    return ["finetune", *(word for pair in small.items() for word in pair), *more]
+
+
+def make_options(*words: str) -> Options:
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    return options.parse(parser.parse_args(list(words)))
+
+
+def make_data(folder: Path, seed: int = 0, batch_size: int = 6, augmentation: str = "shift") -> TaskData:
+    return TaskData(
+        load_image_folder(folder),
+        labels_per_class=4,
+        test_images=9,
+        size=16,
+        seed=seed,
+        batch_size=batch_size,
+        augmentation=augmentation,
+        device=CPU,
+    )
+
+
+def make_run(method: str, data: TaskData, checkpoint: Path, *words: str, network: Network | None = None) -> Run:
+    chosen = make_options("--steps", "12", *words)
+    settings = chosen.settings()
+    return Run(method, data.seed, network or tiny_network(), data, chosen, CPU, settings, checkpoint)
