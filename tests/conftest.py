@@ -9,6 +9,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -180,16 +180,15 @@ class BiTuning(nn.Module):
         self.queue_z.view(len(self.queue_z), -1).index_copy_(1, slot, z[last].T.to(self.queue_z.dtype))
         self.queue_ptr.index_add_(0, labels, torch.ones_like(labels)).remainder_(self.K)
 
-    def _own_class_first(self, similarity: Tensor, labels: Tensor) -> Tensor:
-        """Order the columns ``[b, C·K]`` of each row: the own class, then the others ascending."""
+    def _own_class_first(self, labels: Tensor) -> Tensor:
+        """The columns ``[b, C·K]`` of the queue in each sample's order: its own class, then the others ascending."""
         place = torch.arange(self.num_classes, device=labels.device)
         own = labels[:, None]
         order = torch.where(place == 0, own, place - (place <= own).to(place.dtype))
-        by_class = similarity.unflatten(1, (self.num_classes, self.K))
-        return by_class.gather(1, order[:, :, None].expand(-1, -1, self.K)).flatten(1)
+        return (order[:, :, None] * self.K + torch.arange(self.K, device=labels.device)).flatten(1)
 
-    def _log_probabilities(self, current: Tensor, queue: Tensor, labels: Tensor) -> Tensor:
-        logits = torch.cat([current[:, None], self._own_class_first(queue, labels)], dim=1)
+    def _log_probabilities(self, current: Tensor, queue: Tensor, columns: Tensor) -> Tensor:
+        logits = torch.cat([current[:, None], queue.gather(1, columns)], dim=1)
         return F.log_softmax(at_least_float32(logits) / self.T, dim=1)
 
     def _check(self, im_k: Tensor | None, labels: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
@@ -220,16 +219,17 @@ class BiTuning(nn.Module):
         with torch.no_grad():
             _, z_k, h_k = self.encoder_k(im_k)
 
+        columns = self._own_class_first(labels)
         # a copy, because autograd needs the queue as it was when the batch is enqueued
         queue_z = self.queue_z.flatten(1).clone()
-        logits_z = self._log_probabilities((z_q * z_k).sum(1), z_q @ queue_z.to(z_q.dtype), labels)
+        logits_z = self._log_probabilities((z_q * z_k).sum(1), z_q @ queue_z.to(z_q.dtype), columns)
 
         self._enqueue(*_gather(h_k, z_k, labels))
         head = self.encoder_q.head
         weight = F.normalize(torch.cat([head.weight, head.bias[:, None]], dim=1).detach(), dim=1)  # type: ignore[index, list-item]
         weight = weight[labels].to(h_q.dtype)
         queue_similarity = weight @ self.queue_h.flatten(1).to(weight.dtype)
-        logits_y = self._log_probabilities((h_q * weight).sum(1), queue_similarity, labels)
+        logits_y = self._log_probabilities((h_q * weight).sum(1), queue_similarity, columns)
 
         labels_c = torch.zeros_like(logits_z, requires_grad=False)
         labels_c[:, : self.K + 1] = 1 / (self.K + 1)
