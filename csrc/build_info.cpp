@@ -9,11 +9,7 @@ namespace {
 #define TALIB_FAST_STRING(x) TALIB_FAST_STRING_(x)
 
 std::string build_info() {
-  std::string info = "compiler=" __VERSION__ " torch=" TALIB_FAST_STRING(TALIB_FAST_TORCH_VERSION);
-#ifdef TALIB_FAST_CUDA_ARCHITECTURES
-  info += " cuda=" TALIB_FAST_STRING(TALIB_FAST_CUDA_ARCHITECTURES);
-#endif
-  return info;
+  return "built by compiler " __VERSION__ " for torch >= 2.10, with the headers of " TALIB_FAST_STRING(TALIB_FAST_TORCH_VERSION);
 }
 
 }  // namespace

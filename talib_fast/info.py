@@ -19,6 +19,7 @@ def describe() -> str:
         "",
         f"cpu         {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         *gpus(),
+        f"kernels     {ops.compiled_status()}",
         "",
     ]
     for operation, devices in ops.backends().items():

@@ -7,12 +7,12 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None, show: bool = True) -> Iterator[T]:
-    """Iterate over ``iterable`` behind a progress bar on stderr."""
+    """Iterate over ``iterable`` behind a progress bar on stderr, if that is a terminal."""
     if show:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             pass
         else:
-            return iter(tqdm(iterable, desc=description, total=total, leave=False))
+            return iter(tqdm(iterable, desc=description, total=total, leave=False, disable=None))
     return iter(iterable)

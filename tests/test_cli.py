@@ -54,7 +54,10 @@ def test_all_methods(run, tmp_path):
     assert "[10/10] bi_tuning, seed 0:" in out and "One seed: differences of a few points are noise." in out
     written = results(tmp_path)
     assert len(written["runs"]) == 10 and {run["seed"] for run in written["runs"]} == {0}
-    assert written["settings"]["trade_off lwf"] == 4.0 and written["settings"]["steps"] == 3
+    assert (
+        written["settings"]["trade_off lwf"] == cli.options.RECIPES["lwf"].trade_off
+        and written["settings"]["steps"] == 3
+    )
     assert written["command"].startswith("python -m talib_fast finetune --network tiny")
     assert written["torch"] == torch.__version__
     names = {path.name for path in (tmp_path / "out").iterdir()}

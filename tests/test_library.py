@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,15 @@ def test_backends_name_every_operation_on_every_device():
     for devices in served.values():
         assert set(devices) == {"cpu", "cuda"}
         assert all(backend in ("compiled", "PyTorch") and reason for backend, reason in devices.values())
+
+
+def test_the_compiled_library_says_what_it_was_built_by():
+    status = ops.compiled_status()
+    if "is loaded" not in status:
+        pytest.skip(status)
+    assert re.fullmatch(
+        r"_C\S*\.so is loaded, built by compiler \d\S* for torch >= 2\.10, with the headers of 2\.\S+", status
+    )
 
 
 def test_every_operation_has_a_forward_and_a_backward():
@@ -66,7 +76,8 @@ class TestLoading:
         (package / "_C.abi3.so").touch()
         loaded = []
         monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-        assert ops.library._load_compiled() == "_C.abi3.so is loaded"
+        monkeypatch.setattr(torch.ops.talib_fast, "build_info", lambda: "built by hand", raising=False)
+        assert ops.library._load_compiled() == "_C.abi3.so is loaded, built by hand"
         assert loaded == [package / "_C.abi3.so"]
 
 
@@ -76,7 +87,7 @@ def test_backends_follow_the_dispatcher(has_kernel, monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: has_kernel)
     backend, reason = ops.backends()["stoch_norm"]["cuda"]
     assert (backend, reason) == (
-        ("compiled", "_C.abi3.so is loaded")
+        ("compiled", "the compiled library holds a kernel for it")
         if has_kernel
         else ("PyTorch", "the compiled library holds no cuda kernel for it")
     )

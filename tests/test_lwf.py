@@ -333,10 +333,12 @@ def test_classifier_does_not_return_logits(output, got):
         collect_pretrain_labels([images()], Wrong(), "cpu")
 
 
-def test_progress_bar_shows_the_description(capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar_shows_the_description_on_a_terminal(capsys, monkeypatch, terminal):
     pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert list(progress([1, 2], "Counting", 2)) == [1, 2]
-    assert "Counting" in capsys.readouterr().err
+    assert ("Counting" in capsys.readouterr().err) == terminal
 
 
 def test_progress_is_silent_without_tqdm_and_on_request(capsys, monkeypatch):

@@ -14,6 +14,7 @@ from talib_fast.training import memory, stepbar, trainer
 from talib_fast.training.common import UserError
 from talib_fast.training.memory import PeakMemory
 from talib_fast.training.methods import METHODS, Method
+from talib_fast.training.options import RECIPES
 from talib_fast.training.trainer import DivergedError, Record, interrupts_deferred
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -149,7 +150,7 @@ def test_checkpoints_are_written_now_and_then(data, checkpoint, monkeypatch):
 def test_a_loss_that_is_no_number_ends_the_run(method, data, checkpoint):
     run = make_run(method, data, checkpoint, "--amp", "--lr", "0.25")
     next(run.method.classifier.parameters()).data.fill_(float("nan"))
-    remedy = " or --trade-off l2=0.005," if method == "l2" else ""
+    remedy = f" or --trade-off l2={RECIPES['l2'].trade_off:g}," if method == "l2" else ""
     with pytest.raises(
         DivergedError,
         match=f"^{method} with seed 0 diverged, its loss is nan at step 1 of 12: "

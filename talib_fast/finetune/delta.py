@@ -390,7 +390,7 @@ class _Replay:
                 calls += 1
                 if not isinstance(output, Tensor) or output.dim() < 2:
                     raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
-                self.original = output.clone()
+                self.original = output.clone(memory_format=torch.contiguous_format)  # mapped over without copies
             if self.original is None:
                 del self._recorded[start:]
                 self._recorded.append((module, _clone(output)))

@@ -55,7 +55,7 @@ def _load_compiled() -> str:
     else:
         try:
             torch.ops.load_library(library)
-            return f"{library.name} is loaded"
+            return f"{library.name} is loaded, {torch.ops.talib_fast.build_info()}"
         except OSError as error:
             reason = f"{library.name} does not load: {error}"
     if choice == "compiled":
@@ -68,6 +68,11 @@ def _load_compiled() -> str:
 _COMPILED_STATUS = _load_compiled()
 
 
+def compiled_status() -> str:
+    """What came of loading the compiled library, in a sentence."""
+    return _COMPILED_STATUS
+
+
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """Which backend serves each operation on each device, and why: ``{operation: {device: (backend, reason)}}``."""
     served: dict[str, dict[str, tuple[str, str]]] = {}
@@ -75,7 +80,7 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
         served[operation] = {}
         for device in ("cpu", "cuda"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"talib_fast::{operation}_forward", device.upper()):
-                served[operation][device] = ("compiled", _COMPILED_STATUS)
+                served[operation][device] = ("compiled", "the compiled library holds a kernel for it")
             elif "is loaded" in _COMPILED_STATUS:
                 served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
             else:

@@ -20,16 +20,17 @@ class Recipe:
     weight_decay: float = 5e-4
 
 
-# Chosen for 5 labels per class, 120 steps of 24 images at 64 pixels, on seeds other than those reported.
+# Tried, not tuned: most methods got one or two values, at 5 labels per class, 120 steps of 24 images and 64 pixels, on
+# two seeds other than those reported, where differences of a few points are noise.
 RECIPES = {
     "plain": Recipe("nothing", 0.0),
     "l2": Recipe("half the squared norm of all weights", 5e-3, weight_decay=0.0),
     "l2_sp": Recipe("half the squared distance to the pretrained weights", 1e-2, weight_decay=0.0),
     "delta": Recipe("the distance between feature maps, summed over the batch", 1e-3, weight_decay=0.0),
-    "delta_attention": Recipe("that distance with channels weighted by attention", 1e-3, weight_decay=0.0),
+    "delta_attention": Recipe("that distance with channels weighted by attention", 3e-2, weight_decay=0.0),
     "bss": Recipe("the smallest squared singular value of the batch's features", 1e-3),
     "stochnorm": Recipe("no loss; the trade-off is p, the share of channels normalised by the batch", 0.5),
-    "co_tuning": Recipe("the cross-entropy of the pretrained head with its mean answer per class", 2.3),
+    "co_tuning": Recipe("the cross-entropy of the pretrained head with its mean answer per class", 0.3),
     "lwf": Recipe("the divergence of the pretrained head from its first answers", 4.0),
     "bi_tuning": Recipe("two contrastive divergences, of projections and of logits", 1.0),
 }
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=whole(1), default=120, metavar="N", help="training steps of each run (%(default)s)")
     add("--batch-size", type=whole(2), default=24, metavar="N", help="images in a step (%(default)s)")
     add("--image-size", type=whole(8), default=64, metavar="N", help="side of the images in pixels (%(default)s)")
-    add("--lr", type=positive, default=0.005, help="learning rate; the backbone has a tenth of it (%(default)s)")
+    add("--lr", type=positive, default=0.02, help="learning rate; the backbone has a tenth of it (%(default)s)")
     add(
         "--trade-off",
         type=trade_off,
