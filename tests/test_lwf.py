@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from classifier_support import Backbone, Vectors, bottleneck, images
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,35 +14,6 @@ from talib_fast.finetune.prediction import evaluating, predictions
 from talib_fast.progress import progress
 
 REQUIRED = inspect.Parameter.empty
-
-
-class Backbone(nn.Module):
-    out_features = 6
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.bn = nn.BatchNorm2d(6)
-
-    def forward(self, x):
-        return self.bn(self.conv(x))
-
-
-class Vectors(nn.Module):
-    """A backbone whose maps are its inputs."""
-
-    out_features = 3
-
-    def forward(self, x):
-        return x
-
-
-def images(batch=4, device="cpu", dtype=torch.float32):
-    return torch.randn(batch, 3, 7, 5, device=device, dtype=dtype)
-
-
-def bottleneck():
-    return nn.Sequential(nn.Linear(6, 2), nn.ReLU())
 
 
 def make(**options):

@@ -14,7 +14,6 @@ from talib_fast.training.methods import METHODS
 from talib_fast.training.options import RECIPES
 
 # channel_attention's vmap says so for pooling right behind the layer
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from talib_fast.training.methods import METHODS, Method
 from talib_fast.training.options import RECIPES
 from talib_fast.training.trainer import DivergedError, Record, interrupts_deferred
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-
 
 @pytest.fixture
 def data(tmp_path):
