@@ -103,6 +103,22 @@ def test_fault_non_finite_input_raised_in_lapack(bad, dtype, device):
     assert not matrices.grad[0].isfinite().any() and matrices.grad[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fault_both_factors_of_a_full_svd_were_computed(dtype, monkeypatch):
+    """Whatever is decomposed has the shorter side only."""
+    shapes = []
+    for name in ("eigh", "svd"):
+        decompose = getattr(torch.linalg, name)
+
+        def watched(matrix, *args, decompose=decompose, **kwargs):
+            shapes.append(tuple(matrix.shape))
+            return decompose(matrix, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+    spectral_tail(torch.randn(6, 40, dtype=dtype, requires_grad=True), 1).backward()
+    assert shapes == [(6, 6)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fault_half_precision_raised(dtype, device):
     matrix = torch.randn(6, 9, device=device).to(dtype).requires_grad_()
