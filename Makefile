@@ -24,7 +24,7 @@ test: .venv/test
 	touch $@
 
 .venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(@F)]'
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[$(@F)]'
 	touch $@
 
 clean:
