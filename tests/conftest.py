@@ -9,9 +9,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
-
-
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_one_thread() -> None:
+    torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from training_support import arguments, make_images, one_thread, tiny_network  # noqa: F401
+from training_support import arguments, make_images, tiny_network
 
 from talib_fast import __main__ as cli
 from talib_fast import info

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training_support import make_data, make_images, one_thread, tiny_network  # noqa: F401
+from training_support import make_data, make_images, tiny_network
 
 from talib_fast.finetune.stochnorm import StochNorm2d
 from talib_fast.training import methods, networks

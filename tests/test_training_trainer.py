@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import CPU, make_data, make_images, make_run, one_thread, tiny_network  # noqa: F401
+from training_support import CPU, make_data, make_images, make_run, tiny_network
 
 from talib_fast.training import memory, stepbar, trainer
 from talib_fast.training.common import UserError

@@ -1,11 +1,9 @@
 """A network, images and options small enough that a whole run takes a fraction of a second."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -17,15 +15,6 @@ from talib_fast.training.options import Options
 from talib_fast.training.trainer import Run
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks gain nothing from a second thread, and lose much where other tests run at the same time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Tiny(nn.Module):

@@ -245,6 +245,9 @@ class Relationship:
         return digest.hexdigest()
 
 
+_SHOWN_BY_DATA_SETS = ["classes", "targets", "labels", "samples", "imgs", "tensors", "indices", "dataset", "datasets"]
+
+
 def _digest(digest: Any, value: Any) -> None:
     """Feed ``value`` to ``digest``: data by content, a data set by what it shows of itself without loading samples."""
     digest.update(type(value).__qualname__.encode())
@@ -264,17 +267,7 @@ def _digest(digest: Any, value: Any) -> None:
     else:
         if isinstance(value, Sized):
             digest.update(str(len(value)).encode())
-        for attribute in (
-            "classes",
-            "targets",
-            "labels",
-            "samples",
-            "imgs",
-            "tensors",
-            "indices",
-            "dataset",
-            "datasets",
-        ):
+        for attribute in _SHOWN_BY_DATA_SETS:
             _digest(digest, getattr(value, attribute, None))
 
 
@@ -283,14 +276,13 @@ def _read_cache(path: Path, fingerprint: str, num_classes: int | None) -> np.nda
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            table = stored["relationship"]
             if str(stored["fingerprint"]) != fingerprint:
                 reason = "it was made from another classifier, data set or options"
-            elif stored["relationship"].ndim != 2 or len(stored["relationship"]) != (
-                num_classes or len(stored["relationship"])
-            ):
-                reason = f"it holds a table of shape {list(stored['relationship'].shape)}"
+            elif table.ndim != 2 or (num_classes is not None and len(table) != num_classes):
+                reason = f"it holds a table of shape {list(table.shape)}"
             else:
-                return stored["relationship"]
+                return table
     except Exception as error:  # zip, its codecs and numpy each have their own errors for a damaged file
         reason = f"it can't be read ({error})"
     warnings.warn(f"the cached relationship {path} is computed again: {reason}", stacklevel=3)
