@@ -126,10 +126,11 @@ class Run:
                     self._evaluate()
                 bar.update(self.record.losses[-1], self.record.accuracies)
                 self.record.peak_mib = max(before, memory.mib())
-                if interrupted.is_set() or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                stop = interrupted.is_set()  # read once: a signal after this is for the next step
+                if stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                     self._save()
                     saved_at = time.monotonic()
-                if interrupted.is_set():
+                if stop:
                     raise KeyboardInterrupt
         return self.record
 
