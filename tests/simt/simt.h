@@ -157,7 +157,8 @@ constexpr size_t kDefaultSharedBytes = 48 << 10;  // more needs cudaFuncSetAttri
 constexpr unsigned kFiberSets = kThreadSanitizer ? 2 : 1;
 
 // Its address names a happens-before edge to ThreadSanitizer: from those who release it to those who acquire it later.
-struct Clock {
+// The alignment matters: ThreadSanitizer keeps one clock for each 8 bytes.
+struct alignas(16) Clock {
   char address;
 };
 
@@ -415,27 +416,38 @@ SIMT_UNTRACKED inline void make_fiber(Fiber* fiber) {
 #endif
 }
 
-// To ThreadSanitizer fibers are threads, so that each CUDA thread has its own. Otherwise threads that never wait share
-// one, one after another.
-SIMT_UNTRACKED inline Fiber* fiber_for([[maybe_unused]] unsigned thread) {
-  Engine& e = engine();
 #if defined(__SANITIZE_THREAD__)
-  Fiber* fiber = &e.fibers[e.fiber_set * kMaxThreads + thread];
-  if (!fiber->stack) {
-    make_fiber(fiber);
-    char name[32];
-    std::snprintf(name, sizeof name, "CUDA thread %u", thread);
-    __tsan_set_fiber_name(fiber->tsan_fiber, name);
+// To ThreadSanitizer fibers are threads, so that each CUDA thread has its own. The launcher makes them: a new one knows
+// what its maker knows.
+SIMT_UNTRACKED inline void make_fibers() {
+  Engine& e = engine();
+  for (unsigned thread = 0; thread < e.thread_count; ++thread) {
+    Fiber* fiber = &e.fibers[e.fiber_set * kMaxThreads + thread];
+    if (!fiber->stack) {
+      make_fiber(fiber);
+      char name[32];
+      std::snprintf(name, sizeof name, "CUDA thread %u", thread);
+      __tsan_set_fiber_name(fiber->tsan_fiber, name);
+    }
   }
-  return fiber;
+}
+
+SIMT_UNTRACKED inline Fiber* fiber_for(unsigned thread) {
+  return &engine().fibers[engine().fiber_set * kMaxThreads + thread];
+}
 #else
+SIMT_UNTRACKED inline void make_fibers() {}
+
+// Threads that never wait share a fiber, one after another.
+SIMT_UNTRACKED inline Fiber* fiber_for(unsigned) {
+  Engine& e = engine();
   if (e.idle_count) {
     return e.idle_fibers[--e.idle_count];
   }
   make_fiber(&e.fibers[e.fiber_count]);
   return &e.fibers[e.fiber_count++];
-#endif
 }
+#endif
 
 SIMT_UNTRACKED inline unsigned start_next() {
   Engine& e = engine();
@@ -755,6 +767,7 @@ SIMT_UNTRACKED inline void run_block(uint64_t number, At at) {
                    static_cast<unsigned>(number / launch.grid.x % launch.grid.y),
                    static_cast<unsigned>(number / launch.grid.x / launch.grid.y)};
   e.fiber_set = (e.fiber_set + 1) % kFiberSets;
+  make_fibers();
   e.random_state = launch.seed ? launch.seed * 0x9e3779b97f4a7c15u + number * 2 + 1 : 0;
   for (unsigned i = 0; i < e.thread_count; ++i) {
     e.order[i] = i;
