@@ -71,7 +71,7 @@ __global__ void global_overflow(float* out) {
 template <bool kPlanted>
 __global__ void misaligned_vector(const float* in, float* out) {
   const float* source = in + 4 * threadIdx.x + (kPlanted ? 1 : 0);
-  store_vector(out + 4 * threadIdx.x, load_vector<4>(source));
+  store_vector(out + 4 * threadIdx.x, load_vector<4>(source));  // BUG misaligned_vector
 }
 
 template <bool kPlanted>
