@@ -164,7 +164,7 @@ __device__ __forceinline__ unsigned add_acquire_release(unsigned* counter, unsig
 #endif
 }
 
-// Between two looks at a counter.
+// Between two looks at a counter. Outside this namespace it needs its name in full: POSIX has a pause() too.
 #if defined(__CUDACC__)
 __device__ __forceinline__ void pause() { __nanosleep(64); }
 #else
