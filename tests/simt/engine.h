@@ -151,6 +151,7 @@ struct Engine {  // runs one block at a time; plain data, at home in one operati
   unsigned barriers;
   // A thread may reach the next barrier before another has left this one: that must not learn what the first did since.
   Clock barrier_clock[kFiberSets][2];
+  bool votes[2];  // of __syncthreads_or, likewise
   Clock begin_clock, end_clock;
 
   Fiber launcher;
@@ -413,6 +414,7 @@ SIMT_UNTRACKED inline void open_barrier() {
   }
   e.at_barrier_count = 0;
   ++e.barriers;
+  e.votes[e.barriers % 2] = false;
   step_forward();
 }
 
@@ -491,6 +493,14 @@ SIMT_UNTRACKED inline void barrier(At at) {
   }
   wait();
   acquire(clock);
+}
+
+// Whether any thread of the block came with a predicate that holds.
+SIMT_UNTRACKED inline bool barrier_or(bool predicate, At at) {
+  bool& vote = engine().votes[engine().barriers % 2];
+  vote = vote || predicate;
+  barrier(at);
+  return vote;
 }
 
 // Brings `bytes` of the calling lane's value to a warp operation and waits for all lanes of the mask.
@@ -696,6 +706,7 @@ SIMT_UNTRACKED inline void run_block(uint64_t number, At at) {
     const unsigned lanes = e.thread_count - w * kWarpSize;
     e.warps[w].live = lanes >= kWarpSize ? ~0u : (1u << lanes) - 1;
   }
+  e.votes[e.barriers % 2] = false;
   e.started = 0;
   e.live = e.thread_count;
   step_forward();

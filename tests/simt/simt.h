@@ -8,6 +8,8 @@
 //   SIMT_SEED=n             another order of the threads in a block, and other moments at which blocks start
 //   SIMT_MULTIPROCESSORS=n  what the device says it has, 3 by default
 //   SIMT_SHARED_BYTES=n     shared memory that a block can have, 49152 by default
+//   SIMT_THREADS=n          threads that a block can have, 1024 by default
+//   SIMT_CACHE_BYTES=n      its second-level cache, 1048576 by default
 //
 // What it can't tell: speed, bank conflicts, weak memory order (the host's is strong; ThreadSanitizer knows only what
 // is ordered by a barrier or an acquire), or what nvcc's optimiser does.
@@ -41,6 +43,9 @@
 #define gridDim (simt::engine().launch->grid)
 
 inline void __syncthreads(simt::At at = simt::At::current()) { simt::barrier(at); }
+inline int __syncthreads_or(int predicate, simt::At at = simt::At::current()) {
+  return simt::barrier_or(predicate != 0, at);
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffff, simt::At at = simt::At::current()) {
   simt::leave(simt::collect(mask, simt::Operation::kSync, nullptr, 0, at));
@@ -268,10 +273,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = static_cast<int>(2 * simt::shared_limit());
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
-      *value = simt::kMaxThreads;
+      *value = static_cast<int>(simt::setting("SIMT_THREADS", simt::kMaxThreads));
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = 2 * simt::kMaxThreads;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = static_cast<int>(simt::setting("SIMT_CACHE_BYTES", 1 << 20));
       return cudaSuccess;
     case cudaDevAttrWarpSize:
       *value = warpSize;
