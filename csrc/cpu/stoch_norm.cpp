@@ -175,7 +175,8 @@ INLINE void add_terms(const V& x, const V& dy, const V& center, V& sum, V& secon
 template <int kTensors, typename V>
 INLINE V output(const V& x, const V& dy, const V& center, const V& slope, const V& offset, const V& scale) {
   const V affine = (x - center) * slope + offset;
-  return kTensors == 1 ? affine : dy * scale + affine;
+  // dx on running statistics does not depend on x, which may be infinite
+  return kTensors == 1 ? affine : dy * scale + (slope == 0 ? offset : affine);
 }
 
 constexpr int64_t kStreams = 4;

@@ -19,7 +19,6 @@ namespace talib_fast::stoch_norm {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;     // of a block of the resident schedule
 constexpr int kSlicedThreads = 256;  // of the sliced one
-constexpr int kMaxGroupChannels = 64;
 
 template <typename A>
 __device__ __forceinline__ A load(const ChannelVector& vector, int64_t c) {
@@ -530,12 +529,16 @@ Plan choose_plan(const Shape& shape, const Device& device) {
   constexpr int kRowBytes = 128;  // of each row, a group of channels takes this much: whole lines
   constexpr int kBlocksPerMultiprocessor = 3;
   constexpr int64_t kMostSliceBytes = 32 << 10;
+  const int most_threads = std::min(kMaxThreads, device.threads_per_block / kWarp * kWarp);
+  const int few_threads = std::min(kSlicedThreads, most_threads);
   Plan plan{};
   Geometry& g = plan.geometry;
   g.channels = shape.channels;
   g.columns = 1;
   if (kRows)
-    while (2 * g.columns * V * sizeof(typename Op::Element) <= kRowBytes && g.columns * V < shape.channels) g.columns *= 2;
+    while (g.columns < kWarp && 2 * g.columns * V * sizeof(typename Op::Element) <= kRowBytes &&
+           g.columns * V < shape.channels && 2 * g.columns * V <= most_threads)
+      g.columns *= 2;
   g.group_channels = kRows ? g.columns * V : 1;
   g.groups = ceil_div(shape.channels, g.group_channels);
   g.steps = shape.outer * shape.inner / (kRows ? 1 : V);
@@ -554,8 +557,6 @@ Plan choose_plan(const Shape& shape, const Device& device) {
     g.jump = stride / g.inner_steps * g.row + g.jump_in_run * V;
     g.wrap = g.row - g.inner_steps * V;
   };
-  const int most_threads = std::min(kMaxThreads, device.threads_per_block / kWarp * kWarp);
-  const int few_threads = std::min(kSlicedThreads, most_threads);
   // Few groups leave multiprocessors idle, unless they are too small to share.
   const bool enough = 2 * g.groups >= device.multiprocessors || g.steps * g.columns * kVectorBytes <= kMostSliceBytes;
   plan.resident = enough && shared_bytes(most_threads, true) <= device.shared_bytes;
