@@ -87,7 +87,7 @@ class Build(BuildExtension):
 
     def run(self) -> None:
         without_cuda = plan.without_cuda
-        inplace = self.inplace
+        options = dict(vars(self))
         if not without_cuda:
             failure = self.attempt("")
             if not failure:
@@ -95,11 +95,10 @@ class Build(BuildExtension):
             if os.environ.get("FORCE_CUDA") == "1":
                 sys.exit(f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {build_parts.cuda_failed(failure)}")
             without_cuda = build_parts.cuda_failed(failure)
-            self.inplace = inplace  # what a failed run has changed
-        say(f"the CUDA kernels are not built: {without_cuda}")
+            vars(self).update(options)  # the failed run has changed some
         failure = self.attempt(without_cuda)
+        say(build_parts.library_failed(failure) if failure else f"the CUDA kernels are not built: {without_cuda}")
         if failure:
-            say(build_parts.library_failed(failure))
             self.extensions = []
 
     def attempt(self, without_cuda: str) -> str:
