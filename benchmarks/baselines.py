@@ -58,7 +58,7 @@ class _InPyTorch(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         output, mean, invstd = operation_forward(input, weight, bias, running_mean, running_var, mask, momentum, eps)
-        ctx.save_for_backward(input, weight, mean, invstd, mask)
+        ctx.save_for_backward(input, mean, invstd, weight, mask)
         return output
 
     @staticmethod

@@ -5,7 +5,7 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
     python benchmarks/bench_stoch_norm.py [--device cuda] [--quick] [--out DIR]
 
 ``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``. For a look at single cases there is
-``python -m pytest benchmarks/bench_stoch_norm.py -k 'ours and 512@7'`` with pytest-benchmark's own options, and
+``python -m pytest benchmarks/bench_stoch_norm.py -k 'ours and 512x7'`` with pytest-benchmark's own options, and
 ``--batch``; it times one candidate after the other, so it compares less well.
 
 Speed-ups are medians of the single rounds' ratios, with quartiles. Floor bytes, with N those of the map: forward 2N
@@ -364,10 +364,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish(results, options.out)
 
 
-@pytest.mark.parametrize("name", [OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH, CLONE, COPY])
+@pytest.mark.parametrize(
+    "name",
+    [OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH, CLONE, COPY],
+    ids=["ours", "batch_norm", "upstream", "in_pytorch", "clone", "copy"],
+)
 @pytest.mark.parametrize("part", ["forward", "backward", "both"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("channels", "size", "count"), LAYERS, ids=[f"{c}@{size}" for c, size, _ in LAYERS])
+@pytest.mark.parametrize(("channels", "size", "count"), LAYERS, ids=[f"{c}x{size}" for c, size, _ in LAYERS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_speed(benchmark, pytestconfig, device, dtype, channels, size, count, layout, part, name):
