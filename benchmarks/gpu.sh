@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Builds the CUDA kernels, tests, checks and measures them: one command, under ten minutes, no network.
+#
+#   bash benchmarks/gpu.sh
+#
+# Needs a GPU, nvcc, compute-sanitizer (both are in the CUDA toolkit) and a python3 with torch >= 2.10 for CUDA, numpy,
+# setuptools >= 77, ninja and pytest; with matplotlib it draws the plots too. Nothing is installed: the library is built
+# inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
+#
+#   PYTHON   the interpreter, python3
+#   OUT      a folder for each operation's results.json and all logs; without it results go to benchmarks/results
+#   COMMIT   what the results name as their commit where this is no git checkout
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+benchmarks=(stoch_norm)              # benchmarks/bench_NAME.py, each with an operation of that name
+small_cases="TestOperation and cuda and not gradcheck and not opcheck and not elements"
+sanitizers=(memcheck racecheck initcheck synccheck)
+whole_run=580                        # seconds; no step gets more than what is left of them
+python=${PYTHON:-python3}
+
+fail() {
+  echo "gpu.sh: $1" >&2
+  exit 1
+}
+
+command -v "$python" >/dev/null || fail "there is no $python: set PYTHON to an interpreter that has torch"
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch: set PYTHON to an interpreter that has it"
+arch=$("$python" -c '
+import torch
+print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None
+' 2>/dev/null)
+[[ $arch =~ ^[0-9]+\.[0-9]+$ ]] || fail "no GPU that this torch can use: nothing was built or measured"
+
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+logs=$work/logs
+mkdir -p "$logs" "$work/states"
+out=${OUT:-benchmarks/results}
+results=${OUT:+$work/results}
+results=${results:-benchmarks/results}
+mkdir -p "$out" "$results"
+
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+
+# step NAME SECONDS TOOL COMMAND...: run it with its own log, under its limit; TOOL is the program that it needs
+step() {
+  local name=$1 limit=$2 tool=$3 begun=$SECONDS left=$((whole_run - SECONDS)) status
+  shift 3
+  ((limit < left)) || limit=$left
+  if ! command -v "$tool" >/dev/null; then
+    echo "$tool is missing" >"$logs/$name.log"
+    status="FAIL, $tool is missing"
+  elif ((limit < 5)); then
+    echo "no time was left" >"$logs/$name.log"
+    status="FAIL, no time was left"
+  else
+    timeout --kill-after=5 "$limit" "$@" >"$logs/$name.log" 2>&1
+    case $? in
+      0) status=pass ;;
+      124 | 137) status="FAIL, stopped after $limit s" ;;
+      *) status=FAIL ;;
+    esac
+  fi
+  printf '%-24s %5d s  %s\n' "$name" $((SECONDS - begun)) "$status" >"$work/states/$name"
+  cat "$work/states/$name"
+  [[ $status == pass ]] || tail -n 15 "$logs/$name.log" | sed 's/^/    /'
+}
+
+# What there is so far is put in place after every phase: a run that is stopped from outside leaves it behind.
+steps=(build tests "${sanitizers[@]}" "${benchmarks[@]/#/bench_}")
+collect() {
+  local name
+  {
+    echo "GPU architecture $arch, commit ${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}"
+    for name in "${steps[@]}"; do
+      cat "$work/states/$name" 2>/dev/null || printf '%-24s %7s  %s\n' "$name" - "FAIL, did not run"
+    done
+  } >"$out/gpu-summary.txt"
+  for name in "${benchmarks[@]}"; do
+    if [[ $results != "$out" && -f $results/$name-cuda/results.json ]]; then
+      mkdir -p "$out/$name-cuda"
+      cp "$results/$name-cuda/results.json" "$out/$name-cuda/"
+    fi
+  done
+  # with OUT the archive also holds the tables and plots, which --from-json can make again
+  tar -czf "$out/gpu-logs.tar.gz" -C "$work" logs $([[ $results == "$out" ]] || echo results)
+}
+
+build() {
+  "$python" setup.py build_ext --inplace --force && "$python" - "$@" <<'PYTHON'
+import sys
+
+from talib_fast.ops import backends, compiled
+
+served = backends()
+missing = [name for name in sys.argv[1:] if served[name]["cuda"][0] != "compiled"]
+sys.exit(f"no CUDA kernel for {', '.join(missing)}: {compiled().status}" if missing else 0)
+PYTHON
+}
+export -f build
+export python
+
+step build 170 nvcc bash -c 'build "$@"' build "${benchmarks[@]}"
+collect
+
+# Correctness needs no quiet GPU: the suite and the sanitizers run side by side.
+parallel=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+  parallel=(-n 4 --dist loadfile -p no:benchmark)
+fi
+step tests 230 "$python" "$python" -m pytest tests -p no:cacheprovider "${parallel[@]}" &
+for tool in "${sanitizers[@]}"; do
+  uncached=()
+  case $tool in  # torch's allocator hands out parts of larger blocks, which would hide what these two look for
+    memcheck | initcheck) uncached=(PYTORCH_NO_CUDA_MEMORY_CACHING=1) ;;
+  esac
+  step "$tool" 230 compute-sanitizer env "${uncached[@]}" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    "$python" -m pytest tests/test_stoch_norm.py -k "$small_cases" -p no:cacheprovider -q &
+done
+wait
+collect
+
+for name in "${benchmarks[@]}"; do
+  step "bench_$name" 180 "$python" "$python" "benchmarks/bench_$name.py" --device cuda --out "$results/$name-cuda"
+  tail -n 60 "$logs/bench_$name.log"
+  collect
+done
+
+echo
+cat "$out/gpu-summary.txt"
+! grep -q FAIL "$out/gpu-summary.txt"

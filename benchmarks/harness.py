@@ -1,0 +1,240 @@
+"""Measures candidates against each other: interleaved timing on a machine that drifts, and peak memory.
+
+One round times every candidate once, in rotating order, so whatever the machine does meets all of them alike; the
+ratio of two candidates is taken round by round. A sample is a few forward passes whose outputs are kept, as in
+training, and then their backward passes. Inputs rotate through more sets than the largest cache holds.
+"""
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from talib_fast.training.memory import PeakMemory, release_memory
+
+Samples = dict[str, dict[str, list[float]]]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_MOST_SETS = 32
+_MOST_REPETITIONS = 16
+_SAMPLE_SECONDS = {"cpu": 0.005, "cuda": 0.001}
+
+
+@dataclass
+class Feed:
+    """An input with the gradient of its output."""
+
+    input: Tensor
+    grad: Tensor
+    _converted: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def grad_for(self, output: Tensor) -> Tensor:
+        """The gradient in the output's dtype, converted once: a candidate may return another dtype than it takes."""
+        if output.dtype == self.grad.dtype:
+            return self.grad
+        if output.dtype not in self._converted:
+            self._converted[output.dtype] = self.grad.to(output.dtype)
+        return self._converted[output.dtype]
+
+
+@dataclass
+class Candidate:
+    """Something to time: ``forward`` maps an input to an output.
+
+    ``parameters`` receive gradients beside the input; None: there is no backward pass. ``observe`` gives further
+    figures of the sample just taken, such as what was drawn at random in it.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor, ...] | None = None
+    observe: Callable[[], dict[str, float]] | None = None
+
+    def backward(self, output: Tensor, feed: Feed) -> tuple[Tensor, ...]:
+        assert self.parameters is not None
+        return torch.autograd.grad(output, (feed.input, *self.parameters), feed.grad_for(output))
+
+
+def feeds(
+    device: torch.device, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, sets: int | None = None
+) -> list[Feed]:
+    """Random inputs and gradients: enough of them that they don't all stay in the device's largest cache."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw() -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype).contiguous(memory_format=layout)
+
+    if sets is None:
+        map_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+        sets = min(_MOST_SETS, max(1, math.ceil(last_cache_bytes(device) / map_bytes)))
+    return [Feed(draw().requires_grad_(), draw()) for _ in range(sets)]
+
+
+def _cache_bytes(level: int) -> int | None:
+    for cache in sorted(_CACHES.glob("index*")):
+        with contextlib.suppress(OSError, ValueError):
+            if int((cache / "level").read_text()) == level:
+                return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
+    return None
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return _cache_bytes(3) or 32 * 2**20
+
+
+def on_chip_bytes(device: torch.device) -> int | None:
+    """What one worker keeps at hand: a block's shared memory, or a core's own cache. None: unknown."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+    return _cache_bytes(2)
+
+
+class Stopwatch:
+    """Seconds that work takes: wall clock on a CPU; on a GPU what lies between two events.
+
+    On a GPU the host first queues a spinning kernel of about ``head_start`` seconds and then the work behind it, so
+    that the device, not the speed at which Python issues kernels, is timed. Work that waits for the device gets no
+    head start by that and shows its waiting.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cycles = 10_000_000
+            torch.cuda._sleep(cycles)
+            self._cycles_per_second = cycles / self._between_events(lambda: torch.cuda._sleep(cycles))
+
+    def _between_events(self, work: Callable[[], object]) -> float:
+        self._start.record()
+        work()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+    def __call__(self, work: Callable[[], object], head_start: float = 0.0) -> float:
+        if self.device.type != "cuda":
+            return self.wall(work)
+        torch.cuda._sleep(int(head_start * self._cycles_per_second))
+        return self._between_events(work)
+
+    def wall(self, work: Callable[[], object]) -> float:
+        """Seconds on the host's clock until the device is done."""
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _sample(
+    candidate: Candidate, fed: Sequence[Feed], stopwatch: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
+    """Seconds per forward and per backward pass of ``candidate`` over ``fed``."""
+    outputs: list[Tensor] = []
+    gradients: list[tuple[Tensor, ...]] = []
+
+    def forward() -> None:
+        for feed in fed:
+            outputs.append(candidate.forward(feed.input))
+
+    def backward() -> None:
+        for output, feed in zip(outputs, fed, strict=True):
+            gradients.append(candidate.backward(output, feed))
+
+    seconds = {"forward": stopwatch(forward) / len(fed)}
+    if candidate.parameters is not None:
+        for output, feed in zip(outputs, fed, strict=True):
+            feed.grad_for(output)
+        seconds["backward"] = stopwatch(backward) / len(fed)
+    return seconds
+
+
+def interleaved(
+    device: torch.device, candidates: Sequence[Candidate], inputs: Sequence[Feed], rounds: int
+) -> tuple[Samples, int]:
+    """Raw samples, ``{candidate: {measure: [seconds or observed figure, one per round]}}``, and passes per sample.
+
+    Measures are ``forward`` and ``backward``; on a GPU also ``wall``, the host's clock over both with nothing queued
+    before, which is what a step that is bound by Python sees.
+    """
+    stopwatch = Stopwatch(device)
+    supply: Iterator[Feed] = itertools.cycle(inputs)
+    estimates = {}
+    for candidate in candidates:  # the first passes load kernels and fill allocators
+        for _ in range(3 if device.type == "cuda" else 1):
+            estimates[candidate.name] = sum(_sample(candidate, [next(supply)], stopwatch.wall).values())
+        if candidate.observe is not None:
+            candidate.observe()
+    shortest = min(estimates[candidate.name] for candidate in candidates if candidate.parameters is not None)
+    repetitions = min(_MOST_REPETITIONS, math.ceil(_SAMPLE_SECONDS[device.type] / shortest))
+    samples: Samples = {candidate.name: {} for candidate in candidates}
+
+    def measure(candidate: Candidate) -> dict[str, float]:
+        fed = list(itertools.islice(supply, repetitions))
+        head_start = min(1.5 * estimates[candidate.name] * repetitions, 0.02)
+        figures = _sample(candidate, fed, lambda work: stopwatch(work, head_start))
+        if candidate.observe is not None:
+            figures |= candidate.observe()
+        if device.type == "cuda":
+            fed = list(itertools.islice(supply, repetitions))
+            figures["wall"] = sum(_sample(candidate, fed, stopwatch.wall).values())
+            if candidate.observe is not None:
+                candidate.observe()
+        return figures
+
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            first = number % len(candidates)
+            for candidate in (*candidates[first:], *candidates[:first]):
+                for name, figure in measure(candidate).items():
+                    samples[candidate.name].setdefault(name, []).append(figure)
+    finally:
+        gc.enable()
+    return samples, repetitions
+
+
+def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
+    """By how many bytes one forward and backward pass raises memory at its peak, above what is there before it."""
+    if feed.input.dtype != torch.float32:  # a gradient in a candidate's own dtype is an input too
+        feed.grad_for(candidate.forward(feed.input))
+    release_memory()
+    peak = PeakMemory(device)
+    before = peak.mib()
+    output = candidate.forward(feed.input)
+    candidate.backward(output, feed)
+    return round((peak.mib() - before) * 2**20)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # M_MMAP_THRESHOLD: what is freed leaves the process, so that every rise is seen
+            mallopt(-3, 64 * 2**10)
+
+
+@contextlib.contextmanager
+def clean_process() -> Iterator[ProcessPoolExecutor]:
+    """A fresh process to measure memory in, with this one's number of threads."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (torch.get_num_threads(),)) as pool:
+        yield pool

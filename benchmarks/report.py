@@ -1,0 +1,279 @@
+"""What a benchmark reports: where it ran, statistics of raw samples, goals, a table, a plot and the JSON."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import talib_fast
+from talib_fast.ops import backends, compiled
+from talib_fast.storage import write_atomically
+from talib_fast.training.report import STYLE
+
+Case = dict[str, Any]
+
+# Okabe and Ito's colours: told apart with every kind of colour vision; the markers tell them apart without colour
+LOOKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
+
+
+def _said(*command: str, folder: Path | None = None) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def without_folders(text: str) -> str:
+    """``text`` with every absolute path cut to its last part: results don't tell where on a machine they were made."""
+    return re.sub(r"(?<![\w.~-])~?/(?:[^\s/:'\"=,;]+/)*(?=[^\s/:'\"=,;])", "", text)
+
+
+def progress(text: str) -> None:
+    """Say what is going on: in one line of a terminal, in lines of a log."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str:
+    """The commit of the package that is measured, or ``COMMIT`` where git can't tell, as in a copy without .git."""
+    folder = Path(talib_fast.__file__).parent
+    return _said("git", "describe", "--always", "--dirty", folder=folder) or os.environ.get("COMMIT", "unknown")
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    nvcc = re.search(r"release [\d.]+, V[\d.]+", _said("nvcc", "--version") or "")
+    return {
+        "device": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": None if driver is None else driver.splitlines()[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvcc": nvcc and nvcc.group(),
+    }
+
+
+def environment(device: torch.device, operation: str) -> dict[str, Any]:
+    """Hardware, versions, commit and command of a run, and what serves ``operation`` on ``device``.
+
+    Nothing in it names the machine or its folders.
+    """
+    backend, reason = backends()[operation][device.type]
+    compiler = _said(os.environ.get("CXX", "c++"), "--version")
+    cpu = _cpu_model()
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": without_folders(shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])),
+        "commit": _commit(),
+        "talib_fast": talib_fast.__version__,
+        "backend": backend,
+        "backend_reason": without_folders(reason),
+        "compiled_library": without_folders(compiled().status),
+        "device": cpu,
+        "cpu": cpu,
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "compiler": compiler and compiler.splitlines()[0],
+        **(_gpu(device) if device.type == "cuda" else {}),
+    }
+
+
+def backend_warning(operation: str, where: dict[str, Any]) -> str | None:
+    """A sentence where no compiled kernel was measured."""
+    if where["backend"] == "compiled":
+        return None
+    return (
+        f"WARNING: {operation} was served by {where['backend']}, not by a compiled kernel: {where['backend_reason']}."
+    )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some figures and the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> "Spread":
+        if len(figures) < 2:
+            return cls(figures[0], figures[0], figures[0])
+        lower, _, upper = statistics.quantiles(figures, n=4, method="inclusive")
+        return cls(statistics.median(figures), lower, upper)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower:.2f}–{self.upper:.2f})"
+
+
+def seconds(case: Case, candidate: str, measure: str) -> list[float]:
+    """A candidate's raw samples; ``both`` adds its forward and backward pass round by round."""
+    samples = case["samples"][candidate]
+    if measure == "both":
+        return [sum(pair) for pair in zip(samples["forward"], samples["backward"], strict=True)]
+    return samples[measure]
+
+
+def speedup(case: Case, baseline: str, candidate: str, measure: str) -> Spread:
+    """How many times as long as the candidate the baseline takes, from the ratios of the single rounds."""
+    pairs = zip(seconds(case, baseline, measure), seconds(case, candidate, measure), strict=True)
+    return Spread.of([base / own for base, own in pairs])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound that each of some figures has to keep: at least ``threshold``, or at most where ``at_most``."""
+
+    text: str
+    threshold: float
+    figures: dict[str, float] = field(default_factory=dict)
+    at_most: bool = False
+
+    def _kept(self, figure: float) -> bool:
+        return figure <= self.threshold if self.at_most else figure >= self.threshold
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was measured."""
+        return all(map(self._kept, self.figures.values())) if self.figures else None
+
+    def __str__(self) -> str:
+        if not self.figures:
+            return f"n/a   {self.text}: nothing measured"
+        worst = (max if self.at_most else min)(self.figures, key=lambda name: self.figures[name])
+        kept = sum(map(self._kept, self.figures.values()))
+        verdict = "pass" if self.passed else "FAIL"
+        return f"{verdict}  {self.text}: {kept} of {len(self.figures)}, worst {self.figures[worst]:.2f} at {worst}"
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Rows under a header for a terminal: the first column to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
+        for first, *rest in lines
+    ]
+    return "\n".join([texts[0], "  ".join("-" * width for width in widths), *texts[1:]])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The same rows in Markdown."""
+    rule = "|---" + "|---:" * (len(lines[0]) - 1) + "|"
+    header, *rows = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([header, rule, *rows])
+
+
+def origin(where: dict[str, Any]) -> str:
+    """Command, code and machine of a run in a line."""
+    machine = f"{where['device']}, {where['cores']} CPU cores, {where['threads']} threads"
+    if "driver" in where:
+        machine = f"{where['device']}, driver {where['driver']}, CUDA {where['cuda']}"
+    return (
+        f"`{where['command']}` ({where['date']}; commit {where['commit']}; {machine}; "
+        f"torch {where['torch']}, Python {where['python']})"
+    )
+
+
+def write_json(results: dict[str, Any], folder: Path) -> None:
+    """Write ``results.json``, with every float to five digits, one case a line."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        return [shorten(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    short = shorten(results)
+    cases = ",\n".join(json.dumps(case) for case in short.pop("cases"))
+    text = json.dumps(short, indent=1).removesuffix("\n}") + f',\n "cases": [\n{cases}\n]}}\n'
+    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+
+
+def write_plot(results: dict[str, Any], folder: Path, baseline: str, measure: str = "both") -> None:
+    """Draw ``plot.png``: each candidate's speed over the baseline's by case, a panel per layout and dtype."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No plot: it needs matplotlib (pip install matplotlib).")
+        return
+    with matplotlib.rc_context(STYLE):
+        figure = draw_speedups(results, baseline, measure)
+        write_atomically(folder / "plot.png", partial(figure.savefig, format="png"))
+
+
+def draw_speedups(results: dict[str, Any], baseline: str, measure: str) -> Any:
+    """The figure that :func:`write_plot` writes."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panels: dict[str, list[Case]] = {}
+    for case in results["cases"]:
+        panels.setdefault(f"{case['layout']}, {case['dtype']}", []).append(case)
+    labels = [case["label"] for case in next(iter(panels.values()))]
+    height = 1.6 + (0.3 * len(labels) + 0.6) * -(-len(panels) // 2)
+    columns = min(2, len(panels))
+    figure = Figure(figsize=(1.5 + 4.2 * columns, height), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // 2), columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, cases) in zip(grid.flat, panels.items(), strict=False):
+        candidates = [name for name, own in cases[0]["samples"].items() if name != baseline and "backward" in own]
+        for number, (candidate, (colour, marker)) in enumerate(zip(candidates, LOOKS, strict=False)):
+            spreads = [speedup(case, baseline, candidate, measure) for case in cases]
+            error = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+            offset = 0.2 * (number - (len(candidates) - 1) / 2)  # side by side, so that none hides another
+            axes.errorbar(
+                [s.median for s in spreads], [place + offset for place in range(len(cases))], xerr=error, fmt=marker,
+                color=colour, ms=4.5, lw=1.2, label=candidate,
+            )  # fmt: skip
+        axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(2))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}×"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    where = results["environment"]
+    what = "forward + backward" if measure == "both" else measure
+    figure.suptitle(
+        f"{results['operation']}: speed over {baseline}, {what}\n"
+        f"{where['device']}, median and quartiles of {results['settings']['rounds']} rounds",
+        fontsize=11,
+    )
+    return figure

@@ -1,0 +1,353 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import baselines
+import bench_stoch_norm as bench
+import harness
+import numpy as np
+import pytest
+import report
+import torch
+from test_stoch_norm import inputs, oracle
+from torch import nn
+
+from talib_fast.finetune.stochnorm import StochNorm2d
+
+ROOT = Path(__file__).parent.parent
+BENCHMARK = "benchmarks/bench_stoch_norm.py"
+
+
+def run(command, **environment):
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    )
+
+
+def case(label="64@56", layout="contiguous", dtype="float32", shape=(48, 64, 56, 56), count=1, peak=1.0, **times):
+    """A measured case in which each candidate takes the given (forward, backward) seconds, in every round."""
+    names = {
+        "ours": bench.OURS, "batch_norm": bench.BATCH_NORM, "composition": bench.COMPOSITION,
+        "in_pytorch": bench.IN_PYTORCH, "clone": bench.CLONE, "copy": bench.COPY,
+    }  # fmt: skip
+    chosen = {"ours": (1, 2), "batch_norm": (3, 4), "composition": (10, 20), "in_pytorch": (9, 18), **times}
+    chosen = {"clone": (1,), "copy": (1,), **chosen}
+    samples = {
+        names[name]: {part: [float(time)] * 3 for part, time in zip(("forward", "backward"), parts, strict=False)}
+        for name, parts in chosen.items()
+    }
+    samples[bench.OURS]["batch_share"] = [0.5] * 3
+    for measures in samples.values():
+        measures["wall"] = [1.0] * 3
+    return {
+        "label": label, "shape": list(shape), "count": count, "layout": layout, "dtype": dtype, "passes_per_sample": 1,
+        "samples": samples, "peak_bytes": {bench.OURS: int(peak * 10**8), bench.BATCH_NORM: 10**8},
+    }  # fmt: skip
+
+
+def results(*cases, device="cpu", on_chip=None):
+    where = {
+        "backend": "compiled", "device": "a processor", "cores": 2, "threads": 2, "commit": "0", "date": "today",
+        "command": "python", "torch": "2", "python": "3",
+    }  # fmt: skip
+    settings = {"device": device, "on_chip_bytes": on_chip, "rounds": 3}
+    return {"operation": "stoch_norm", "environment": where, "settings": settings, "cases": list(cases)}
+
+
+class TestBaselines:
+    @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+    def test_the_composition_computes_what_the_oracle_does(self, p):
+        args = inputs((3, 7, 4, 3))
+        layer = baselines.UpstreamComposition(7, p=p, dtype=torch.float64)
+        layer.load_state_dict(
+            {key: args.get(key, torch.tensor(0)) for key in layer.state_dict()},
+        )
+        np.random.seed(1)
+        args["mask"] = torch.from_numpy(np.random.binomial(n=1, p=p, size=7)).bool()
+        np.random.seed(1)
+        expected, mean, var = oracle(**args)
+        torch.testing.assert_close(layer(args["input"]).detach(), expected)
+        torch.testing.assert_close((layer.running_mean, layer.running_var), (mean, var))
+
+    def test_the_layer_in_pytorch_is_the_layer(self, device):
+        x = torch.randn(4, 5, 3, 3, device=device)
+        got = []
+        for layer in (StochNorm2d(5), baselines.PyTorchStochNorm2d(5), baselines.RecordingStochNorm2d(5)):
+            layer, leaf = layer.to(device), x.clone().requires_grad_()
+            nn.init.constant_(layer.weight, 1.5)
+            torch.manual_seed(3)
+            output = layer(leaf)
+            gradients = torch.autograd.grad((output**3).sum(), (leaf, layer.weight, layer.bias))
+            got.append((output.detach(), *gradients, *layer.buffers()))
+        torch.testing.assert_close(got[1], got[0])
+        torch.testing.assert_close(got[2], got[0])
+
+    def test_the_share_of_batch_channels_is_recorded(self):
+        for p in (0.0, 1.0):
+            layer = baselines.RecordingStochNorm2d(5, p=p)
+            layer(torch.randn(2, 5, 3, 3))
+            assert layer.batch_share() == p and not layer.masks
+
+
+class TestHarness:
+    def test_rounds_rotate_and_no_sample_is_lost(self):
+        calls = []
+
+        def named(name):
+            def forward(x):
+                calls.append(name)
+                return x * 2
+
+            return harness.Candidate(name, forward, ())
+
+        device = torch.device("cpu")
+        fed = harness.feeds(device, (2, 3, 8, 8), torch.float32, channels_last=True, sets=3)
+        assert fed[0].input.is_contiguous(memory_format=torch.channels_last) and fed[0].input.requires_grad
+        samples, repetitions = harness.interleaved(device, [named("a"), named("b"), named("c")], fed, rounds=4)
+        assert {name: {part: len(figures) for part, figures in own.items()} for name, own in samples.items()} == {
+            name: {"forward": 4, "backward": 4} for name in "abc"
+        }
+        assert "".join(calls[3::repetitions]) == "abc" + "bca" + "cab" + "abc"  # after one warm-up pass of each
+
+    def test_small_inputs_come_in_more_sets_than_a_cache_holds(self, monkeypatch):
+        monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1000)
+        sets = [len(harness.feeds(torch.device("cpu"), (n, 1, 5, 5), torch.float32, False)) for n in (1, 3, 100)]
+        assert sets == [10, 4, 1]
+
+    def test_gradients_take_the_dtype_of_the_output(self):
+        (feed,) = harness.feeds(torch.device("cpu"), (2, 1, 3, 3), torch.bfloat16, False, sets=1)
+        assert feed.grad_for(torch.empty(0, dtype=torch.bfloat16)) is feed.grad
+        converted = feed.grad_for(torch.empty(0))
+        assert converted.dtype == torch.float32 and feed.grad_for(torch.empty(0)) is converted
+
+    def test_peak_memory_counts_outputs_and_gradients_alone(self, device):
+        shape = (8, 16, 64, 64)
+        (feed,) = harness.feeds(device, shape, torch.float32, False, sets=1)
+        twice = harness.Candidate("twice", lambda x: x * 2, ())
+        harness.peak_rise(device, twice, feed)
+        assert harness.peak_rise(device, twice, feed) == pytest.approx(2 * feed.input.nbytes, rel=0.2)
+
+
+class TestStatistics:
+    def test_ratios_are_taken_round_by_round(self):
+        made = {"samples": {"a": {"forward": [2.0, 8.0, 3.0]}, "b": {"forward": [1.0, 2.0, 1.0]}}}
+        assert report.speedup(made, "a", "b", "forward") == report.Spread(3.0, 2.5, 3.5)
+        assert str(report.Spread.of([2.0])) == "2.00 (2.00–2.00)"
+
+    def test_both_adds_forward_and_backward(self):
+        made = {"samples": {"a": {"forward": [1.0, 2.0], "backward": [10.0, 20.0]}}}
+        assert report.seconds(made, "a", "both") == [11.0, 22.0]
+
+    def test_the_network_counts_each_layer(self):
+        joined = bench.network([case(ours=(1, 2)), case(ours=(10, 20), count=3)])
+        assert report.seconds(joined, bench.OURS, "forward") == [31.0] * 3
+        assert report.seconds(joined, bench.OURS, "both") == [93.0] * 3
+        assert joined["label"] == "all 4 layers"
+
+    def test_layers_are_those_of_resnet_50(self):
+        assert sum(count for *_, count in bench.LAYERS) == 53
+        total = sum(48 * channels * size * size * 4 * count for channels, size, count in bench.LAYERS)
+        assert round(total / 1e9, 2) == 2.13
+
+    def test_floor_bytes_follow_the_masks_and_what_fits_on_chip(self):
+        made = case(shape=(2, 4, 5, 5))
+        n = 2 * 4 * 25 * 4
+        assert bench.floor_bytes(made, "forward", None) == [2.5 * n] * 3
+        assert bench.floor_bytes(made, "backward", None) == [4 * n] * 3
+        assert bench.floor_bytes(made, "both", 200) == [(2 + 4) * n] * 3  # input fits, input and gradient don't
+        assert bench.floor_bytes(made, "both", 400) == [(2 + 3) * n] * 3
+        made["samples"][bench.OURS]["batch_share"] = [0.0, 1.0, 0.25]
+        assert bench.floor_bytes(made, "forward", None) == [2 * n, 3 * n, 2.25 * n]
+
+    def test_bandwidth_is_counted_over_the_copy_s(self):
+        made = case(ours=(2.5, 4), copy=(2,))  # 6.5 N bytes in 6.5 s, a copy's 2 N in 2 s
+        assert bench.bandwidth_share([made], "both", bench.COPY, None).median == pytest.approx(1)
+        other = case(ours=(5, 8), copy=(2,), count=2)
+        assert bench.bandwidth_share([made, other], "both", bench.COPY, None).median == pytest.approx(0.6)
+
+
+class TestGoals:
+    def verdicts(self, *cases, **options):
+        return [goal.passed for goal in bench.goals(results(*cases, **options))]
+
+    def test_cpu(self):
+        assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4))) == [True, True, True]
+        assert self.verdicts(case(), case(batch_norm=(2, 3.9))) == [True, False, True]
+        assert self.verdicts(case(composition=(6, 11.9))) == [False, True, True]
+        assert self.verdicts(case(peak=1.02)) == [True, True, False]
+        assert self.verdicts(case(peak=1.009)) == [True, True, True]
+
+    def test_gpu(self):
+        large = dict(shape=(48, 64, 112, 112), ours=(2.5, 4), copy=(1.7,), composition=(20, 20))
+        # 8.5 s against BatchNorm's 7.5: 85 % of the copy's bandwidth
+        fast = case(**large, batch_norm=(4, 4))
+        assert self.verdicts(fast, device="cuda", on_chip=100) == [True, True, None, True, True]
+        assert self.verdicts(fast, device="cuda", on_chip=10**7) == [True, True, False, False, True]
+        slow = case(**{**large, "copy": (1.6,)}, batch_norm=(3, 4))
+        assert self.verdicts(slow, device="cuda", on_chip=100) == [False, True, None, False, True]
+
+    def test_a_verdict_names_the_worst_place(self):
+        first, *_ = bench.goals(results(case(), case("2048@7", composition=(1, 2))))
+        assert str(first).startswith("FAIL  forward + backward at least 6× upstream composition at every shape: 1 of 2")
+        assert str(first).endswith("worst 1.00 at 2048@7 contiguous float32")
+        assert str(report.Goal("a goal", 1)) == "n/a   a goal: nothing measured"
+
+
+class TestReport:
+    def test_nothing_names_folders_of_the_machine(self):
+        cut = report.without_folders
+        assert cut("_C.so does not load: /home/me/my-env/_C.so: bad") == "_C.so does not load: _C.so: bad"
+        assert cut("python benchmarks/bench_x.py --out /tmp/a.b/c") == "python benchmarks/bench_x.py --out c"
+        assert cut("python ~/x/y.py ../../up --out=/tmp/c/") == "python y.py ../../up --out=c/"
+        assert cut("1.5/2 and/or") == "1.5/2 and/or"
+
+    def test_environment(self, device):
+        where = report.environment(device, "stoch_norm")
+        assert {"commit", "command", "cores", "torch", "date", "cpu"} <= where.keys()
+        assert str(ROOT) not in json.dumps(where)
+        assert "GPU" in where["device"] or "driver" in where or device.type == "cpu"
+
+    def test_the_commit_can_be_given_where_git_knows_none(self, monkeypatch):
+        monkeypatch.setattr(report, "_said", lambda *command, **options: None)
+        monkeypatch.setenv("COMMIT", "abc")
+        assert report.environment(torch.device("cpu"), "stoch_norm")["commit"] == "abc"
+
+    def test_warns_unless_a_compiled_kernel_served(self):
+        assert report.backend_warning("stoch_norm", {"backend": "compiled", "backend_reason": ""}) is None
+        warning = report.backend_warning("stoch_norm", {"backend": "PyTorch", "backend_reason": "none was built"})
+        assert warning == "WARNING: stoch_norm was served by PyTorch, not by a compiled kernel: none was built."
+
+    def test_a_gpu_s_table_has_its_times(self):
+        made = results(case(ours=(1e-6, 2e-6)), device="cuda")
+        header, row, total = bench.table(made)
+        assert dict(zip(header, row, strict=True))["backward, µs"] == "2.0"
+        assert len(total) == len(header)
+
+
+class TestCommand:
+    def test_runs_end_to_end_and_keeps_raw_samples(self, tmp_path, capsys):
+        shapes = ["64@56", "512@7"]
+        bench.main(["--quick", "--batch", "2", "--shapes", *shapes, "--out", str(tmp_path)])
+        said = capsys.readouterr().out
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [(c["label"], c["layout"]) for c in written["cases"]] == [
+            (shape, layout) for layout in bench.LAYOUTS for shape in shapes
+        ]
+        for measured in written["cases"]:
+            for candidate in (bench.OURS, bench.BATCH_NORM, bench.COMPOSITION, bench.IN_PYTORCH):
+                own = measured["samples"][candidate]
+                assert len(own["forward"]) == len(own["backward"]) == 3 and min(own["forward"]) > 0
+                assert measured["peak_bytes"][candidate] >= 0
+            assert all(0 <= share <= 1 for share in measured["samples"][bench.OURS]["batch_share"])
+        assert {"64@56×6", "512@7×5", "all 11 layers"} <= set(said.replace("\n", "  ").split("  "))
+        assert "pass" in said or "FAIL" in said
+        table = (tmp_path / "table.md").read_text()
+        assert table.count("\n| ") == 7 and "```" in table
+        assert str(tmp_path) not in json.dumps(written) + table
+
+    def test_table_and_plot_come_again_from_the_json(self, tmp_path):
+        report.write_json({**results(case(), case(layout="channels_last"))}, tmp_path)
+        bench.main(["--from-json", str(tmp_path)])
+        assert (tmp_path / "table.md").read_text().startswith("| C@H×layers |")
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("arguments", "folder"),
+        [
+            ([], bench.RESULTS),
+            (["--quick"], bench.QUICK_RESULTS),
+            (["--shapes", "64@56"], bench.QUICK_RESULTS),
+            (["--batch", "8"], bench.QUICK_RESULTS),
+            (["--layouts", "contiguous"], bench.QUICK_RESULTS),
+            (["--dtype", "bfloat16"], bench.QUICK_RESULTS),
+        ],
+    )
+    def test_only_a_full_run_takes_the_place_of_the_results(self, arguments, folder):
+        assert bench.parse(arguments).out == folder / "stoch_norm-cpu"
+
+    @pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rounds", "-1"], ["--shapes", "1@1"]])
+    def test_bad_arguments_are_errors(self, arguments):
+        with pytest.raises(SystemExit):
+            bench.parse(arguments)
+
+    def test_no_gpu_is_an_error(self, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit):
+            bench.main(["--device", "cuda"])
+        assert "there is no GPU that this torch can use" in capsys.readouterr().err
+
+    def test_pytest_benchmark_times_single_cases(self, tmp_path):
+        pytest.importorskip("pytest_benchmark")
+        chosen = "cpu and 512x7 and channels_last and (copy or batch_norm)"
+        done = run(
+            [sys.executable, "-m", "pytest", BENCHMARK, "-k", chosen, "--batch", "2", "-p", "no:cacheprovider",
+             f"--benchmark-json={tmp_path / 'benchmark.json'}"]
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        timed = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
+        assert sorted(one["group"].split()[-1] for one in timed) == ["backward", "both", "forward", "forward"]
+
+
+STUB = """#!/usr/bin/env bash
+# stands in for python3 on a machine with a GPU
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *tests/test_stoch_norm.py*) echo "small cases" ;;
+  *"pytest tests"*) echo "$TESTS_SAY"; exit "$TESTS_EXIT" ;;
+  *bench_stoch_norm.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
+  *) cat >/dev/null 2>&1 </dev/null ;;
+esac
+"""
+SANITIZER = '#!/usr/bin/env bash\n[[ "$*" == *"$FAILING"* ]] && exit 1\nshift 4\nexec "$@"\n'
+
+
+class TestGpuScript:
+    def run(self, tmp_path, sanitizer=SANITIZER, tests=0, failing="nothing"):
+        tools = {"python-stub": STUB, "nvcc": "#!/bin/sh\n", "compute-sanitizer": sanitizer}
+        (tmp_path / "bin").mkdir()
+        for name, text in tools.items():
+            if text is not None:
+                (tmp_path / "bin" / name).write_text(text)
+                (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+        return run(
+            ["bash", "benchmarks/gpu.sh"], PYTHON="python-stub", OUT=str(tmp_path / "out"), COMMIT="abc",
+            PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", CUDA_HOME=str(tmp_path / "nowhere"),
+            TESTS_SAY="a tested thing", TESTS_EXIT=str(tests), FAILING=failing,
+        )  # fmt: skip
+
+    def test_no_gpu_is_one_sentence(self, tmp_path):
+        done = run(
+            ["bash", "benchmarks/gpu.sh"], PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out")
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "gpu.sh: no GPU that this torch can use: nothing was built or measured\n"
+        assert not (tmp_path / "out").exists()
+
+    def test_all_steps_pass(self, tmp_path):
+        done = self.run(tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", "stoch_norm-cuda/results.json"]
+        first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
+        assert first == "GPU architecture 9.0, commit abc"
+        assert [line.split()[0] for line in summary] == [
+            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "bench_stoch_norm",
+        ]  # fmt: skip
+        assert all(line.endswith(" pass") for line in summary)
+        assert done.stdout.endswith("\n".join([first, *summary]) + "\n")
+
+    def test_later_steps_run_after_a_failure(self, tmp_path):
+        done = self.run(tmp_path, tests=1, failing="racecheck")
+        assert done.returncode == 1
+        summary = (tmp_path / "out" / "gpu-summary.txt").read_text()
+        assert [line.split()[0] for line in summary.splitlines() if "FAIL" in line] == ["tests", "racecheck"]
+        assert "    a tested thing" in done.stdout and "a table" in done.stdout
+
+    def test_a_missing_tool_is_a_failure(self, tmp_path):
+        done = self.run(tmp_path, sanitizer=None)
+        assert done.returncode == 1
+        assert done.stdout.count("FAIL, compute-sanitizer is missing") == 8  # as they end, and in the summary
