@@ -13,9 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
     library = config.getoption("--library")
     if library is not None:
         if os.environ.get("TALIB_FAST_BACKEND") != "pytorch":
-            raise pytest.UsageError(
-                "--library needs TALIB_FAST_BACKEND=pytorch: two libraries can't serve one operator"
-            )
+            raise pytest.UsageError("--library needs TALIB_FAST_BACKEND=pytorch: one library serves an operator")
         importlib.import_module("talib_fast")
         torch.ops.load_library(library)
 

@@ -200,7 +200,8 @@ struct Worker {
   using Sums = typename Op::Sums;
   static constexpr int kTensors = Op::kTensors;
   static constexpr int kChannels = kRows ? V : 1;  // per vector
-  static constexpr int kUnroll = sizeof(T) == 8 ? 2 : V == 1 ? 8 : 4;
+  // loads ahead, as many as registers allow: vectors of two tensors whose elements have constants of their own take most
+  static constexpr int kUnroll = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2) ? 2 : V == 1 ? 8 : 4;
 
   struct Values {
     Vector<T, V> x, dy;
