@@ -9,9 +9,6 @@ import simt_support
 KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads"
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
 SMALL = (
-    "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) and not 2048 and not 260 "
-    "and not 160"
-)
     "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) and not 2048 and not 260 and not 160"
 )
 SLICED = {"SIMT_SHARED_BYTES": "8000", "SIMT_CACHE_BYTES": "20000"}  # little stays on chip: blocks share channels
