@@ -44,7 +44,7 @@ LAYERS = (
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
-DEFAULT_ROUNDS = {"cpu": 9, "cuda": 25}
+DEFAULT_ROUNDS = {"cpu": 11, "cuda": 25}
 P = 0.5
 
 OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH = (
