@@ -23,7 +23,7 @@ test: .venv/test
 	$(BIN)/python -m pip install --quiet --no-deps $(SAMPLE)
 	touch $@
 
-.venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
+.venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f) $(wildcard tools/*.py)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[$(@F)]'
 	touch $@
 

@@ -1,13 +1,22 @@
-"""Builds the compiled library `_C` with whatever compiler is there; without one the package is pure Python."""
+"""Builds the compiled library `_C` with whatever compilers are there; without one the package is pure Python.
 
+What is built, and why a part is not, is decided in tools/build_parts.py.
+"""
+
+import contextlib
 import os
+import shlex
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import setup
 
 try:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
@@ -15,43 +24,144 @@ except ImportError:
         "pip install torch setuptools ninja, then pip install --no-build-isolation talib_fast"
     )
 
-# the oldest torch whose stable ABI the library keeps to, so that one binary serves every later one
-STABLE_ABI = "0x020a000000000000"
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import build_parts  # noqa: E402
 
 
-def extensions() -> list[CppExtension]:
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    if os.environ.get("TALIB_FAST_NO_EXT") == "1":
-        print("talib_fast: TALIB_FAST_NO_EXT=1, so nothing is compiled")
-        return []
-    torch_version = torch.__version__.partition("+")[0]
-    return [
-        CppExtension(
-            "talib_fast._C",
-            sources,
-            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("TALIB_FAST_TORCH_VERSION", torch_version)],
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
-            py_limited_api=True,
-        )
-    ]
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+COMMON_SOURCES, CPU_SOURCES, CUDA_SOURCES = sources("csrc/*.cpp"), sources("csrc/cpu/*.cpp"), sources("csrc/cuda/*.cu")
+BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"}  # of all that setuptools runs this for
+
+
+def say(sentence: str) -> None:
+    if BUILDING & set(sys.argv):
+        print(f"talib_fast: {sentence}", file=sys.stderr)
+
+
+def visible_gpus() -> Iterator[str]:
+    with contextlib.suppress(RuntimeError):  # a driver that does not answer is no GPU
+        for index in range(torch.cuda.device_count()):
+            yield "{}.{}".format(*torch.cuda.get_device_capability(index))
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[list[str]]:
+    """Everything that this process and its compilers print goes on to where it went before, and into a list."""
+    lines: list[str] = []
+    threads = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+
+    def pass_on(reader: int, writer: int) -> None:
+        with os.fdopen(reader, errors="replace") as source:
+            for line in source:
+                lines.append(line)
+                os.write(writer, line.encode())
+
+    for number, original in saved.items():
+        reader, writer = os.pipe()
+        threads.append(threading.Thread(target=pass_on, args=(reader, original)))
+        os.dup2(writer, number)
+        os.close(writer)
+        threads[-1].start()
+    try:
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, original in saved.items():
+            os.dup2(original, number)
+        for thread in threads:
+            thread.join()
+        for original in saved.values():
+            os.close(original)
 
 
 class Build(BuildExtension):
+    """Builds both parts; if the CUDA part fails, the CPU part alone; if that fails, nothing."""
+
     def run(self) -> None:
-        try:
-            super().run()
-        except Exception as error:  # whatever a compiler or its absence raises
-            first_line = str(error).partition("\n")[0]
-            print(
-                f"talib_fast: the compiled library is not built ({type(error).__name__}: {first_line}); "
-                "the package works without it. To get it, install g++ and ninja and install talib_fast again",
-                file=sys.stderr,
-            )
+        without_cuda = plan.without_cuda
+        options = dict(vars(self))
+        if not without_cuda:
+            failure = self.attempt("")
+            if not failure:
+                return
+            if os.environ.get("FORCE_CUDA") == "1":
+                sys.exit(f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {build_parts.cuda_failed(failure)}")
+            without_cuda = build_parts.cuda_failed(failure)
+            vars(self).update(options)  # the failed run has changed some
+        failure = self.attempt(without_cuda)
+        say(build_parts.library_failed(failure) if failure else f"the CUDA kernels are not built: {without_cuda}")
+        if failure:
             self.extensions = []
 
+    def attempt(self, without_cuda: str) -> str:
+        """Build the library, and say what failed, if anything did."""
+        (extension,) = self.extensions
+        cxx = [*build_parts.CXX_FLAGS]
+        nvcc = [*build_parts.NVCC_FLAGS]
+        link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state"]
+        cuda_sources: list[str] = []
+        for_cuda = {"without_cuda": without_cuda}
+        if not without_cuda:
+            assert not isinstance(toolkit, str)
+            cuda_sources = CUDA_SOURCES
+            architectures = build_parts.architecture_list(os.environ, toolkit.architectures, visible_gpus())
+            for_cuda = {"nvcc": toolkit.version, "architectures": architectures}
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+            cpp_extension.CUDA_HOME = toolkit.root
+            threads = build_parts.nvcc_threads(os.environ, os.cpu_count() or 1, len(CUDA_SOURCES))
+            nvcc.append(f"--threads={threads}")
+            for stale in Path(self.build_temp).glob("csrc/cuda/*.o"):
+                stale.unlink()  # under a torch without CUDA ninja is not told which headers they depend on
+            link += [f"-L{path}" for path in toolkit.library_dirs]
+            link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,libcudart_static.a"]
+        text = build_parts.build_text(torch.__version__, CPU_SOURCES, cuda_sources, for_cuda)
+        cxx.append(f"-DTALIB_FAST_BUILD={build_parts.c_string(text)}")
+        extension.sources = [*COMMON_SOURCES, *CPU_SOURCES, *cuda_sources]
+        extension.extra_compile_args = {"cxx": cxx, "nvcc": nvcc}
+        extension.extra_link_args = link
+        with overheard() as lines:
+            try:
+                super().run()
+                return ""
+            except Exception as error:  # whatever a compiler or its absence raises
+                failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return build_parts.first_error(lines, ROOT) or failure
+
+
+toolkit = build_parts.find_toolkit(os.environ, cpp_extension.CUDA_HOME)
+try:
+    plan = build_parts.decide(
+        os.environ,
+        compiler=shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]),
+        torch_version=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        toolkit=toolkit,
+        cuda_sources=CUDA_SOURCES,
+    )
+except build_parts.Impossible as impossible:
+    sys.exit(f"talib_fast: {impossible}")
+if plan.without_library:
+    say(plan.without_library)
 
 setup(
-    ext_modules=extensions(),
+    ext_modules=[]
+    if plan.without_library
+    else [
+        CppExtension(
+            "talib_fast._C",
+            [],
+            define_macros=[("TORCH_TARGET_VERSION", build_parts.STABLE_ABI)],
+            py_limited_api=True,
+        )
+    ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

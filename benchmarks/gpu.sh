@@ -95,11 +95,11 @@ build() {
   "$python" setup.py build_ext --inplace --force && "$python" - "$@" <<'PYTHON'
 import sys
 
-from talib_fast.ops import backends, compiled_status
+from talib_fast.ops import backends, compiled
 
 served = backends()
 missing = [name for name in sys.argv[1:] if served[name]["cuda"][0] != "compiled"]
-sys.exit(f"no CUDA kernel for {', '.join(missing)}: {compiled_status()}" if missing else 0)
+sys.exit(f"no CUDA kernel for {', '.join(missing)}: {compiled().status}" if missing else 0)
 PYTHON
 }
 export -f build

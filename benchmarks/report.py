@@ -20,7 +20,7 @@ import numpy
 import torch
 
 import talib_fast
-from talib_fast.ops import backends, compiled_status
+from talib_fast.ops import backends, compiled
 from talib_fast.storage import write_atomically
 from talib_fast.training.report import STYLE
 
@@ -98,7 +98,7 @@ def environment(device: torch.device, operation: str) -> dict[str, Any]:
         "talib_fast": talib_fast.__version__,
         "backend": backend,
         "backend_reason": without_folders(reason),
-        "compiled_library": without_folders(compiled_status()),
+        "compiled_library": without_folders(compiled().status),
         "device": cpu,
         "cpu": cpu,
         "cores": len(affinity(0)) if affinity else os.cpu_count(),

@@ -1,16 +1,18 @@
-// Says what this library was built by and for; `python -m talib_fast info` prints it.
+// Says what this library was built from and by; `python -m talib_fast info` prints it.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 namespace {
 
-#define TALIB_FAST_STRING_(x) #x
-#define TALIB_FAST_STRING(x) TALIB_FAST_STRING_(x)
+#ifdef __clang__
+constexpr const char* kCompiler = __VERSION__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
 
-std::string build_info() {
-  return "built by compiler " __VERSION__ " for torch >= 2.10, with the headers of " TALIB_FAST_STRING(TALIB_FAST_TORCH_VERSION);
-}
+// `key=value` lines; the build gives all but the compiler's
+std::string build_info() { return std::string("compiler=") + kCompiler + "\n" TALIB_FAST_BUILD; }
 
 }  // namespace
 

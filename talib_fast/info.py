@@ -1,6 +1,8 @@
 """``python -m talib_fast info``: versions, devices, and which backend serves each operation where."""
 
 import platform
+import re
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ def describe() -> str:
         "",
         f"cpu         {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         *gpus(),
-        f"kernels     {ops.compiled_status()}",
+        f"kernels     {ops.compiled().status}",
+        *built(ops.compiled().build),
         "",
     ]
     for operation, devices in ops.backends().items():
@@ -39,4 +42,43 @@ def gpus() -> list[str]:
         name = f"cuda:{index}"
         capability = f"compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}"
         lines.append(f"{name:<12}{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
+        mismatch = built_for_others(ops.compiled().build.get("architectures", ""), (gpu.major, gpu.minor))
+        lines += [f"{'':<12}{mismatch}"] if mismatch else []
     return lines
+
+
+def built(build: Mapping[str, str]) -> list[str]:
+    """What a loaded library says of its build: which operations, by which compiler, for which architectures."""
+    if "compiler" not in build:
+        return []
+    by = f"{build['cpu'] or 'no kernel'}, by {build['compiler']} with the headers of torch {build['torch']}"
+    if "without_cuda" in build:
+        for_cuda = f"not built: {build['without_cuda']}"
+    else:
+        for_cuda = f"{build['cuda']}, by nvcc {build['nvcc']} for {build['architectures']}"
+    return [f"  for cpu   {by}", f"  for cuda  {for_cuda}"]
+
+
+def built_for_others(architectures: str, capability: tuple[int, int]) -> str:
+    """Say so if kernels built for ``architectures``, as in ``TORCH_CUDA_ARCH_LIST``, do not run on a GPU.
+
+    Machine code runs from its own minor version on within its major version, one with a letter on exactly its own,
+    and PTX (``+PTX``) on every later GPU. An empty list, and one with a name in it, says nothing.
+    """
+    names = architectures.split()
+    for name in names:
+        parts = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", name)
+        if parts is None:
+            return ""
+        built_for = int(parts[1]), int(parts[2])
+        if built_for == capability or (
+            not parts[3] and built_for < capability and (parts[4] or built_for[0] == capability[0])
+        ):
+            return ""
+    if not names:
+        return ""
+    gpu = "{}.{}".format(*capability)
+    return (
+        f"the CUDA kernels are built for {architectures}, you have {gpu}: "
+        f"install talib_fast again with TORCH_CUDA_ARCH_LIST={gpu}"
+    )

@@ -1,5 +1,21 @@
+import importlib
+import os
+
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--library", help="serve the operators from this compiled library, not from the package's own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--library")
+    if library is not None:
+        if os.environ.get("TALIB_FAST_BACKEND") != "pytorch":
+            raise pytest.UsageError("--library needs TALIB_FAST_BACKEND=pytorch: one library serves an operator")
+        importlib.import_module("talib_fast")
+        torch.ops.load_library(library)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -8,6 +8,7 @@ import torch
 
 import talib_fast
 from talib_fast import finetune, ops
+from talib_fast.ops.library import Compiled
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -25,12 +26,14 @@ def test_backends_name_every_operation_on_every_device():
 
 
 def test_the_compiled_library_says_what_it_was_built_by():
-    status = ops.compiled_status()
-    if "is loaded" not in status:
-        pytest.skip(status)
-    assert re.fullmatch(
-        r"_C\S*\.so is loaded, built by compiler \d\S* for torch >= 2\.10, with the headers of 2\.\S+", status
-    )
+    compiled = ops.compiled()
+    if not compiled.loaded:
+        pytest.skip(compiled.status)
+    assert re.fullmatch(r"_C\S*\.so is loaded", compiled.status)
+    assert re.match(r"(GCC|.*[Cc]lang) ?\d+\.\d+", compiled.build["compiler"])
+    assert re.fullmatch(r"2\.\d+\.\d+\S*", compiled.build["torch"])
+    assert {"cpu", "cuda"} < set(compiled.build)
+    assert ("without_cuda" in compiled.build) != ({"nvcc", "architectures"} <= set(compiled.build))
 
 
 def test_every_operation_has_a_forward_and_a_backward():
@@ -59,7 +62,7 @@ class TestLoading:
         return tmp_path
 
     def test_without_a_library_pytorch_serves(self, package, monkeypatch):
-        assert ops.library._load_compiled() == "talib_fast was installed without compiled kernels"
+        assert ops.library._load_compiled() == Compiled(False, "talib_fast was installed without compiled kernels")
         monkeypatch.setenv("TALIB_FAST_BACKEND", "compiled")
         with pytest.raises(ImportError, match="TALIB_FAST_BACKEND=compiled, but talib_fast was installed without"):
             ops.library._load_compiled()
@@ -76,21 +79,31 @@ class TestLoading:
         (package / "_C.abi3.so").touch()
         loaded = []
         monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-        monkeypatch.setattr(torch.ops.talib_fast, "build_info", lambda: "built by hand", raising=False)
-        assert ops.library._load_compiled() == "_C.abi3.so is loaded, built by hand"
+        monkeypatch.setattr(torch.ops.talib_fast, "build_info", lambda: "compiler=hand\ncuda=\n", raising=False)
+        build = {"compiler": "hand", "cuda": ""}
+        assert ops.library._load_compiled() == Compiled(True, "_C.abi3.so is loaded", build)
         assert loaded == [package / "_C.abi3.so"]
 
 
-@pytest.mark.parametrize("has_kernel", [True, False])
-def test_backends_follow_the_dispatcher(has_kernel, monkeypatch):
-    monkeypatch.setattr(ops.library, "_COMPILED_STATUS", "_C.abi3.so is loaded")
+@pytest.mark.parametrize(
+    ("has_kernel", "compiled", "expected"),
+    [
+        (True, Compiled(True, "loaded"), ("compiled", "the compiled library holds a kernel for it")),
+        (False, Compiled(True, "loaded"), ("PyTorch", "the compiled library holds no cuda kernel for it")),
+        (
+            False,
+            Compiled(True, "loaded", {"without_cuda": "no CUDA toolkit is found"}),
+            ("PyTorch", "the compiled library holds no CUDA kernels: no CUDA toolkit is found"),
+        ),
+        (False, Compiled(False, "it does not load"), ("PyTorch", "it does not load")),
+    ],
+)
+def test_backends_follow_the_dispatcher(has_kernel, compiled, expected, monkeypatch):
+    monkeypatch.setattr(ops.library, "_COMPILED", compiled)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: has_kernel)
-    backend, reason = ops.backends()["stoch_norm"]["cuda"]
-    assert (backend, reason) == (
-        ("compiled", "the compiled library holds a kernel for it")
-        if has_kernel
-        else ("PyTorch", "the compiled library holds no cuda kernel for it")
-    )
+    served = ops.backends()["stoch_norm"]
+    assert served["cuda"] == expected
+    assert "CUDA" not in served["cpu"][1]
 
 
 def test_public_names():

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import pickle
 import sys
 
@@ -49,6 +50,13 @@ def inputs(shape, dtype=torch.float64, device="cpu"):
         weight=torch.randn(channels, dtype=torch.float64).to(device, dtype),
         bias=torch.randn(channels, dtype=torch.float64).to(device, dtype),
     )
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The largest error is at most `tolerance`, relative to the largest value."""
+    assert got.isfinite().all()
+    error = (got.double() - expected).abs().max()
+    assert error <= tolerance * max(expected.abs().max().item(), 1)
 
 
 def layout(x: Tensor, name: str) -> Tensor:
@@ -194,6 +202,163 @@ class TestOperation:
     def test_bad_input_is_named(self, change, error, message):
         with pytest.raises(error, match=message):
             stoch_norm(**{**inputs((4, 5)), **change})
+
+
+# Runs long and short, odd, single, of one channel or many; rows few and many: whatever kernels treat differently.
+KERNEL_SHAPES = [
+    (2, 1), (3, 7), (130, 33), (600, 40), (2000, 260), (48, 2048), (2, 3, 1), (3, 1, 1000), (1, 5, 700),
+    (70, 64, 2), (7, 5, 300), (5, 130, 7, 7), (2, 2, 129, 65), (4, 48, 33, 31), (2, 3, 160, 150), (9, 64, 3, 5, 2),
+]  # fmt: skip
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class TestKernels:
+    """The compiled kernels where they are, else the PyTorch implementation, against the oracle."""
+
+    @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+    def test_every_shape(self, shape, dtype, name, device):
+        args = inputs(shape, dtype, device)
+        args["input"] = layout(args["input"], name).requires_grad_()
+        for vector in ("running_mean", "running_var", "weight", "bias"):
+            args[vector] = args[vector].float() if dtype != torch.float64 else args[vector]
+        args["mask"] = (torch.rand(shape[1]) < 0.5).to(device)
+        leaves = [args["input"], args["weight"].requires_grad_(), args["bias"].requires_grad_()]
+        grad = layout(torch.randn(shape, dtype=torch.float64).to(device, dtype), name)
+        exact = {k: v.detach().double().requires_grad_() if v.requires_grad else v for k, v in args.items()}
+        expected, mean, var = oracle(**exact)
+        expected_grads = torch.autograd.grad(expected, [exact[k] for k in ("input", "weight", "bias")], grad.double())
+        output, _ = stoch_norm(**args)
+        grads = torch.autograd.grad(output, leaves, grad)
+        assert output.stride() == grads[0].stride() == args["input"].stride()
+        # the sums' errors grow with the square root of the count
+        tolerance = TOLERANCES[dtype]
+        sums = tolerance * (grad.numel() / shape[1]) ** 0.5
+        assert_near(output, expected, tolerance)
+        assert_near(args["running_mean"], mean, min(tolerance, 2e-5))
+        assert_near(args["running_var"], var, min(tolerance, 2e-5))
+        assert_near(grads[0], expected_grads[0], tolerance * 2)
+        assert_near(grads[1], expected_grads[1], sums)
+        assert_near(grads[2], expected_grads[2], sums)
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1:], ids=str)
+    def test_every_order_of_dimensions_without_a_copy(self, order, device):
+        args = inputs((3, 6, 5, 4), device=device)
+        back = [order.index(dim) for dim in range(4)]
+        args["input"] = args["input"].permute(order).contiguous().permute(back)
+        expected, *_ = oracle(**args)
+        output, _ = stoch_norm(**args)
+        assert output.stride() == args["input"].stride()
+        torch.testing.assert_close(output, expected)
+
+    @pytest.mark.parametrize("chosen", [True, False])
+    @pytest.mark.parametrize("shape", [(40, 24), (6, 24, 7, 7), (2, 24, 30, 20)], ids=str)
+    def test_one_branch_alone(self, chosen, shape, device):
+        args = inputs(shape, device=device)
+        args["mask"] = torch.full_like(args["mask"], chosen)
+        args["input"].requires_grad_()
+        expected, mean, var = oracle(**args)
+        (expected_grad,) = torch.autograd.grad((expected**2).sum(), args["input"])
+        output, _ = stoch_norm(**args)
+        (grad,) = torch.autograd.grad((output**2).sum(), args["input"])
+        torch.testing.assert_close((output, grad), (expected, expected_grad))
+        torch.testing.assert_close((args["running_mean"], args["running_var"]), (mean, var))
+
+    @pytest.mark.parametrize("threads", [2, 3, 16])
+    @pytest.mark.parametrize("shape", [(2, 3, 300, 150), (3000, 64), (8, 200, 7, 7), (3, 40, 64, 64)], ids=str)
+    def test_more_threads(self, threads, shape):
+        args = inputs(shape)
+        args["input"].requires_grad_()
+        expected, mean, var = oracle(**args)
+        (expected_grad,) = torch.autograd.grad((expected**2).sum(), args["input"])
+        torch.set_num_threads(threads)
+        output, _ = stoch_norm(**args)
+        (grad,) = torch.autograd.grad((output**2).sum(), args["input"])
+        torch.testing.assert_close((output, grad), (expected, expected_grad))
+        torch.testing.assert_close((args["running_mean"], args["running_var"]), (mean, var))
+
+    @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("shape", [(16, 40, 17, 9), (400, 40)], ids=str)
+    def test_equal_input_gives_equal_bits(self, name, shape, device):
+        results = []
+        for _ in range(3):
+            torch.manual_seed(1)
+            args = inputs(shape, torch.float32, device)
+            args["input"] = layout(args["input"], name).requires_grad_()
+            output, statistics = stoch_norm(**args)
+            (grad,) = torch.autograd.grad(output.square().sum(), args["input"])
+            results.append((output, *statistics, grad, args["running_mean"], args["running_var"]))
+        assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(results[0], later, strict=True))
+
+    @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 7), (2, 4, 40, 30)], ids=str)
+    def test_an_infinite_value_stays_in_its_channel_and_out_of_a_running_one_s_gradient(self, shape, device):
+        args = inputs(shape, device=device)
+        args["mask"] = torch.tensor([True, False, True, False], device=device)
+        args["input"].view(shape[0], 4, -1)[0, 1, 0] = torch.inf
+        args["input"].requires_grad_()
+        output, _ = stoch_norm(**args)
+        (grad,) = torch.autograd.grad(output, args["input"], torch.ones_like(output))
+        assert grad.isfinite().all()
+        assert output.isfinite().sum() == output.numel() - 1
+        assert args["running_mean"].isfinite().tolist() == [True, False, True, True]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("vectors", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_vectors_of_any_dtype_and_stride(self, dtype, vectors, device):
+        args = inputs((6, 5, 9), dtype, device)
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            args[name] = torch.stack([args[name].to(vectors)] * 2, dim=1)[:, 0]
+        expected, mean, var = oracle(**args)
+        output, _ = stoch_norm(**args)
+        assert_near(output, expected, TOLERANCES[dtype])
+        assert_near(args["running_mean"], mean, max(TOLERANCES[dtype], TOLERANCES[vectors]))
+        assert_near(args["running_var"], var, max(TOLERANCES[dtype], TOLERANCES[vectors]))
+
+    def test_a_gradient_of_another_layout(self, device):
+        args = inputs((4, 6, 5, 3), device=device)
+        args["input"].requires_grad_()
+        grad = layout(torch.randn(4, 6, 5, 3, dtype=torch.float64, device=device), "channels_last")
+        expected = torch.autograd.grad(oracle(**args)[0], args["input"], grad)
+        torch.testing.assert_close(torch.autograd.grad(stoch_norm(**args)[0], args["input"], grad), expected)
+        args = inputs((4, 6, 5, 3), device=device)
+        args["input"].requires_grad_()
+        (grad,) = torch.autograd.grad(stoch_norm(**args)[0].sum(), args["input"])  # an expanded gradient
+        assert grad.shape == (4, 6, 5, 3)
+
+    def test_a_shifted_address_is_not_aligned(self, device):
+        for dtype in (torch.float32, torch.bfloat16):
+            args = inputs((4, 8, 6, 6), dtype, device)
+            args["input"] = torch.cat([args["input"].flatten(), args["input"].flatten()])[1:1153].view(4, 8, 6, 6)
+            expected, *_ = oracle(**args)
+            assert_near(stoch_norm(**args)[0], expected, TOLERANCES[dtype])
+
+    def test_a_wrong_operand_never_reaches_a_kernel(self, device):
+        args = inputs((4, 6, 3), device=device)
+        forward = [args[name] for name in ("input", "weight", "bias", "running_mean", "running_var", "mask")]
+        _, mean, invstd = OP.stoch_norm_forward(*forward, 0.1, 1e-5)
+        for i in range(1, 6):
+            short = [t[:4] if j == i else t for j, t in enumerate(forward)]
+            with pytest.raises(RuntimeError):
+                OP.stoch_norm_forward(*short, 0.1, 1e-5)
+        backward = [torch.ones_like(args["input"]), args["input"], mean, invstd, args["weight"], args["mask"]]
+        for i in (0, 2, 3, 4, 5):
+            short = [t[:3] if j == i else t for j, t in enumerate(backward)]
+            with pytest.raises(RuntimeError):
+                OP.stoch_norm_backward(*short)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_conversions_round_as_torch_does(self, dtype, device):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+        every = every[every.isfinite()]
+        values = torch.stack([every, every], 1)
+        zero, one = torch.zeros(2, device=device), torch.ones(2, device=device)
+        mask = torch.zeros(2, dtype=torch.bool, device=device)
+        for factor in (1.0, 0.7, 1.3, 1e-3, 3e-6, 600.0):
+            expected = (values.float() * factor).to(dtype)
+            for x, want in ((values, expected), (values.t().contiguous().unsqueeze(0), expected.t().unsqueeze(0))):
+                output, _ = stoch_norm(x, zero.clone(), one.clone(), mask, one * factor, None, eps=0.0)
+                assert torch.equal(output, want)
 
 
 class TestLayer:

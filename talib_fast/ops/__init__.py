@@ -1,8 +1,8 @@
 """The three operations that carry the fine-tuning methods, each with autograd, on every device."""
 
-from .library import backends, compiled_status
+from .library import backends, compiled
 from .spectral_tail import spectral_tail
 from .squared_distance import squared_distance
 from .stoch_norm import stoch_norm
 
-__all__ = ["backends", "compiled_status", "spectral_tail", "squared_distance", "stoch_norm"]
+__all__ = ["backends", "compiled", "spectral_tail", "squared_distance", "stoch_norm"]

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,8 +39,25 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     raise TypeError(f"expected a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
 
 
-def _load_compiled() -> str:
-    """Load the compiled kernels over the PyTorch implementations; say in a sentence what came of it.
+@dataclass(frozen=True)
+class Compiled:
+    """What came of loading the compiled library.
+
+    Attributes:
+        loaded: whether it is in use.
+        status: the same in a sentence, with the reason.
+        build: what a loaded library says of its build: ``compiler``, ``torch`` (the version of its headers), ``cpu``
+            and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
+            ``without_cuda``, the reason why there are no CUDA kernels.
+    """
+
+    loaded: bool
+    status: str
+    build: Mapping[str, str] = field(default_factory=dict)
+
+
+def _load_compiled() -> Compiled:
+    """Load the compiled kernels over the PyTorch implementations.
 
     The environment variable ``TALIB_FAST_BACKEND`` chooses: ``auto`` (the default) loads them where they are,
     ``compiled`` raises if they are missing, ``pytorch`` leaves them alone.
@@ -48,29 +66,30 @@ def _load_compiled() -> str:
     if choice not in ("auto", "compiled", "pytorch"):
         raise ValueError(f"TALIB_FAST_BACKEND must be auto, compiled or pytorch, got {choice!r}")
     if choice == "pytorch":
-        return "TALIB_FAST_BACKEND=pytorch leaves compiled kernels alone"
+        return Compiled(False, "TALIB_FAST_BACKEND=pytorch leaves compiled kernels alone")
     library = next(iter(sorted(Path(__file__).parent.parent.glob("_C*.so"))), None)
     if library is None:
         reason = "talib_fast was installed without compiled kernels"
     else:
         try:
             torch.ops.load_library(library)
-            return f"{library.name} is loaded, {torch.ops.talib_fast.build_info()}"
+            lines = torch.ops.talib_fast.build_info().splitlines()
+            return Compiled(True, f"{library.name} is loaded", dict(line.split("=", 1) for line in lines))
         except OSError as error:
             reason = f"{library.name} does not load: {error}"
     if choice == "compiled":
         raise ImportError(f"TALIB_FAST_BACKEND=compiled, but {reason}")
     if library is not None:
         warnings.warn(f"talib_fast falls back to PyTorch: {reason}", stacklevel=2)
-    return reason
+    return Compiled(False, reason)
 
 
-_COMPILED_STATUS = _load_compiled()
+_COMPILED = _load_compiled()
 
 
-def compiled_status() -> str:
-    """What came of loading the compiled library, in a sentence."""
-    return _COMPILED_STATUS
+def compiled() -> Compiled:
+    """What came of loading the compiled library."""
+    return _COMPILED
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
@@ -81,8 +100,11 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
         for device in ("cpu", "cuda"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"talib_fast::{operation}_forward", device.upper()):
                 served[operation][device] = ("compiled", "the compiled library holds a kernel for it")
-            elif "is loaded" in _COMPILED_STATUS:
-                served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
+            elif not _COMPILED.loaded:
+                served[operation][device] = ("PyTorch", _COMPILED.status)
+            elif device == "cuda" and "without_cuda" in _COMPILED.build:
+                reason = f"the compiled library holds no CUDA kernels: {_COMPILED.build['without_cuda']}"
+                served[operation][device] = ("PyTorch", reason)
             else:
-                served[operation][device] = ("PyTorch", _COMPILED_STATUS)
+                served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
     return served

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+namespace talib_fast {
+
+enum class FloatType : int { kFloat, kDouble, kHalf, kBFloat16 };
+
+// One number per channel, of a type that is known at run time only. No data: the operand is absent.
+struct ChannelVector {
+  void* data = nullptr;
+  FloatType type = FloatType::kFloat;
+  int64_t stride = 1;
+};
+
+}  // namespace talib_fast

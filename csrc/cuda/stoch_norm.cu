@@ -1,0 +1,91 @@
+// Compiled by nvcc this registers the kernels for CUDA; by g++, with the harness of tests/simt, the same ones for CPU.
+#include "stoch_norm.cuh"
+
+#include "../stoch_norm.h"
+#include "stream.h"
+
+namespace talib_fast {
+namespace {
+
+template <typename F>
+void dispatch(const Tensor& tensor, const F& f) {
+  switch (float_type(tensor)) {
+    case FloatType::kFloat: return f(float{});
+    case FloatType::kDouble: return f(double{});
+    case FloatType::kHalf: return f(__half{});
+    case FloatType::kBFloat16: return f(__nv_bfloat16{});
+  }
+}
+
+template <typename Op>
+void run(const Op& op, const ChannelView& view, const Tensor& input) {
+  if (view.channels == 0) return;
+  const stoch_norm::Shape shape{view.outer, view.channels, view.inner};
+  stoch_norm::with_vectors(op, shape, [&](auto vector, auto rows) {
+    const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, stoch_norm::current_device());
+    const Tensor workspace =
+        torch::stable::new_empty(input, {static_cast<int64_t>(plan.workspace_bytes)}, ScalarType::Byte);
+    stoch_norm::launch<Op, vector(), rows()>(op, plan, workspace.mutable_data_ptr(), current_stream(input));
+  });
+}
+
+template <typename T>
+void forward(const ForwardCall& call) {
+  using A = acc_t<T>;
+  const stoch_norm::Forward<T> op{static_cast<const T*>(call.input.const_data_ptr()),
+                                  static_cast<T*>(call.output.mutable_data_ptr()),
+                                  static_cast<A*>(call.mean.mutable_data_ptr()),
+                                  static_cast<A*>(call.invstd.mutable_data_ptr()),
+                                  static_cast<const bool*>(call.mask.const_data_ptr()),
+                                  call.weight,
+                                  call.bias,
+                                  call.running_mean,
+                                  call.running_var,
+                                  static_cast<A>(call.momentum),
+                                  static_cast<A>(call.eps),
+                                  call.view.per_channel()};
+  run(op, call.view, call.input);
+}
+
+template <typename T>
+void backward(const BackwardCall& call) {
+  using A = acc_t<T>;
+  const stoch_norm::Backward<T> op{static_cast<const T*>(call.input.const_data_ptr()),
+                                   static_cast<const T*>(call.grad_output.const_data_ptr()),
+                                   static_cast<T*>(call.grad_input.mutable_data_ptr()),
+                                   static_cast<const A*>(call.mean.const_data_ptr()),
+                                   static_cast<const A*>(call.invstd.const_data_ptr()),
+                                   static_cast<const bool*>(call.mask.const_data_ptr()),
+                                   call.weight,
+                                   static_cast<A*>(call.grad_weight.mutable_data_ptr()),
+                                   static_cast<A*>(call.grad_bias.mutable_data_ptr()),
+                                   call.view.per_channel()};
+  run(op, call.view, call.input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, const Tensor& running_mean,
+                                                      const Tensor& running_var, const Tensor& mask, double momentum,
+                                                      double eps) {
+  const DeviceGuard guard(input);
+  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps);
+  dispatch(input, [&](auto zero) { forward<decltype(zero)>(call); });
+  return {call.output, call.mean, call.invstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                       const Tensor& mean, const Tensor& invstd,
+                                                       const std::optional<Tensor>& weight, const Tensor& mask) {
+  const DeviceGuard guard(input);
+  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask);
+  dispatch(input, [&](auto zero) { backward<decltype(zero)>(call); });
+  return {call.grad_input, call.grad_weight, call.grad_bias};
+}
+
+}  // namespace
+}  // namespace talib_fast
+
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
+  m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
+  m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
+}

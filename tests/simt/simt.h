@@ -1,0 +1,312 @@
+// Runs CUDA kernels on the host: g++ compiles them with this header in the place of the CUDA headers, every CUDA thread
+// is a fiber, and every block in flight has an operating-system thread. AddressSanitizer, UndefinedBehaviorSanitizer
+// and ThreadSanitizer see CUDA threads and memory as if they were the host's. The harness itself names deadlocks,
+// divergent barriers and wrong warp operations.
+//
+// A launch reads these environment variables:
+//   SIMT_BLOCKS=k           blocks in flight at once, 1 by default
+//   SIMT_SEED=n             another order of the threads in a block, and other moments at which blocks start
+//   SIMT_MULTIPROCESSORS=n  what the device says it has, 3 by default
+//   SIMT_SHARED_BYTES=n     shared memory that a block can have, 49152 by default
+//   SIMT_THREADS=n          threads that a block can have, 1024 by default
+//   SIMT_CACHE_BYTES=n      its second-level cache, 1048576 by default
+//
+// What it can't tell: speed, bank conflicts, weak memory order (the host's is strong; ThreadSanitizer knows only what
+// is ordered by a barrier or an acquire), or what nvcc's optimiser does.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda_types.h"
+#include "engine.h"
+
+#define SIMT_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                   \
+  simt::launch(simt::At::current(), #kernel, kernel, (grid), (block), (dynamic_shared_bytes), \
+               (stream)__VA_OPT__(, ) __VA_ARGS__)
+
+#define SIMT_SHARED(T, name, N) \
+  static char simt_tag_##name;  \
+  T* const name =               \
+      static_cast<T*>(simt::shared_array(&simt_tag_##name, sizeof(T) * (N), alignof(T), simt::At::current()))
+
+#define SIMT_DYN_SHARED(T, name) T* const name = static_cast<T*>(simt::dynamic_shared_array(simt::At::current()))
+
+// ---------------------------------------------------------------------------------------------------- device functions
+
+#define threadIdx (simt::self().index)
+#define blockIdx (simt::engine().block_index)
+#define blockDim (simt::engine().launch->block)
+#define gridDim (simt::engine().launch->grid)
+
+inline void __syncthreads(simt::At at = simt::At::current()) { simt::barrier(at); }
+inline int __syncthreads_or(int predicate, simt::At at = simt::At::current()) {
+  return simt::barrier_or(predicate != 0, at);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffff, simt::At at = simt::At::current()) {
+  simt::leave(simt::collect(mask, simt::Operation::kSync, nullptr, 0, at));
+}
+
+SIMT_UNTRACKED inline unsigned __activemask() { return simt::engine().warps[simt::self().warp].live; }
+
+inline unsigned __ballot_sync(unsigned mask, bool predicate, simt::At at = simt::At::current()) {
+  return simt::ballot(mask, predicate, at);
+}
+
+inline int __any_sync(unsigned mask, bool predicate, simt::At at = simt::At::current()) {
+  return simt::ballot(mask, predicate, at) != 0;
+}
+
+inline int __all_sync(unsigned mask, bool predicate, simt::At at = simt::At::current()) {
+  return simt::ballot(mask, !predicate, at) == 0;
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, simt::At at = simt::At::current()) {
+  const unsigned segment = simt::lane() & ~static_cast<unsigned>(width - 1);
+  return simt::shuffle(mask, value, segment + (static_cast<unsigned>(source) & (width - 1)), false, at);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, simt::At at = simt::At::current()) {
+  const unsigned last = simt::lane() | static_cast<unsigned>(width - 1), source = simt::lane() + delta;
+  return simt::shuffle(mask, value, source, source > last, at);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, simt::At at = simt::At::current()) {
+  const unsigned segment = simt::lane() & ~static_cast<unsigned>(width - 1);
+  return simt::shuffle(mask, value, simt::lane() - delta, simt::lane() < segment + delta, at);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = warpSize, simt::At at = simt::At::current()) {
+  const unsigned last = simt::lane() | static_cast<unsigned>(width - 1);
+  const unsigned source = simt::lane() ^ static_cast<unsigned>(flip);
+  return simt::shuffle(mask, value, source, source > last, at);
+}
+
+namespace simt {
+template <typename T, typename Update>
+T update_atomically(T* address, Update update) {
+  T old;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
+  for (;;) {
+    T wanted = update(old);
+    if (__atomic_compare_exchange(address, &old, &wanted, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      return old;
+    }
+  }
+}
+}  // namespace simt
+
+template <typename T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return simt::update_atomically(address, [=](T old) { return static_cast<T>(old + value); });
+}
+
+template <typename T>
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  return simt::update_atomically(address, [=](T old) { return old < value ? value : old; });
+}
+
+template <typename T>
+T atomicMin(T* address, std::type_identity_t<T> value) {
+  return simt::update_atomically(address, [=](T old) { return value < old ? value : old; });
+}
+
+template <typename T>
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  return simt::update_atomically(address, [=](T) { return value; });
+}
+
+template <typename T>
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  __atomic_compare_exchange(address, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+
+// To ThreadSanitizer all fences are ordered, those of unrelated threads too: prefer runtime.cuh's acquire and release.
+SIMT_UNTRACKED inline void __threadfence() {
+  static simt::Clock clock;
+  simt::acquire(clock);
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  simt::release(clock);
+}
+
+SIMT_UNTRACKED inline void __threadfence_block() { __threadfence(); }
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float rsqrt(float value) { return rsqrtf(value); }
+inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
+inline float __expf(float value) { return std::exp(value); }
+inline float __logf(float value) { return std::log(value); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float value) { return 1.0f / value; }
+inline float __fsqrt_rn(float value) { return std::sqrt(value); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+template <typename T>
+constexpr T min(T a, std::type_identity_t<T> b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+constexpr T max(T a, std::type_identity_t<T> b) {
+  return a < b ? b : a;
+}
+
+inline float __half2float(__half value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, exponent = value.bits >> 10 & 0x1f, mantissa = value.bits & 0x3ff;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 127 - 15;
+  return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
+}
+
+// Round to nearest, ties to even; NaN becomes 0x7fff, as on the device.
+inline __half __float2half_rn(float value) {
+  uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t result;
+  if (bits > 0x7f800000) {
+    return {0x7fff};
+  } else if (bits >= 0x477ff000) {  // 65520, halfway beyond the largest
+    result = 0x7c00;
+  } else if (bits < 0x38800000) {  // 2^-14: denormal, and the addition rounds
+    result = std::bit_cast<uint32_t>(std::bit_cast<float>(bits) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
+  } else {
+    result = (bits + 0xfff + (bits >> 13 & 1) - ((127u - 15) << 23)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | result)};
+}
+
+inline float __bfloat162float(__nv_bfloat16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    return {0x7fff};
+  }
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ------------------------------------------------------------------------------------------------------------ runtime
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+  }
+  return "unrecognized error code";
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+  }
+  return "unrecognized error code";
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t = nullptr) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) {
+    return cudaErrorInvalidDevice;
+  }
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = static_cast<int>(simt::setting("SIMT_MULTIPROCESSORS", 3));
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(simt::shared_limit());
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = static_cast<int>(min(simt::shared_limit(), simt::kDefaultSharedBytes));
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(2 * simt::shared_limit());
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = static_cast<int>(simt::setting("SIMT_THREADS", simt::kMaxThreads));
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2 * simt::kMaxThreads;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = static_cast<int>(simt::setting("SIMT_CACHE_BYTES", 1 << 20));
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = warpSize;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || static_cast<size_t>(value) > simt::shared_limit()) {
+      return cudaErrorInvalidValue;
+    }
+    simt::SharedMemoryGrants::instance().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value));
+  }
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int /*threads*/, size_t /*dynamic*/) {
+  *blocks = 2;
+  return cudaSuccess;
+}

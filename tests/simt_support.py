@@ -1,0 +1,73 @@
+"""Builds the CUDA kernels for the host, and says how a process loads what a sanitizer instrumented.
+
+    folder = build("thread")
+    subprocess.run([sys.executable, "-c", f"... torch.ops.load_library('{folder}/libtalib_fast_simt.so') ..."],
+                   env=sanitizer_environment("thread"))
+
+The process ends with another code than 0 if the sanitizer found something.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("plain", "address", "thread")
+
+RUNTIMES = {"plain": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
+
+
+def library(name: str) -> str:
+    """Where g++ has it, or the bare name if it has not."""
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def missing(kind: str) -> str:
+    """What this machine lacks for that kind of build, or nothing."""
+    if not sys.platform.startswith("linux"):
+        return "the harness needs Linux"
+    for tool in ("g++", "cmake"):
+        if not shutil.which(tool):
+            return f"no {tool}"
+    for name in RUNTIMES[kind]:
+        if not os.path.isabs(library(name)):
+            return f"g++ has no {name}"
+    return ""
+
+
+def sanitizer_environment(kind: str) -> dict[str, str]:
+    """This process's environment, and what a Python process needs to load a library of that kind."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if kind == "address":
+        # libstdc++ too, or AddressSanitizer finds no __cxa_throw to intercept before python loads it
+        environment["LD_PRELOAD"] = f"{library('libasan.so')} {library('libstdc++.so')}"
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # python's and torch's own
+        environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    elif kind == "thread":
+        environment["LD_PRELOAD"] = f"{library('libtsan.so')} {library('libstdc++.so')}"
+        environment["TSAN_OPTIONS"] = "ignore_noninstrumented_modules=1"  # python and torch
+    return environment
+
+
+@functools.cache
+def build(kind: str) -> Path:
+    """The folder with libtalib_fast_simt.so and the self tests, up to date."""
+    folder = ROOT / "build" / f"simt-{kind}"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists() else []
+    options = [f"-DSIMT_SANITIZER={kind}", f"-DPython_EXECUTABLE={sys.executable}"]
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
+    for command in (
+        ["cmake", "-S", ROOT / "tests" / "simt", "-B", folder, *generator, *options],
+        ["cmake", "--build", folder],
+    ):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
+        if "warning: " in done.stdout:
+            raise RuntimeError(f"the compiler warns:\n{done.stdout}")
+    return folder

@@ -1,0 +1,129 @@
+"""Compiles CUDA sources for every architecture and reads what ptxas says of each kernel.
+
+``python tools/architectures.py csrc/cuda/*.cu`` fails on a warning, a spilled register or a stack frame. It needs nvcc
+and torch's headers, but no GPU.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import build_parts
+
+FUNCTION = re.compile(
+    r"""(?:\ for\ '(?P<architecture>\w+)'\n)?  # of a kernel; what it calls comes after it, without
+    ptxas\ info\s*:\ Function\ properties\ for\ (?P<name>\S+)\n
+    \s*(?P<stack>\d+)\ bytes\ stack\ frame,\ (?P<stores>\d+)\ bytes\ spill\ stores,\ (?P<loads>\d+)\ bytes\ spill\ loads
+    (?:\nptxas\ info\s*:\ Used\ (?P<registers>\d+)\ registers)?""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Function:
+    """What ptxas says of one function, a kernel or what it calls, for one architecture."""
+
+    name: str
+    architecture: str  # like sm_90
+    registers: int | None  # None for a called function
+    stack: int  # bytes, as are the two that follow
+    spill_stores: int
+    spill_loads: int
+
+    def faults(self) -> str:
+        """What is wrong with it, if anything is."""
+        if self.stack or self.spill_stores or self.spill_loads:
+            spills = f"{self.spill_stores} bytes stored and {self.spill_loads} loaded in spills"
+            return f"{self.stack} bytes of stack frame, {spills}"
+        return ""
+
+
+def read(report: str) -> list[Function]:
+    """All functions in what nvcc prints with ``-Xptxas -v``.
+
+    Raises:
+        ValueError: there are others that this cannot read.
+    """
+    functions: list[Function] = []
+    for found in FUNCTION.finditer(report):
+        architecture = found["architecture"] or (functions[-1].architecture if functions else "")
+        registers = None if found["registers"] is None else int(found["registers"])
+        sizes = int(found["stack"]), int(found["stores"]), int(found["loads"])
+        functions.append(Function(found["name"], architecture, registers, *sizes))
+    if len(functions) != report.count("bytes stack frame"):
+        expected = report.count("bytes stack frame")
+        raise ValueError(f"expected {expected} functions in what ptxas says, could read {len(functions)}:\n{report}")
+    return functions
+
+
+def check(source: str, toolkit: build_parts.Toolkit, architectures: Sequence[str]) -> tuple[list[Function], list[str]]:
+    """Compile ``source`` for all ``architectures``; its functions, and in a sentence each what is wrong."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    numbers = [name.replace(".", "") for name in architectures]
+    done = subprocess.run(
+        [
+            *(toolkit.nvcc, "-c", source, "-o", os.devnull, *build_parts.NVCC_FLAGS),
+            *(f"-DTORCH_TARGET_VERSION={build_parts.STABLE_ABI}", f"-isystem={Path(torch.origin).parent / 'include'}"),
+            *("-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", "--threads=2"),
+            *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    if done.returncode:
+        reason = build_parts.first_error(report.splitlines(), Path.cwd()) or report
+        return [], [f"nvcc fails with exit status {done.returncode}: {reason}"]
+    warnings = [line.strip() for line in report.splitlines() if re.search(r"\bwarning\b.*:", line)]
+    functions = read(report)
+    wrong = [f"{found.name} for {found.architecture}: {found.faults()}" for found in functions if found.faults()]
+    missing = {f"sm_{number}" for number in numbers} - {found.architecture for found in functions}
+    return functions, [*warnings, *wrong, *(f"no kernel for {name}" for name in sorted(missing))]
+
+
+def table(functions: Iterable[Function]) -> str:
+    """Registers of each kernel on each architecture; what a kernel calls has none of its own."""
+    architectures = sorted({found.architecture for found in functions}, key=lambda name: (len(name), name))
+    rows: dict[str, dict[str, int | None]] = {}
+    for found in functions:
+        rows.setdefault(found.name, {})[found.architecture] = found.registers
+    lines = ["".join(f"{name:<8}" for name in architectures) + "registers of"]
+    lines += [
+        "".join(f"{row.get(name) or '':<8}" for name in architectures) + function for function, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def demangled(text: str) -> str:
+    """``text`` with C++ names as they are written, if there is a c++filt."""
+    if shutil.which("c++filt") is None:
+        return text
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def main(sources: Iterable[str]) -> int:
+    toolkit = build_parts.find_toolkit(os.environ)
+    if isinstance(toolkit, str):
+        print(f"the kernels are not compiled: {toolkit}", file=sys.stderr)
+        return 1
+    architectures = [name for name in build_parts.ARCHITECTURES if name in toolkit.architectures]
+    print(f"CUDA {toolkit.version} for {' '.join(architectures)}")
+    status = 0
+    for source in sources:
+        functions, faults = check(source, toolkit, architectures)
+        print(demangled(f"\n{source}\n{table(functions)}"), flush=True)
+        for fault in faults:
+            print(demangled(f"{source}: {fault}"), file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
