@@ -4,6 +4,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import baselines
 import bench_stoch_norm as bench
@@ -22,8 +23,9 @@ BENCHMARK = "benchmarks/bench_stoch_norm.py"
 
 
 def run(command, **environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "OUT"))}
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        command, cwd=ROOT, capture_output=True, text=True, env={**inherited, "PYTHONPATH": str(ROOT), **environment}
     )
 
 
@@ -111,6 +113,33 @@ class TestHarness:
             name: {"forward": 4, "backward": 4} for name in "abc"
         }
         assert "".join(calls[3::repetitions]) == "abc" + "bca" + "cab" + "abc"  # after one warm-up pass of each
+
+    def test_a_gpu_is_timed_behind_a_head_start_and_by_the_host_s_clock(self, monkeypatch):
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                log.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 5.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("spin"), raising=False)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        fed = harness.feeds(torch.device("cpu"), (2, 3, 8, 8), torch.float32, False, sets=2)
+        fake = harness.Candidate("a", lambda x: log.append("work") or x * 2, (), lambda: {"drawn": 1.0})
+        samples, repetitions = harness.interleaved(SimpleNamespace(type="cuda"), [fake], fed, rounds=2)
+        assert samples["a"]["forward"] == samples["a"]["backward"] == [0.005 / repetitions] * 2
+        assert len(samples["a"]["wall"]) == len(samples["a"]["drawn"]) == 2
+        timed = ["spin", "event", *["work"] * repetitions, "event", "spin", "event", "event", *["work"] * repetitions]
+        assert log[4 + 3 :] == timed * 2  # after finding out how fast the GPU spins and three warm-up passes
 
     def test_small_inputs_come_in_more_sets_than_a_cache_holds(self, monkeypatch):
         monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1000)
@@ -228,13 +257,14 @@ class TestReport:
 
 
 class TestCommand:
-    def test_runs_end_to_end_and_keeps_raw_samples(self, tmp_path, capsys):
-        shapes = ["64@56", "512@7"]
-        bench.main(["--quick", "--batch", "2", "--shapes", *shapes, "--out", str(tmp_path)])
+    def test_runs_end_to_end_and_keeps_raw_samples(self, tmp_path, capsys, device):
+        shapes, dtypes = ["128@28", "512@7"], ["float32", "bfloat16"]
+        chosen = ["--device", device.type, "--shapes", *shapes, "--dtype", *dtypes]
+        bench.main(["--quick", "--batch", "2", *chosen, "--out", str(tmp_path)])
         said = capsys.readouterr().out
         written = json.loads((tmp_path / "results.json").read_text())
-        assert [(c["label"], c["layout"]) for c in written["cases"]] == [
-            (shape, layout) for layout in bench.LAYOUTS for shape in shapes
+        assert [(c["label"], c["layout"], c["dtype"]) for c in written["cases"]] == [
+            (shape, layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS for shape in shapes
         ]
         for measured in written["cases"]:
             for candidate in (bench.OURS, bench.BATCH_NORM, bench.COMPOSITION, bench.IN_PYTORCH):
@@ -242,10 +272,10 @@ class TestCommand:
                 assert len(own["forward"]) == len(own["backward"]) == 3 and min(own["forward"]) > 0
                 assert measured["peak_bytes"][candidate] >= 0
             assert all(0 <= share <= 1 for share in measured["samples"][bench.OURS]["batch_share"])
-        assert {"64@56×6", "512@7×5", "all 11 layers"} <= set(said.replace("\n", "  ").split("  "))
+        assert {"128@28×7", "512@7×5", "all 12 layers"} <= set(said.replace("\n", "  ").split("  "))
         assert "pass" in said or "FAIL" in said
         table = (tmp_path / "table.md").read_text()
-        assert table.count("\n| ") == 7 and "```" in table
+        assert table.count("\n| ") == 13 and "```" in table
         assert str(tmp_path) not in json.dumps(written) + table
 
     def test_table_and_plot_come_again_from_the_json(self, tmp_path):
@@ -350,4 +380,4 @@ class TestGpuScript:
     def test_a_missing_tool_is_a_failure(self, tmp_path):
         done = self.run(tmp_path, sanitizer=None)
         assert done.returncode == 1
-        assert done.stdout.count("FAIL, compute-sanitizer is missing") == 8  # as they end, and in the summary
+        assert done.stdout.count("FAIL, compute-sanitizer is missing") == 8  # four as they end, four in the summary
