@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernel of stoch_norm share: operands, checked and brought into a form that kernels can walk.
+// What the CPU and the CUDA kernel of stoch_norm share: operands, checked and brought into a form that both can walk.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

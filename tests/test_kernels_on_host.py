@@ -6,7 +6,7 @@ import sys
 import pytest
 import simt_support
 
-KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads"
+KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger"
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
 SMALL = (
     "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) and not 2048 and not 260 and not 160"

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from talib_fast.finetune import stochnorm
 from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model
 from talib_fast.ops import stoch_norm
+from talib_fast.ops.stoch_norm import _backward as reference_backward
+from talib_fast.ops.stoch_norm import _forward as reference_forward
 
 SHAPES = [(6, 5), (4, 5, 7), (3, 5, 4, 3), (2, 5, 3, 2, 4)]
 LAYERS = {2: StochNorm1d, 3: StochNorm1d, 4: StochNorm2d, 5: StochNorm3d}
@@ -278,6 +280,28 @@ class TestKernels:
         torch.testing.assert_close((output, grad), (expected, expected_grad))
         torch.testing.assert_close((args["running_mean"], args["running_var"]), (mean, var))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("shape", "name"),
+        [((8, 97, 113, 113), "contiguous"), ((192, 256, 14, 14), "contiguous"), ((800, 64, 14, 14), "channels_last")],
+        ids=str,
+    )
+    def test_maps_larger_than_the_caches(self, shape, name, dtype, device):
+        args = inputs(shape, dtype, device)
+        x, weight, mask = layout(args["input"], name), args["weight"], torch.rand(shape[1], device=device) < 0.5
+        statistics = args["running_mean"], args["running_var"]
+        grad = layout(torch.randn(shape, device=device).to(dtype), name)
+        exact = [t.double() for t in (x, weight, args["bias"], *statistics)]
+        expected, mean, invstd = reference_forward(*exact, mask, 0.1, 1e-5)
+        expected_grad, *_ = reference_backward(grad.double(), exact[0], mean, invstd, exact[1], mask)
+        torch.set_num_threads(2)
+        output, mean, invstd = OP.stoch_norm_forward(x, weight, args["bias"], *statistics, mask, 0.1, 1e-5)
+        got, *_ = OP.stoch_norm_backward(grad, x, mean, invstd, weight, mask)
+        assert_near(output, expected, TOLERANCES[dtype])
+        assert_near(got, expected_grad, TOLERANCES[dtype] * 2)
+        for moved, moved_exactly in zip(statistics, exact[3:], strict=True):
+            assert_near(moved, moved_exactly, TOLERANCES[dtype])
+
     @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
     @pytest.mark.parametrize("shape", [(16, 40, 17, 9), (400, 40)], ids=str)
     def test_equal_input_gives_equal_bits(self, name, shape, device):
@@ -369,7 +393,7 @@ class TestLayer:
         torch.manual_seed(3)
         output = layer(x)
         torch.manual_seed(3)
-        mask = torch.rand(5, device=device) < 0.5
+        mask = torch.empty(5, dtype=torch.bool, device=device).bernoulli_(0.5)
         expected, mean, var = oracle(x, torch.zeros(5), torch.ones(5), mask, layer.weight, layer.bias)
         torch.testing.assert_close(output, expected.to(output))
         torch.testing.assert_close(layer.running_mean, mean.to(output))

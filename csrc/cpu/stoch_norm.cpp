@@ -1,5 +1,8 @@
 #include "../stoch_norm.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -7,6 +10,7 @@
 #include <atomic>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -14,8 +18,11 @@
 #else
 #define SIMD_CLONES
 #endif
-// what a clone calls has to be compiled with it
+// what a clone calls has to be compiled with it, so that no vector is ever passed in a register of another size
 #define INLINE inline __attribute__((always_inline))
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
 
 namespace talib_fast {
 namespace {
@@ -127,10 +134,33 @@ INLINE lanes_t<T> load_lanes(const T* from) {
   }
 }
 
-template <typename T>
+// With kStream past the caches, which need not read first what will be gone from them before it is used again; `to` is
+// then aligned to 16 bytes.
+template <bool kStream, typename V>
+INLINE void put(void* to, const V& value) {
+#if defined(__SSE2__)
+  if constexpr (kStream) {
+    __m128i parts[sizeof(V) / 16];
+    __builtin_memcpy(parts, &value, sizeof(value));
+#pragma GCC unroll 4
+    for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
+    return;
+  }
+#endif
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+// Other threads see what was streamed after this.
+void settle(bool streamed) {
+#if defined(__SSE2__)
+  if (streamed) _mm_sfence();
+#endif
+}
+
+template <bool kStream = false, typename T>
 INLINE void store_lanes(T* to, const lanes_t<T>& lanes) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    __builtin_memcpy(to, &lanes, sizeof(lanes));
+    put<kStream>(to, lanes);
   } else {
     const Bits bits = bits_of<Bits>(lanes), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     const auto nan = magnitude > 0x7f800000;
@@ -145,7 +175,7 @@ INLINE void store_lanes(T* to, const lanes_t<T>& lanes) {
       rounded = sign | (magnitude >= (143u << 23) - 0x1000 ? large : finite);
     }
     const Words words = __builtin_convertvector(rounded, Words);
-    __builtin_memcpy(to, &words, sizeof(words));
+    put<kStream>(to, words);
   }
 }
 
@@ -181,9 +211,10 @@ INLINE V output(const V& x, const V& dy, const V& center, const V& slope, const 
 
 constexpr int64_t kStreams = 4;
 
-// sums += (sum of x - center, of its square), or (sum of dy, of dy * (x - center))
+// Adds the sums of x - center and of its square, or those of dy and of dy * (x - center).
 template <int kTensors, typename T>
-SIMD_CLONES void sum_run(const T* x, const T* dy, int64_t n, acc_t<T> center, double* sums) {
+SIMD_CLONES void sum_run(const T* x, const T* dy, int64_t n, acc_t<T> center, double& first_total,
+                         double& second_total) {
   using V = lanes_t<T>;
   constexpr int64_t kStep = kLanes<T>;
   const V centers = V{} + center;
@@ -203,27 +234,35 @@ SIMD_CLONES void sum_run(const T* x, const T* dy, int64_t n, acc_t<T> center, do
   for (; i < n; ++i)
     add_terms<kTensors>(static_cast<acc_t<T>>(x[i]), static_cast<acc_t<T>>((kTensors == 1 ? x : dy)[i]), center, rest,
                         second_rest);
-  sums[0] += total<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-  sums[1] += total<T>((second[0] + second[1]) + (second[2] + second[3])) + second_rest;
+  first_total += total<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  second_total += total<T>((second[0] + second[1]) + (second[2] + second[3])) + second_rest;
 }
 
 template <int kTensors, typename T>
-SIMD_CLONES void write_run(const T* x, const T* dy, T* out, int64_t n, const Constants<acc_t<T>>& constants) {
+SIMD_CLONES void write_run(const T* x, const T* dy, T* out, int64_t n, const Constants<acc_t<T>>& constants,
+                           bool stream) {
   using V = lanes_t<T>;
   const auto [center, slope, offset, scale] = constants;
   const V centers = V{} + center, slopes = V{} + slope, offsets = V{} + offset, scales = V{} + scale;
+  const T* second = kTensors == 1 ? x : dy;
+  const auto single = [&](int64_t i) __attribute__((always_inline)) {
+    out[i] = static_cast<T>(output<kTensors>(static_cast<acc_t<T>>(x[i]), static_cast<acc_t<T>>(second[i]), center,
+                                             slope, offset, scale));
+  };
+  const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
+    return output<kTensors>(load_lanes(x + i), load_lanes(second + i), centers, slopes, offsets, scales);
+  };
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>)
-    store_lanes(out + i, output<kTensors>(load_lanes(x + i), load_lanes((kTensors == 1 ? x : dy) + i), centers, slopes,
-                                          offsets, scales));
-  for (; i < n; ++i)
-    out[i] = static_cast<T>(output<kTensors>(static_cast<acc_t<T>>(x[i]),
-                                             static_cast<acc_t<T>>((kTensors == 1 ? x : dy)[i]), center, slope, offset,
-                                             scale));
+  if (stream) {
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) single(i);
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store_lanes<true>(out + i, lanes(i));
+  }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store_lanes(out + i, lanes(i));
+  for (; i < n; ++i) single(i);
 }
 
-// Takes the rows four at a time, strip by strip of columns: strip(address, step, rows, column, width) with `width` lanes,
-// then single columns. The four lie a quarter of all rows apart, so that memory sees four sequential streams.
+// Takes the rows four at a time, strip by strip of columns: strip(address, step, rows, column, width) with `width`
+// lanes, then single columns. The four lie a quarter of all rows apart, so that memory sees four sequential streams.
 template <typename T, typename Strip, typename Single>
 INLINE void for_each_strip(int64_t rows, int64_t stride, int64_t columns, const Strip& strip, const Single& single) {
   constexpr int64_t kStep = kLanes<T>;
@@ -281,7 +320,7 @@ SIMD_CLONES void sum_rows(const T* x, const T* dy, int64_t rows, int64_t stride,
 template <int kTensors, typename T>
 SIMD_CLONES void write_rows(const T* x, const T* dy, T* out, int64_t rows, int64_t stride, int64_t columns,
                             const acc_t<T>* center, const acc_t<T>* slope, const acc_t<T>* offset,
-                            const acc_t<T>* scale) {
+                            const acc_t<T>* scale, bool stream) {
   using A = acc_t<T>;
   using V = lanes_t<T>;
   for_each_strip<T>(
@@ -300,8 +339,10 @@ SIMD_CLONES void write_rows(const T* x, const T* dy, T* out, int64_t rows, int64
 #pragma GCC unroll 2
           for (int v = 0; v < kWidth; ++v) {
             const int64_t at = first + row * step + v * kLanes<T>;
-            store_lanes(out + at, output<kTensors>(load_lanes(x + at), load_lanes((kTensors == 1 ? x : dy) + at),
-                                                   centers[v], slopes[v], offsets[v], scales[v]));
+            const V lanes = output<kTensors>(load_lanes(x + at), load_lanes((kTensors == 1 ? x : dy) + at), centers[v],
+                                             slopes[v], offsets[v], scales[v]);
+            if (stream) store_lanes<true>(out + at, lanes);
+            else store_lanes(out + at, lanes);
           }
       },
       [&](int64_t first, int64_t step, int64_t count, int64_t column) __attribute__((always_inline)) {
@@ -313,17 +354,21 @@ SIMD_CLONES void write_rows(const T* x, const T* dy, T* out, int64_t rows, int64
       });
 }
 
-// Adds the sums of each channel's columns to its two totals.
+// Adds the sums of each channel's columns to its totals.
 template <typename T>
-SIMD_CLONES void add_columns(const acc_t<T>* sum, const acc_t<T>* second, int64_t channels, int64_t inner,
-                             double* totals) {
-  for (int64_t c = 0; c < channels; ++c, sum += inner, second += inner) {
-    lanes_t<T> lanes = {}, second_lanes = {};
+SIMD_CLONES void add_columns(const acc_t<T>* sums, int64_t channels, int64_t inner, double* totals) {
+  if (inner == 1) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) totals[c] += sums[c];
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c, sums += inner) {
+    lanes_t<T> lanes = {};
     int64_t i = 0;
-    for (; i + kLanes<T> <= inner; i += kLanes<T>)
-      lanes += load_lanes(sum + i), second_lanes += load_lanes(second + i);
-    totals[2 * c] += total<T>(lanes), totals[2 * c + 1] += total<T>(second_lanes);
-    for (; i < inner; ++i) totals[2 * c] += sum[i], totals[2 * c + 1] += second[i];
+    for (; i + kLanes<T> <= inner; i += kLanes<T>) lanes += load_lanes(sums + i);
+    double rest = 0;
+    for (; i < inner; ++i) rest += sums[i];
+    totals[c] += total<T>(lanes) + rest;
   }
 }
 
@@ -357,18 +402,18 @@ struct Forward {
             static_cast<A>(load_or(call.bias, c, 0)), A(0)};
   }
 
-  // Where they do not depend on the sums, a run is written while it is read for them.
+  // Where they do not depend on the sums, a run is written from `source` while it is read for them.
   bool known(int64_t c) const { return !mask[c]; }
-  void write_known(int64_t c, int64_t at, int64_t n) const {
-    const double invstd = 1 / std::sqrt(load(call.running_var, c) + call.eps);
-    write_run<1>(x + at, x + at, out + at, n, constants(load(call.running_mean, c), invstd, c));
+  const T* source() const { return x; }
+  Constants<A> known_constants(int64_t c) const {
+    return constants(load(call.running_mean, c), 1 / std::sqrt(load(call.running_var, c) + call.eps), c);
   }
 
-  Constants<A> finish(int64_t c, const double* sums, A center) const {
+  Constants<A> finish(int64_t c, double sum, double second, A center) const {
     const int64_t n = call.view.per_channel();
     const double old_mean = load(call.running_mean, c), old_var = load(call.running_var, c);
-    const double shifted = sums[0] / n, batch_mean = center + shifted;
-    const double difference = sums[1] - shifted * sums[0], squares = difference < 0 ? 0 : difference;
+    const double shifted = sum / n, batch_mean = center + shifted;
+    const double difference = second - shifted * sum, squares = difference < 0 ? 0 : difference;
     const double used_mean = mask[c] ? batch_mean : old_mean;
     const double used_invstd = 1 / std::sqrt((mask[c] ? squares / n : old_var) + call.eps);
     mean[c] = static_cast<A>(used_mean), invstd[c] = static_cast<A>(used_invstd);
@@ -398,101 +443,121 @@ struct Backward {
   double scale(int64_t c) const { return static_cast<double>(invstd[c]) * load_or(call.weight, c, 1); }
 
   bool known(int64_t c) const { return !mask[c]; }
-  void write_known(int64_t c, int64_t at, int64_t n) const {  // dx = dy * scale needs no x
-    write_run<1>(dy + at, dy + at, out + at, n, Constants<A>{A(0), static_cast<A>(scale(c)), A(0), A(0)});
-  }
+  const T* source() const { return dy; }
+  Constants<A> known_constants(int64_t c) const { return {A(0), static_cast<A>(scale(c)), A(0), A(0)}; }
 
-  Constants<A> finish(int64_t c, const double* sums, A) const {
-    const double dgamma = sums[1] * invstd[c];
-    dbias[c] = static_cast<A>(sums[0]), dweight[c] = static_cast<A>(dgamma);
+  Constants<A> finish(int64_t c, double sum, double second, A) const {
+    const double dgamma = second * invstd[c];
+    dbias[c] = static_cast<A>(sum), dweight[c] = static_cast<A>(dgamma);
     const double share = mask[c] ? scale(c) / call.view.per_channel() : 0;
     // a select: statistics that are not used may be infinite
-    const double slope = mask[c] ? -share * dgamma * invstd[c] : 0, offset = mask[c] ? -share * sums[0] : 0;
+    const double slope = mask[c] ? -share * dgamma * invstd[c] : 0, offset = mask[c] ? -share * sum : 0;
     return {mean[c], static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(scale(c))};
   }
 };
 
-constexpr int64_t kCacheBytes = 512 << 10;  // what a thread may expect to find again in its own cache
-constexpr int64_t kRunElements = 4096;      // summed in the accumulation dtype before the sum goes into a double
-constexpr int64_t kRows = 256;              // likewise
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Long runs: a thread takes a channel, or a slice of its values where there are fewer channels than threads.
+// ---- Two ways to walk a range of channels. Both see rows, add sums over rows to `totals` (all channels' first sums,
+// then their second ones), derive the constants and write rows; no row depends on another.
+
+// Long runs: a row is one piece of the run of every channel, in one image.
 template <typename Op>
-void over_runs(const Op& op) {
+class Runs {
   using A = typename Op::A;
-  const int64_t channels = op.call.view.channels, inner = op.call.view.inner, n = op.call.view.per_channel();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t slices = channels >= threads ? 1 : std::min(ceil_div(4 * threads, channels), ceil_div(n, 65536));
-  const int64_t slice_length = ceil_div(n, slices);
-  std::vector<double> sums(2 * channels * slices);
-  std::vector<Constants<A>> constants(channels);
-  const auto address = [&](int64_t c, int64_t i) { return (i / inner * channels + c) * inner + i % inner; };
+  using T = typename Op::Element;
 
-  const auto sum = [&](int64_t c, int64_t slice) {
-    const A center = op.center(c);
-    double slice_sums[2] = {0, 0};
-    const int64_t end = std::min(n, (slice + 1) * slice_length);
-    for (int64_t i = slice * slice_length; i < end;) {
-      const int64_t length = std::min({inner - i % inner, kRunElements, end - i}), at = address(c, i);
-      sum_run<Op::kTensors>(op.x + at, op.dy + at, length, center, slice_sums);
-      if (op.known(c)) op.write_known(c, at, length);
-      i += length;
-    }
-    std::copy_n(slice_sums, 2, &sums[2 * (c * slices + slice)]);
-  };
-  const auto finish = [&](int64_t c) {
-    double channel_sums[2] = {0, 0};
-    for (int64_t i = 0; i < 2 * slices; ++i) channel_sums[i % 2] += sums[2 * c * slices + i];
-    constants[c] = op.finish(c, channel_sums, op.center(c));
-  };
-  const auto write = [&](int64_t c, int64_t slice) {  // backwards: what was read last is still in the cache
-    if (op.known(c)) return;
-    const int64_t begin = slice * slice_length;
-    for (int64_t i = std::min(n, begin + slice_length); i > begin;) {
-      const int64_t length = std::min((i - 1) % inner + 1, i - begin);
-      i -= length;
-      const int64_t at = address(c, i);
-      write_run<Op::kTensors>(op.x + at, op.dy + at, op.out + at, length, constants[c]);
-    }
-  };
+ public:
+  static int64_t rows(const ChannelView& view) { return view.outer * pieces(view); }
+  // blocks of channels: one is always worth it, even where it does not fit
+  static int64_t narrowest(const ChannelView&) { return 1; }
+  static int64_t widest(int64_t fitting) { return std::max<int64_t>(fitting, 1); }
 
-  if (slices == 1) {
-    for_each_task(channels, channels * n, [&](int64_t c) { sum(c, 0), finish(c), write(c, 0); });
-  } else {
-    for_each_task(channels * slices, channels * n, [&](int64_t task) { sum(task / slices, task % slices); });
-    for (int64_t c = 0; c < channels; ++c) finish(c);
-    for_each_task(channels * slices, channels * n, [&](int64_t task) { write(task / slices, task % slices); });
+  Runs(const Op& op, int64_t first, int64_t last, bool stream)
+      : op_(op), first_(first), last_(last), stream_(stream), centers_(last - first), constants_(last - first) {
+    for (int64_t c = first; c < last; ++c) {
+      centers_[c - first] = op.center(c);
+      if (op.known(c)) constants_[c - first] = op.known_constants(c);
+    }
   }
-}
 
-// The channels [first, last) of a tensor whose runs are short, as rows: `inner` columns a channel.
+  void sum(int64_t begin, int64_t end, double* totals) const {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t c = first_; c < last_; ++c) {
+        const auto [at, n] = piece(row, c);
+        sum_run<Op::kTensors>(op_.x + at, op_.dy + at, n, centers_[c - first_], totals[c - first_],
+                              totals[last_ - first_ + c - first_]);
+        const T* source = op_.source() + at;
+        if (op_.known(c)) write_run<1>(source, source, op_.out + at, n, constants_[c - first_], stream_);
+      }
+  }
+
+  void finish(int64_t begin, int64_t end, const double* totals) {
+    for (int64_t c = begin; c < end; ++c)
+      constants_[c - first_] =
+          op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], centers_[c - first_]);
+  }
+
+  void write(int64_t begin, int64_t end) const {
+    for (int64_t row = end; row-- > begin;)  // what was read last is still in the cache
+      for (int64_t c = last_; c-- > first_;) {
+        if (op_.known(c)) continue;
+        const auto [at, n] = piece(row, c);
+        write_run<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, n, constants_[c - first_], stream_);
+      }
+  }
+
+ private:
+  static constexpr int64_t kPiece = 4096;  // summed in the accumulation dtype before the sum goes into a double
+  static int64_t pieces(const ChannelView& view) { return ceil_div(view.inner, kPiece); }
+
+  std::pair<int64_t, int64_t> piece(int64_t row, int64_t c) const {
+    const auto [outer, channels, inner] = op_.call.view;
+    const int64_t count = pieces(op_.call.view), begin = row % count * kPiece;
+    return {(row / count * channels + c) * inner + begin, std::min(kPiece, inner - begin)};
+  }
+
+  const Op& op_;
+  int64_t first_, last_;
+  bool stream_;
+  std::vector<A> centers_;
+  std::vector<Constants<A>> constants_;
+};
+
+// Short runs, channels_last among them: a row has `inner` columns a channel.
 template <typename Op>
 class Rows {
   using A = typename Op::A;
+  using T = typename Op::Element;
 
  public:
-  Rows(const Op& op, int64_t first, int64_t last)
+  static int64_t rows(const ChannelView& view) { return view.outer; }
+  // shorter pieces of a row waste what memory delivers around them
+  static int64_t narrowest(const ChannelView& view) { return std::min(view.channels, ceil_div(256, view.inner)); }
+  static int64_t widest(int64_t fitting) { return fitting; }
+
+  Rows(const Op& op, int64_t first, int64_t last, bool stream)
       : op_(op), first_(first), last_(last), columns_((last - first) * op.call.view.inner), constants_(4 * columns_) {
     for (int64_t c = first; c < last; ++c) spread(0, c, op.center(c));
+    const uint64_t start = reinterpret_cast<uint64_t>(op.out + address(0)), step = stride() * sizeof(T);
+    stream_ = stream && start % 64 == 0 && step % 64 == 0;
   }
 
-  // Adds the sums over the rows [begin, end) to `totals`, two per channel.
   void sum(int64_t begin, int64_t end, double* totals) const {
+    constexpr int64_t kRows = 256;  // summed in the accumulation dtype before the sums go into doubles
     std::vector<A> sums(2 * columns_);
     for (int64_t row = begin; row < end; row += kRows) {
       std::fill(sums.begin(), sums.end(), A(0));
-      sum_rows<Op::kTensors>(op_.x + address(row), op_.dy + address(row), std::min(kRows, end - row), stride(), columns_,
-                             column(0), sums.data(), sums.data() + columns_);
-      add_columns<typename Op::Element>(sums.data(), sums.data() + columns_, last_ - first_, op_.call.view.inner, totals);
+      sum_rows<Op::kTensors>(op_.x + address(row), op_.dy + address(row), std::min(kRows, end - row), stride(),
+                             columns_, column(0), sums.data(), sums.data() + columns_);
+      add_columns<T>(sums.data(), 2 * (last_ - first_), op_.call.view.inner, totals);
     }
   }
 
-  void finish(const double* totals) {
-    for (int64_t c = first_; c < last_; ++c) {
+  void finish(int64_t begin, int64_t end, const double* totals) {
+    for (int64_t c = begin; c < end; ++c) {
       const A center = constants_[(c - first_) * op_.call.view.inner];
-      const Constants<A> constants = op_.finish(c, totals + 2 * (c - first_), center);
+      const Constants<A> constants = op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], center);
       spread(0, c, constants.center), spread(1, c, constants.slope);
       spread(2, c, constants.offset), spread(3, c, constants.scale);
     }
@@ -501,7 +566,7 @@ class Rows {
   void write(int64_t begin, int64_t end) const {
     const int64_t at = address(begin);
     write_rows<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, end - begin, stride(), columns_, column(0),
-                             column(1), column(2), column(3));
+                             column(1), column(2), column(3), stream_);
   }
 
  private:
@@ -515,41 +580,60 @@ class Rows {
 
   const Op& op_;
   int64_t first_, last_, columns_;
+  bool stream_;
   std::vector<A> constants_;  // [center, slope, offset, scale] x columns
 };
 
-// Short runs, channels_last among them: a thread takes a range of channels if its values stay in the cache between
-// the passes, else a slice of the rows of all channels.
-template <typename Op>
-void over_rows(const Op& op) {
-  const auto& view = op.call.view;
-  const int64_t rows = view.outer, channels = view.channels, elements = rows * channels * view.inner;
+// A thread takes some channels through both passes where their values stay in its own cache between the two. Where no
+// such block is wide enough, or there are too few, all threads share the rows of all channels.
+template <template <typename> class Layout, typename Op>
+void walk(const Op& op) {
+  // caches as a thread may count on; glibc's word on them is wrong on some virtual machines
+  constexpr int64_t kOwnCache = 512 << 10, kSharedCache = 32 << 20;
+  constexpr int64_t kSize = sizeof(typename Op::Element), kTasks = 4;
+  const ChannelView& view = op.call.view;
+  const int64_t rows = Layout<Op>::rows(view), channels = view.channels, elements = view.per_channel() * channels;
   const int64_t threads = torch::stable::get_num_threads();
-  constexpr int64_t kNarrowest = 256;  // columns: shorter pieces of a row waste what memory delivers around them
-  const int64_t narrowest = std::min(channels, ceil_div(kNarrowest, view.inner));
-  const int64_t cached = kCacheBytes / (Op::kTensors * rows * view.inner * static_cast<int64_t>(sizeof(typename Op::Element)));
-  if (cached >= narrowest) {
-    const int64_t width = std::clamp(ceil_div(channels, 4 * threads), narrowest, cached);
+  const bool stream = (Op::kTensors + 1) * elements * kSize > kSharedCache;
+
+  const int64_t narrowest = Layout<Op>::narrowest(view);
+  const int64_t widest = Layout<Op>::widest(kOwnCache / (Op::kTensors * view.per_channel() * kSize));
+  if (widest >= narrowest && channels >= threads) {
+    int64_t width = std::clamp(ceil_div(channels, kTasks * threads), narrowest, widest);
+    constexpr int64_t kLine = 64 / kSize;
+    if (width > kLine) width -= width % kLine;  // whole cache lines
     for_each_task(ceil_div(channels, width), elements, [&](int64_t task) {
-      Rows<Op> block(op, task * width, std::min(channels, (task + 1) * width));
-      std::vector<double> totals(2 * width);
+      const int64_t first = task * width, last = std::min(channels, first + width);
+      Layout<Op> block(op, first, last, stream);
+      std::vector<double> totals(2 * (last - first));
       block.sum(0, rows, totals.data());
-      block.finish(totals.data());
+      block.finish(first, last, totals.data());
       block.write(0, rows);
+      settle(stream);
     });
     return;
   }
-  const int64_t slices = std::clamp<int64_t>(elements / 65536, 1, 4 * threads), height = ceil_div(rows, slices);
+
+  const int64_t slices = std::min(rows, std::clamp<int64_t>(elements / 65536, 1, kTasks * threads));
+  const int64_t height = ceil_div(rows, slices);
   std::vector<double> totals(2 * channels * slices);
-  Rows<Op> all(op, 0, channels);
+  Layout<Op> all(op, 0, channels, stream);
   for_each_task(slices, elements, [&](int64_t slice) {
     all.sum(slice * height, std::min(rows, (slice + 1) * height), &totals[2 * channels * slice]);
+    settle(stream);
   });
-  for (int64_t i = 2 * channels; i < 2 * channels * slices; ++i) totals[i % (2 * channels)] += totals[i];
-  all.finish(totals.data());
-  for_each_task(slices, elements, [&](int64_t task) {  // backwards, as above
+  constexpr int64_t kChannels = 128, kCost = 64;  // finishing a channel takes as long as so many elements
+  for_each_task(ceil_div(channels, kChannels), kCost * channels, [&](int64_t task) {
+    const int64_t first = task * kChannels, last = std::min(channels, first + kChannels);
+    for (int64_t slice = 1; slice < slices; ++slice)
+      for (const int64_t begin : {first, channels + first})
+        for (int64_t i = begin; i < begin + last - first; ++i) totals[i] += totals[2 * channels * slice + i];
+    all.finish(first, last, totals.data());
+  });
+  for_each_task(slices, elements, [&](int64_t task) {  // backwards: what was read last is still in the cache
     const int64_t slice = slices - 1 - task;
     all.write(slice * height, std::min(rows, (slice + 1) * height));
+    settle(stream);
   });
 }
 
@@ -558,8 +642,8 @@ void run(const Op& op) {
   constexpr int64_t kLongRun = 512;
   const ChannelView& view = op.call.view;
   advise_huge_pages(op.out, view.per_channel() * view.channels * sizeof(typename Op::Element));
-  if (view.inner >= kLongRun) over_runs(op);
-  else over_rows(op);
+  if (view.inner >= kLongRun) walk<Runs>(op);
+  else walk<Rows>(op);
 }
 
 template <typename F>

@@ -200,7 +200,7 @@ struct Worker {
   using Sums = typename Op::Sums;
   static constexpr int kTensors = Op::kTensors;
   static constexpr int kChannels = kRows ? V : 1;  // per vector
-  // loads ahead, as many as registers allow: vectors of two tensors whose elements have constants of their own take most
+  // loads ahead, as many as registers allow: two tensors whose elements have constants of their own take most
   static constexpr int kUnroll = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2) ? 2 : V == 1 ? 8 : 4;
 
   struct Values {
@@ -348,8 +348,8 @@ struct Worker {
 
 template <typename Op>
 __host__ __device__ inline size_t scratch_bytes(int group_channels, int threads) {
-  const size_t bytes = group_channels * (sizeof(Constants<typename Op::A>) + threads / kWarp * sizeof(typename Op::Sums));
-  return (bytes + 15) / 16 * 16;
+  const size_t sums = threads / kWarp * sizeof(typename Op::Sums);
+  return (group_channels * (sizeof(Constants<typename Op::A>) + sums) + 15) / 16 * 16;
 }
 
 template <typename Op, int V, bool kRows>
@@ -594,7 +594,8 @@ void launch(const Op& op, const Plan& plan, void* workspace, cudaStream_t stream
       check(cudaFuncSetAttribute(resident_kernel<Op, V, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(plan.shared_bytes)),
             "cudaFuncSetAttribute");
-    SIMT_LAUNCH((resident_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op, g);
+    SIMT_LAUNCH((resident_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op,
+                g);
     return;
   }
   Exchange<Op> exchange;

@@ -27,8 +27,12 @@ def _recomputing() -> bool:
 
 
 def _remember(layer: nn.Module, mask: Tensor, statistics: Statistics) -> None:
-    if not torch.compiler.is_compiling():
-        _history.setdefault(layer, deque(maxlen=_HISTORY_LENGTH)).appendleft((mask, *statistics))
+    if torch.compiler.is_compiling():
+        return
+    history = _history.get(layer)
+    if history is None:
+        history = _history[layer] = deque(maxlen=_HISTORY_LENGTH)
+    history.appendleft((mask, *statistics))
 
 
 def _recall(layer: nn.Module, mask: Tensor) -> tuple[Tensor, Statistics] | None:
@@ -94,8 +98,7 @@ class _StochNorm(_NormBase):
             )
 
     def _draw_mask(self, input: Tensor) -> Tensor:
-        # rand is in [0, 1): p = 0 never and p = 1 always takes the batch's statistics
-        return torch.rand(self.num_features, device=input.device) < self.p
+        return torch.empty(self.num_features, dtype=torch.bool, device=input.device).bernoulli_(self.p)
 
     def _statistics_to_update(self) -> tuple[Tensor, Tensor, float]:
         """The running mean and variance that the operation moves, and its momentum."""

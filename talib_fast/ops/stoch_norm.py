@@ -131,10 +131,13 @@ class _StochNorm(torch.autograd.Function):
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of the statistics, which have none
         return output, mean, invstd
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 9
         input, weight, mean, invstd, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
             batch_mean, batch_variance = _batch_statistics(input)
@@ -150,6 +153,20 @@ class _StochNorm(torch.autograd.Function):
             dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
             *[None] * 6,
         )
+
+
+def _misfit(input: Tensor, **vectors: Tensor | None) -> ValueError:
+    """What to raise where a vector's shape or device does not fit the input."""
+    shape, device = (input.size(1),), input.device
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != shape:
+            return ValueError(
+                f"expected {name} of shape {list(shape)} for input of shape {list(input.shape)}, "
+                f"got {list(vector.shape)}"
+            )
+        if vector is not None and vector.device != device:
+            return ValueError(f"expected {name} on the input's device {device}, got {vector.device}")
+    raise AssertionError("every vector fits")
 
 
 def stoch_norm(
@@ -193,22 +210,12 @@ def stoch_norm(
         raise ValueError(f"expected input of shape [N, C, *], got {list(input.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"expected a bool mask, got {mask.dtype}")
-    channels = input.size(1)
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("mask", mask),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is not None and (vector.dim() != 1 or vector.size(0) != channels):
-            raise ValueError(
-                f"expected {name} of shape [{channels}] for input of shape {list(input.shape)}, "
-                f"got {list(vector.shape)}"
-            )
-        if vector is not None and vector.device != input.device:
-            raise ValueError(f"expected {name} on the input's device {input.device}, got {vector.device}")
-    if channels and input.numel() == channels:
+    shape, device = (input.size(1),), input.device
+    for vector in (running_mean, running_var, mask, weight, bias):
+        if vector is not None and (vector.shape != shape or vector.device != device):
+            vectors = {"running_mean": running_mean, "running_var": running_var, "mask": mask}
+            raise _misfit(input, **vectors, weight=weight, bias=bias)
+    if input.numel() == input.size(1) != 0:
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
         )
