@@ -193,6 +193,13 @@ def bandwidth_share(cases: Sequence[Case], measure: str, copy: str, on_chip: int
     return Spread.of([floors[i] / ours[i] / (copied[i] / copying[i]) for i in range(len(ours))])
 
 
+def limit(case: Case, on_chip: int | None) -> Spread:
+    """Our speed over BatchNorm's, were the floor's bytes moved as fast as a plain copy moves its own."""
+    floors, copied = floor_bytes(case, "both", on_chip), 2.0 * map_bytes(case)
+    rounds = zip(seconds(case, BATCH_NORM, "both"), seconds(case, COPY, "forward"), floors, strict=True)
+    return Spread.of([base / (copying * floor / copied) for base, copying, floor in rounds])
+
+
 def network(cases: Sequence[Case]) -> Case:
     """All layers together: round by round the sum over ``cases``, each as often as the network has it."""
     samples: dict[str, dict[str, list[float]]] = {}
@@ -258,7 +265,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     on_chip, gpu = results["settings"]["on_chip_bytes"], results["settings"]["device"] == "cuda"
     header = [
         "C@H×layers", "layout", "dtype", "forward / BatchNorm", "backward / BatchNorm", "both / BatchNorm",
-        "both / upstream", "both / in PyTorch", "% of clone", "% of copy_", "memory / BatchNorm",
+        "limit / BatchNorm", "both / upstream", "both / in PyTorch", "% of clone", "% of copy_", "memory / BatchNorm",
     ]  # fmt: skip
     if gpu:
         header += ["host-bound / BatchNorm", "forward, µs", "backward, µs"]
@@ -272,6 +279,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
                 case["layout"],
                 case["dtype"],
                 *(str(speedup(case, BATCH_NORM, OURS, part)) for part in ("forward", "backward", "both")),
+                str(limit(case, on_chip)) if "count" in case else "-",
                 *(str(speedup(case, name, OURS, "both")) for name in (COMPOSITION, IN_PYTORCH)),
                 *(f"{100 * bandwidth_share(members, 'both', name, on_chip).median:.0f}" for name in (CLONE, COPY)),
                 f"{peaks[OURS] / max(peaks[BATCH_NORM], 1):.2f}" if peaks else "-",
@@ -285,6 +293,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 CAPTION = (
     "Columns with / : how many times as long as talib_fast the other takes, median (quartiles) of the rounds' ratios; "
+    "limit: what both / BatchNorm would be if the floor's bytes moved at copy_'s speed; "
     "memory / : our peak over BatchNorm's. % of : bytes of the floor per second over the plain copy's, "
     "forward and backward together; clone allocates its output, copy_ does not."
 )
