@@ -30,8 +30,8 @@ _MOST_SETS = 32
 _MOST_REPETITIONS = 16
 _SAMPLE_SECONDS = {"cpu": 0.005, "cuda": 0.001}
 # From here on malloc takes fresh memory from the system every time, which on a virtual machine may have gone back to
-# the host within seconds; fetching it again costs tens of page faults. An untimed pass before each sample, as training
-# has one, leaves memory of the right kind behind.
+# the host within seconds; fetching it again costs far more than a page fault. An untimed pass before each sample, as
+# training has one, leaves memory of the right kind behind.
 _MAPPED_BYTES = 32 * 2**20
 
 
@@ -171,6 +171,14 @@ def _sample(
     return seconds
 
 
+def _untimed(candidate: Candidate, fed: Sequence[Feed], stopwatch: Stopwatch) -> float:
+    """The host's seconds for a pass that is no sample: what it draws is not kept."""
+    seconds = sum(_sample(candidate, fed, stopwatch.wall).values())
+    if candidate.observe is not None:
+        candidate.observe()
+    return seconds
+
+
 def interleaved(
     device: torch.device, candidates: Sequence[Candidate], inputs: Sequence[Feed], rounds: int
 ) -> tuple[Samples, int]:
@@ -184,9 +192,7 @@ def interleaved(
     estimates = {}
     for candidate in candidates:  # the first passes load kernels and fill allocators
         for _ in range(3 if device.type == "cuda" else 1):
-            estimates[candidate.name] = sum(_sample(candidate, [next(supply)], stopwatch.wall).values())
-        if candidate.observe is not None:
-            candidate.observe()
+            estimates[candidate.name] = _untimed(candidate, [next(supply)], stopwatch)
     shortest = min(estimates[candidate.name] for candidate in candidates if candidate.parameters is not None)
     repetitions = min(_MOST_REPETITIONS, math.ceil(_SAMPLE_SECONDS[device.type] / shortest))
     samples: Samples = {candidate.name: {} for candidate in candidates}
@@ -194,18 +200,13 @@ def interleaved(
     def measure(candidate: Candidate) -> dict[str, float]:
         fed = list(itertools.islice(supply, repetitions))
         if device.type == "cpu" and fed[0].input.nbytes >= _MAPPED_BYTES:
-            _sample(candidate, fed, stopwatch.wall)
-            if candidate.observe is not None:
-                candidate.observe()
+            _untimed(candidate, fed, stopwatch)
         head_start = min(1.5 * estimates[candidate.name] * repetitions, 0.02)
         figures = _sample(candidate, fed, lambda work: stopwatch(work, head_start))
         if candidate.observe is not None:
             figures |= candidate.observe()
         if device.type == "cuda":
-            fed = list(itertools.islice(supply, repetitions))
-            figures["wall"] = sum(_sample(candidate, fed, stopwatch.wall).values())
-            if candidate.observe is not None:
-                candidate.observe()
+            figures["wall"] = _untimed(candidate, list(itertools.islice(supply, repetitions)), stopwatch)
         return figures
 
     gc.collect()

@@ -1,6 +1,7 @@
 import importlib
 import os
 
+import build_parts
 import pytest
 import torch
 
@@ -29,3 +30,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _seed_and_one_thread() -> None:
     torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def toolkit() -> build_parts.Toolkit:
+    found = build_parts.find_toolkit(os.environ)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found

@@ -1,6 +1,5 @@
 """Every kernel for every architecture: no warnings, no spills. Needs nvcc, but no GPU."""
 
-import os
 import re
 from pathlib import Path
 
@@ -25,14 +24,6 @@ ptxas info    : Function properties for _Z1kPf
 ptxas info    : Used 255 registers
 ptxas info    : Compile time = 7.655 ms
 """
-
-
-@pytest.fixture
-def toolkit():
-    found = build_parts.find_toolkit(os.environ)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
 
 
 def test_what_ptxas_says_is_read():

@@ -6,7 +6,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import build_parts
 import pytest
 import torch
 
@@ -25,14 +24,6 @@ def source(tmp_path):
             (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
     return tmp_path / "source"
-
-
-@pytest.fixture
-def toolkit():
-    found = build_parts.find_toolkit(os.environ)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
 
 
 def build(source: Path, **environment: str) -> subprocess.CompletedProcess:

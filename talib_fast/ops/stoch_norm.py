@@ -155,20 +155,6 @@ class _StochNorm(torch.autograd.Function):
         )
 
 
-def _misfit(input: Tensor, **vectors: Tensor | None) -> ValueError:
-    """What to raise where a vector's shape or device does not fit the input."""
-    shape, device = (input.size(1),), input.device
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != shape:
-            return ValueError(
-                f"expected {name} of shape {list(shape)} for input of shape {list(input.shape)}, "
-                f"got {list(vector.shape)}"
-            )
-        if vector is not None and vector.device != device:
-            return ValueError(f"expected {name} on the input's device {device}, got {vector.device}")
-    raise AssertionError("every vector fits")
-
-
 def stoch_norm(
     input: Tensor,
     running_mean: Tensor,
@@ -211,10 +197,22 @@ def stoch_norm(
     if mask.dtype != torch.bool:
         raise TypeError(f"expected a bool mask, got {mask.dtype}")
     shape, device = (input.size(1),), input.device
-    for vector in (running_mean, running_var, mask, weight, bias):
-        if vector is not None and (vector.shape != shape or vector.device != device):
-            vectors = {"running_mean": running_mean, "running_var": running_var, "mask": mask}
-            raise _misfit(input, **vectors, weight=weight, bias=bias)
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("mask", mask),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is None:
+            continue
+        if vector.shape != shape:
+            raise ValueError(
+                f"expected {name} of shape {list(shape)} for input of shape {list(input.shape)}, "
+                f"got {list(vector.shape)}"
+            )
+        if vector.device != device:
+            raise ValueError(f"expected {name} on the input's device {device}, got {vector.device}")
     if input.numel() == input.size(1) != 0:
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
