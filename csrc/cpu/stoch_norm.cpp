@@ -1,37 +1,15 @@
 #include "../stoch_norm.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-#include <sys/mman.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <atomic>
 #include <cmath>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SIMD_CLONES
-#endif
-// what a clone calls has to be compiled with it, so that no vector is ever passed in a register of another size
-#define INLINE inline __attribute__((always_inline))
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
+#include "simd.h"
+#include "tasks.h"
 
 namespace talib_fast {
 namespace {
-
-using c10::BFloat16;
-using c10::Half;
-
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 INLINE double load(const ChannelVector& vector, int64_t c) {
   const int64_t i = c * vector.stride;
@@ -55,135 +33,6 @@ INLINE void store(const ChannelVector& vector, int64_t c, double value) {
     case FloatType::kHalf: static_cast<Half*>(vector.data)[i] = static_cast<float>(value); break;
     default: static_cast<BFloat16*>(vector.data)[i] = static_cast<float>(value);
   }
-}
-
-// First-touch page faults of a fresh large output cost more than its arithmetic; huge pages make them rare.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// Hands out [0, tasks) to torch's threads one by one: with a random mask some tasks take longer than others.
-template <typename F>
-void for_each_task(int64_t tasks, int64_t elements, const F& f) {
-  constexpr int64_t kSerialElements = 32768;
-  const int64_t threads = elements < kSerialElements ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) f(task);
-    return;
-  }
-  std::atomic<int64_t> next = 0;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
-  });
-}
-
-// ---- Lanes: 64 bytes of values in the accumulation dtype, whatever registers a clone has for them
-
-template <typename A>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct Lanes<double> {
-  typedef double type __attribute__((vector_size(64)));
-};
-template <typename T>
-using lanes_t = typename Lanes<acc_t<T>>::type;
-template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(acc_t<T>);
-
-typedef uint16_t Words __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef Lanes<float>::type Floats;
-
-template <typename To, typename From>
-INLINE To bits_of(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <typename T>
-INLINE lanes_t<T> load_lanes(const T* from) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    lanes_t<T> lanes;
-    __builtin_memcpy(&lanes, from, sizeof(lanes));
-    return lanes;
-  } else {
-    Words words;
-    __builtin_memcpy(&words, from, sizeof(words));
-    const Bits bits = __builtin_convertvector(words, Bits);
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      return bits_of<Floats>(bits << 16);
-    } else {
-      const Bits sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-      // rebias the exponent, infinities and NaN twice; a subnormal's mantissa counts steps of 2^-24
-      const Bits rebias = (magnitude >= 0x7c00) ? Bits{} + (224u << 23) : Bits{} + (112u << 23);
-      const Bits normal = (magnitude << 13) + rebias;
-      const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude + (126u << 23)) - 0.5f);
-      return bits_of<Floats>(sign | (magnitude < 0x400 ? subnormal : normal));
-    }
-  }
-}
-
-// With kStream past the caches, which need not read first what will be gone from them before it is used again; `to` is
-// then aligned to 16 bytes.
-template <bool kStream, typename V>
-INLINE void put(void* to, const V& value) {
-#if defined(__SSE2__)
-  if constexpr (kStream) {
-    __m128i parts[sizeof(V) / 16];
-    __builtin_memcpy(parts, &value, sizeof(value));
-#pragma GCC unroll 4
-    for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
-    return;
-  }
-#endif
-  __builtin_memcpy(to, &value, sizeof(value));
-}
-
-// Other threads see what was streamed after this.
-void settle(bool streamed) {
-#if defined(__SSE2__)
-  if (streamed) _mm_sfence();
-#endif
-}
-
-template <bool kStream = false, typename T>
-INLINE void store_lanes(T* to, const lanes_t<T>& lanes) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    put<kStream>(to, lanes);
-  } else {
-    const Bits bits = bits_of<Bits>(lanes), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    const auto nan = magnitude > 0x7f800000;
-    Bits rounded;  // to nearest, ties to even
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      rounded = sign | (nan ? Bits{} + 0x7fc0 : (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16);
-    } else {
-      const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-      const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude) + 0.5f) - (126u << 23);  // the addition rounds
-      const Bits finite = magnitude < (113u << 23) ? subnormal : normal;
-      const Bits large = nan ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
-      rounded = sign | (magnitude >= (143u << 23) - 0x1000 ? large : finite);
-    }
-    const Words words = __builtin_convertvector(rounded, Words);
-    put<kStream>(to, words);
-  }
-}
-
-template <typename T>
-INLINE double total(const lanes_t<T>& lanes) {
-  double sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += lanes[i];
-  return sum;
 }
 
 // ---- Loops over memory, with one tensor (the forward pass: x) or two (the backward pass: x and dy). A run is a range
@@ -456,8 +305,6 @@ struct Backward {
   }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- Two ways to walk a range of channels. Both see rows, add sums over rows to `totals` (all channels' first sums,
 // then their second ones), derive the constants and write rows; no row depends on another.
 
@@ -588,8 +435,6 @@ class Rows {
 // such block is wide enough, or there are too few, all threads share the rows of all channels.
 template <template <typename> class Layout, typename Op>
 void walk(const Op& op) {
-  // caches as a thread may count on; glibc's word on them is wrong on some virtual machines
-  constexpr int64_t kOwnCache = 512 << 10, kSharedCache = 32 << 20;
   constexpr int64_t kSize = sizeof(typename Op::Element), kTasks = 4;
   const ChannelView& view = op.call.view;
   const int64_t rows = Layout<Op>::rows(view), channels = view.channels, elements = view.per_channel() * channels;
@@ -646,22 +491,12 @@ void run(const Op& op) {
   else walk<Rows>(op);
 }
 
-template <typename F>
-void dispatch(const Tensor& tensor, const F& f) {
-  switch (float_type(tensor)) {
-    case FloatType::kFloat: return f(float{});
-    case FloatType::kDouble: return f(double{});
-    case FloatType::kHalf: return f(Half{});
-    case FloatType::kBFloat16: return f(BFloat16{});
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
                                                       const std::optional<Tensor>& bias, const Tensor& running_mean,
                                                       const Tensor& running_var, const Tensor& mask, double momentum,
                                                       double eps) {
   const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps);
-  dispatch(input, [&](auto zero) {
+  dispatch(float_type(input), [&](auto zero) {
     const Forward<decltype(zero)> op{call};
     if (input.numel() != 0) return run(op);
     for (int64_t c = 0; c < call.view.channels; ++c) {
@@ -676,7 +511,7 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output
                                                        const Tensor& mean, const Tensor& invstd,
                                                        const std::optional<Tensor>& weight, const Tensor& mask) {
   const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask);
-  dispatch(input, [&](auto zero) {
+  dispatch(float_type(input), [&](auto zero) {
     const Backward<decltype(zero)> op{call};
     if (input.numel() != 0) return run(op);
     std::fill_n(op.dweight, call.view.channels, 0);

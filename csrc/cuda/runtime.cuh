@@ -43,6 +43,22 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
+struct Device {
+  int multiprocessors, threads_per_block, shared_bytes, cache_bytes;
+};
+
+inline Device current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "cudaGetDevice");
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxThreadsPerBlock),
+          get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrL2CacheSize)};
+}
+
 // The type to calculate in: float, but double for double.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -22,7 +22,7 @@ void run(const Op& op, const ChannelView& view, const Tensor& input) {
   if (view.channels == 0) return;
   const stoch_norm::Shape shape{view.outer, view.channels, view.inner};
   stoch_norm::with_vectors(op, shape, [&](auto vector, auto rows) {
-    const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, stoch_norm::current_device());
+    const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, current_device());
     const Tensor workspace =
         torch::stable::new_empty(input, {static_cast<int64_t>(plan.workspace_bytes)}, ScalarType::Byte);
     stoch_norm::launch<Op, vector(), rows()>(op, plan, workspace.mutable_data_ptr(), current_stream(input));

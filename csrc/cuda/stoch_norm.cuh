@@ -8,7 +8,7 @@
 // All sums are reduced in an order that depends on shapes and launch parameters only: equal input, equal bits.
 #pragma once
 
-#include "../channel_vector.h"
+#include "../types.h"
 #include "runtime.cuh"
 
 #include <algorithm>
@@ -493,22 +493,6 @@ __global__ void __launch_bounds__(kSlicedThreads, 2)
 
 // ---- Launch
 
-struct Device {
-  int multiprocessors, threads_per_block, shared_bytes, cache_bytes;
-};
-
-inline Device current_device() {
-  int index = 0;
-  check(cudaGetDevice(&index), "cudaGetDevice");
-  const auto get = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxThreadsPerBlock),
-          get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrL2CacheSize)};
-}
-
 struct Shape {
   int64_t outer, channels, inner;
 };
@@ -520,8 +504,6 @@ struct Plan {
   size_t shared_bytes, workspace_bytes;
   int64_t lag;  // sliced: by how many groups the first pass is ahead of the second
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The one place that decides how a launch looks, for vectors of V elements.
 template <typename Op, int V, bool kRows>

@@ -1,3 +1,4 @@
+// What kernels know of their operands, without torch.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +13,7 @@ struct ChannelVector {
   FloatType type = FloatType::kFloat;
   int64_t stride = 1;
 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace talib_fast

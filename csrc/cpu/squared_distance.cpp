@@ -1,0 +1,256 @@
+#include "../squared_distance.h"
+
+#include <functional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+#include "tasks.h"
+
+namespace talib_fast {
+namespace {
+
+// ---- Loops over a run of elements. Without kSource the sources are zeros; with kWeights each element has its own.
+
+template <bool kSource, typename T, typename S>
+INLINE lanes_t<T> difference(const T* t, const S* s) {
+  if constexpr (kSource) return load_lanes(t) - load_lanes(s);
+  else return load_lanes(t);
+}
+
+template <bool kSource, typename T, typename S>
+INLINE acc_t<T> single_difference(const T* t, const S* s) {
+  const acc_t<T> value = static_cast<acc_t<T>>(*t);
+  if constexpr (kSource) return value - static_cast<acc_t<T>>(*s);
+  else return value;
+}
+
+template <bool kSource, bool kWeights, typename T, typename S>
+SIMD_CLONES double sum_run(const T* t, const S* s, const acc_t<T>* w, int64_t n) {
+  using V = lanes_t<T>;
+  constexpr int64_t kStep = kLanes<T>, kStreams = 4, kBlock = 8192;
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // summed in the accumulation dtype, then in double
+    const int64_t end = std::min(n, begin + kBlock);
+    V sums[kStreams] = {};
+    const auto add = [&](int64_t i, V& to) __attribute__((always_inline)) {
+      const V d = difference<kSource>(t + i, s + i);
+      if constexpr (kWeights) to += d * d * load_lanes(w + i);
+      else to += d * d;
+    };
+    const int64_t quarter = (end - begin) / kStreams / kStep * kStep;  // memory likes several streams
+    for (int64_t i = begin; i < begin + quarter; i += kStep)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kStreams; ++k) add(i + k * quarter, sums[k]);
+    int64_t i = begin + kStreams * quarter;
+    for (; i + kStep <= end; i += kStep) add(i, sums[0]);
+    acc_t<T> rest = 0;
+    for (; i < end; ++i) {
+      const acc_t<T> d = single_difference<kSource>(t + i, s + i);
+      rest += kWeights ? d * d * w[i] : d * d;
+    }
+    sum += total<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  }
+  return sum;
+}
+
+template <bool kSource, bool kWeights, typename T, typename S>
+SIMD_CLONES void write_run(const T* t, const S* s, const acc_t<T>* w, T* out, int64_t n, acc_t<T> factor, bool stream) {
+  using V = lanes_t<T>;
+  constexpr int64_t kStep = kLanes<T>;
+  const V factors = V{} + factor;
+  const auto single = [&](int64_t i) __attribute__((always_inline)) {
+    const acc_t<T> d = single_difference<kSource>(t + i, s + i) * factor;
+    out[i] = static_cast<T>(kWeights ? d * w[i] : d);
+  };
+  const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
+    const V d = difference<kSource>(t + i, s + i) * factors;
+    if constexpr (kWeights) return d * load_lanes(w + i);
+    else return d;
+  };
+  int64_t i = 0;
+  if (stream) {
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) single(i);
+    for (; i + kStep <= n; i += kStep) store_lanes<true>(out + i, lanes(i));
+  }
+  for (; i + kStep <= n; i += kStep) store_lanes(out + i, lanes(i));
+  for (; i < n; ++i) single(i);
+}
+
+// ---- The operation. All terms are cut into pieces; a piece is one task.
+
+constexpr int64_t kPiece = 65536;
+
+// A term with its addresses, and its weights in the order in which memory has the elements.
+template <typename T, typename S, bool kSource>
+class Walk {
+  using A = acc_t<T>;
+
+ public:
+  explicit Walk(const Term& term)
+      : t_(static_cast<const T*>(term.target.const_data_ptr())),
+        s_(sources(term)),
+        out_(term.gradient.defined() ? static_cast<T*>(term.gradient.mutable_data_ptr()) : nullptr),
+        view_(term.view),
+        w_(term.weight ? static_cast<const A*>(term.weight->const_data_ptr()) : nullptr),
+        runs_(view_.inner >= kLongRun) {
+    if (w_ == nullptr || runs_) return;
+    constexpr int64_t kShortest = 4096;
+    const int64_t row = view_.channels * view_.inner;
+    const int64_t repeats = std::min(view_.outer, ceil_div(kShortest, std::max<int64_t>(row, 1)));
+    row_.resize(row * repeats);
+    for (int64_t i = 0; i < repeats * view_.channels; ++i)
+      std::fill_n(row_.begin() + i * view_.inner, view_.inner, w_[i % view_.channels]);
+  }
+
+  double sum(int64_t begin, int64_t end) const {
+    double result = 0;
+    for_each_run(begin, end, [&](int64_t at, int64_t n, const A* weights, A weight) {
+      if (weights == nullptr) result += weight * sum_run<kSource, false>(t_ + at, s_ + at, weights, n);
+      else result += sum_run<kSource, true>(t_ + at, s_ + at, weights, n);
+    });
+    return result;
+  }
+
+  void write(int64_t begin, int64_t end, A grad, bool stream) const {
+    for_each_run(begin, end, [&](int64_t at, int64_t n, const A* weights, A weight) {
+      if (weights == nullptr) write_run<kSource, false>(t_ + at, s_ + at, weights, out_ + at, n, grad * weight, stream);
+      else write_run<kSource, true>(t_ + at, s_ + at, weights, out_ + at, n, grad, stream);
+    });
+  }
+
+ private:
+  static constexpr int64_t kLongRun = 512;  // shorter runs of a channel have their weights spread over a row
+
+  static const S* sources(const Term& term) {
+    const Tensor& tensor = kSource ? *term.source : term.target;  // without sources only the address is used
+    return static_cast<const S*>(tensor.const_data_ptr());
+  }
+
+  // f(first element, number of them, their weights or null, the weight of all)
+  template <typename F>
+  void for_each_run(int64_t begin, int64_t end, const F& f) const {
+    if (w_ == nullptr) return f(begin, end - begin, nullptr, A(1));
+    const int64_t period = runs_ ? view_.inner : static_cast<int64_t>(row_.size());
+    for (int64_t at = begin; at < end;) {
+      const int64_t offset = at % period, n = std::min(period - offset, end - at);
+      if (runs_) f(at, n, nullptr, w_[at / view_.inner % view_.channels]);
+      else f(at, n, row_.data() + offset, A(1));
+      at += n;
+    }
+  }
+
+  const T* t_;
+  const S* s_;
+  T* out_;
+  ChannelView view_;
+  const A* w_;
+  bool runs_;
+  std::vector<A> row_;
+};
+
+// f(a Walk over the term)
+template <typename F>
+void with_walk(const Term& term, const F& f) {
+  dispatch(float_type(term.target), [&](auto zero) {
+    using T = decltype(zero);
+    if (!term.source) f(Walk<T, T, false>(term));
+    else if (term.source->scalar_type() == term.target.scalar_type()) f(Walk<T, T, true>(term));
+    else f(Walk<T, acc_t<T>, true>(term));
+  });
+}
+
+struct Piece {
+  size_t term;
+  int64_t begin, end;
+};
+
+// The pieces of all terms, and how many elements they have.
+std::pair<std::vector<Piece>, int64_t> cut(const std::vector<Term>& terms) {
+  constexpr int64_t kPiece = 65536;
+  std::vector<Piece> pieces;
+  int64_t elements = 0;
+  for (size_t j = 0; j < terms.size(); ++j) {
+    const int64_t n = terms[j].target.numel();
+    for (int64_t begin = 0; begin < n; begin += kPiece) pieces.push_back({j, begin, std::min(n, begin + kPiece)});
+    elements += n;
+  }
+  return {std::move(pieces), elements};
+}
+
+void store(const Tensor& to, int64_t i, double value) {
+  if (to.scalar_type() == ScalarType::Double) static_cast<double*>(to.mutable_data_ptr())[i] = value;
+  else static_cast<float*>(to.mutable_data_ptr())[i] = static_cast<float>(value);
+}
+
+double number(const Tensor& tensor) {
+  double value = 0;
+  dispatch(float_type(tensor), [&](auto zero) {
+    value = static_cast<double>(*static_cast<const decltype(zero)*>(tensor.const_data_ptr()));
+  });
+  return value;
+}
+
+std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& targets,
+                                                    const std::vector<Tensor>& sources,
+                                                    const std::vector<Tensor>& weights, int64_t channel_dim) {
+  const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, false);
+  std::vector<std::function<double(int64_t, int64_t)>> sum;
+  sum.reserve(terms.size());
+  for (const Term& term : terms)
+    with_walk(term, [&](auto walk) {
+      sum.emplace_back([walk = std::move(walk)](int64_t begin, int64_t end) { return walk.sum(begin, end); });
+    });
+  const auto [pieces, elements] = cut(terms);
+  std::vector<double> sums(pieces.size()), halves(terms.size());
+  for_each_task(pieces.size(), elements, [&, &pieces = pieces](int64_t i) {
+    sums[i] = sum[pieces[i].term](pieces[i].begin, pieces[i].end);
+  });
+  for (size_t i = 0; i < pieces.size(); ++i) halves[pieces[i].term] += sums[i] / 2;
+
+  const ScalarType type = result_type(targets);
+  const Tensor total = torch::stable::new_empty(targets[0], {}, type);
+  const Tensor values = torch::stable::new_empty(targets[0], {static_cast<int64_t>(terms.size())}, type);
+  double all = 0;
+  for (size_t j = 0; j < halves.size(); ++j) store(values, j, halves[j]), all += halves[j];
+  store(total, 0, all);
+  return {total, values};
+}
+
+std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vector<Tensor>& targets,
+                                              const std::vector<Tensor>& sources, const std::vector<Tensor>& weights,
+                                              int64_t channel_dim) {
+  if (targets.empty()) return {};
+  const double factor = number(checked_grad(grad, targets));
+  const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, true);
+  const auto [pieces, elements] = cut(terms);
+  std::vector<std::function<void(int64_t, int64_t)>> write;
+  write.reserve(terms.size());
+  int64_t bytes = 0;
+  for (const Term& term : terms) bytes += (term.source ? 3 : 2) * term.target.numel() * term.target.element_size();
+  for (const Term& term : terms) {
+    advise_huge_pages(term.gradient.mutable_data_ptr(), term.target.numel() * term.target.element_size());
+    with_walk(term, [&, stream = bytes > kSharedCache](auto walk) {
+      write.emplace_back([walk = std::move(walk), factor, stream](int64_t begin, int64_t end) {
+        walk.write(begin, end, factor, stream);
+        settle(stream);
+      });
+    });
+  }
+  for_each_task(pieces.size(), elements, [&, &pieces = pieces](int64_t i) {
+    write[pieces[i].term](pieces[i].begin, pieces[i].end);
+  });
+  std::vector<Tensor> gradients;
+  gradients.reserve(terms.size());
+  for (const Term& term : terms) gradients.push_back(term.gradient);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace talib_fast
+
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
+  m.impl("squared_distance_forward", TORCH_BOX(&talib_fast::squared_distance_forward));
+  m.impl("squared_distance_backward", TORCH_BOX(&talib_fast::squared_distance_backward));
+}

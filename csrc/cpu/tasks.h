@@ -1,0 +1,42 @@
+// Work on large tensors, shared out to torch's threads.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "../operands.h"
+
+namespace talib_fast {
+
+// caches as a thread may count on; glibc's word on them is wrong on some virtual machines
+constexpr int64_t kOwnCache = 512 << 10, kSharedCache = 32 << 20;
+
+// First-touch page faults of a fresh large output cost more than its arithmetic; huge pages make them rare.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Hands out [0, tasks) to torch's threads one by one: with a random mask some tasks take longer than others.
+template <typename F>
+void for_each_task(int64_t tasks, int64_t elements, const F& f) {
+  constexpr int64_t kSerialElements = 32768;
+  const int64_t threads = elements < kSerialElements ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+  });
+}
+
+}  // namespace talib_fast

@@ -1,0 +1,73 @@
+// What the CPU and the CUDA kernels need of torch's tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "types.h"
+
+namespace talib_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A dense tensor seen as [outer, channels, inner], contiguous. channels_last has inner = 1.
+struct ChannelView {
+  int64_t outer, channels, inner;
+  int64_t per_channel() const { return outer * inner; }
+};
+
+// The view of `tensor` with its channels along `channel_dim`, whatever the order of its dimensions in memory: a reduction
+// over all but the channels does not care. None if the elements leave gaps or share memory.
+inline std::optional<ChannelView> channel_view(const Tensor& tensor, int64_t channel_dim) {
+  if (tensor.numel() == 0) return ChannelView{0, tensor.size(channel_dim), 1};
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<int64_t> order;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    if (sizes[dim] != 1) order.push_back(dim);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t elements = 1, inner = 1;
+  bool channels_seen = sizes[channel_dim] == 1;
+  for (const int64_t dim : order) {
+    if (strides[dim] != elements) return std::nullopt;
+    elements *= sizes[dim];
+    if (dim == channel_dim) channels_seen = true;
+    if (!channels_seen) inner = elements;
+  }
+  return ChannelView{elements / (sizes[channel_dim] * inner), sizes[channel_dim], inner};
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 0; dim < a.dim(); ++dim)
+    if (a.size(dim) != 1 && a.stride(dim) != b.stride(dim)) return false;
+  return true;
+}
+
+// `tensor` itself if it lies in memory as `like` does, else a copy that does
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
+  if (same_strides(tensor, like)) return tensor;
+  Tensor copy = torch::stable::empty_like(like);
+  return torch::stable::copy_(copy, tensor);
+}
+
+inline ScalarType accumulation_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline FloatType float_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return FloatType::kFloat;
+    case ScalarType::Double: return FloatType::kDouble;
+    case ScalarType::Half: return FloatType::kHalf;
+    case ScalarType::BFloat16: return FloatType::kBFloat16;
+    default: STD_TORCH_CHECK(false, "expected a float16, bfloat16, float32 or float64 tensor");
+  }
+}
+
+}  // namespace talib_fast

@@ -1,0 +1,85 @@
+// What the CPU and the CUDA kernel of squared_distance share: operands, checked and brought into a form that both can
+// walk.
+#pragma once
+
+#include "operands.h"
+
+namespace talib_fast {
+
+// One term of the sum, target and source dense and in the same order in memory.
+struct Term {
+  ChannelView view;              // without a weight one channel of all elements
+  Tensor target;
+  std::optional<Tensor> source;  // of the target's dtype or its accumulation dtype
+  std::optional<Tensor> weight;  // [channels], contiguous, of the accumulation dtype
+  Tensor gradient;               // of the target's dtype; the forward pass has none
+};
+
+// `tensor` in that dtype, itself if it has it
+inline Tensor of_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* weight, int64_t channel_dim,
+                      bool with_gradient) {
+  float_type(target);
+  const ScalarType sums = accumulation_type(target.scalar_type());
+  Term term{};
+  const int64_t some_dim = 0;
+  const bool dense = target.dim() == 0 || channel_view(target, some_dim).has_value();
+  if (with_gradient) term.gradient = torch::stable::empty_like(target);
+  if (dense) term.target = target;
+  else term.target = laid_out_as(target, with_gradient ? term.gradient : torch::stable::empty_like(target));
+  if (source != nullptr) {
+    STD_TORCH_CHECK(source->device() == target.device(), "expected a source on its target's device");
+    STD_TORCH_CHECK(source->dim() == target.dim(), "expected a source of its target's shape");
+    for (int64_t dim = 0; dim < target.dim(); ++dim)
+      STD_TORCH_CHECK(source->size(dim) == target.size(dim), "expected a source of its target's shape");
+    float_type(*source);
+    if (source->scalar_type() == target.scalar_type()) term.source = laid_out_as(*source, term.target);
+    else term.source = laid_out_as(of_type(*source, sums), of_type(term.target, sums));
+  }
+  if (weight == nullptr) {
+    term.view = {1, 1, target.numel()};
+    return term;
+  }
+  if (channel_dim < 0) channel_dim += target.dim();
+  STD_TORCH_CHECK(channel_dim >= 0 && channel_dim < target.dim(), "expected a channel_dim that the target has");
+  STD_TORCH_CHECK(weight->device() == target.device(), "expected a weight on its target's device");
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == target.size(channel_dim),
+                  "expected a weight with one value per channel");
+  float_type(*weight);
+  term.weight = torch::stable::contiguous(of_type(*weight, sums));
+  term.view = channel_view(term.target, channel_dim).value();
+  return term;
+}
+
+inline std::vector<Term> make_terms(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
+                                    const std::vector<Tensor>& weights, int64_t channel_dim, bool with_gradient) {
+  STD_TORCH_CHECK(!targets.empty(), "expected at least one target");
+  STD_TORCH_CHECK(sources.empty() || sources.size() == targets.size(), "expected one source per target, or none");
+  STD_TORCH_CHECK(weights.empty() || weights.size() == targets.size(), "expected one weight per target, or none");
+  std::vector<Term> terms;
+  terms.reserve(targets.size());
+  for (size_t j = 0; j < targets.size(); ++j) {
+    STD_TORCH_CHECK(targets[j].device() == targets[0].device(), "expected all targets on one device");
+    terms.push_back(make_term(targets[j], sources.empty() ? nullptr : &sources[j],
+                              weights.empty() ? nullptr : &weights[j], channel_dim, with_gradient));
+  }
+  return terms;
+}
+
+inline ScalarType result_type(const std::vector<Tensor>& targets) {
+  for (const Tensor& target : targets)
+    if (target.scalar_type() == ScalarType::Double) return ScalarType::Double;
+  return ScalarType::Float;
+}
+
+inline const Tensor& checked_grad(const Tensor& grad, const std::vector<Tensor>& targets) {
+  STD_TORCH_CHECK(grad.numel() == 1 && (targets.empty() || grad.device() == targets[0].device()),
+                  "expected grad to be one number on the targets' device");
+  float_type(grad);
+  return grad;
+}
+
+}  // namespace talib_fast
