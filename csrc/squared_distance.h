@@ -75,11 +75,11 @@ inline ScalarType result_type(const std::vector<Tensor>& targets) {
   return ScalarType::Float;
 }
 
-inline const Tensor& checked_grad(const Tensor& grad, const std::vector<Tensor>& targets) {
-  STD_TORCH_CHECK(grad.numel() == 1 && (targets.empty() || grad.device() == targets[0].device()),
+// The factor of all gradients, as float or double.
+inline Tensor checked_grad(const Tensor& grad, const Tensor& target) {
+  STD_TORCH_CHECK(grad.numel() == 1 && grad.device() == target.device(),
                   "expected grad to be one number on the targets' device");
-  float_type(grad);
-  return grad;
+  return of_type(grad, accumulation_type(grad.scalar_type()));
 }
 
 }  // namespace talib_fast

@@ -6,33 +6,39 @@ import sys
 import pytest
 import simt_support
 
-KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger"
+KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger_than_the"
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
-SMALL = (
-    "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) and not 2048 and not 260 and not 160"
-)
+SMALL = {
+    "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) "
+    "and not 2048 and not 260 and not 160",
+    "squared_distance": "cpu and TestKernels and not more_threads and not larger and not 1003 and not 159",
+}
 SLICED = {"SIMT_SHARED_BYTES": "8000", "SIMT_CACHE_BYTES": "20000"}  # little stays on chip: blocks share channels
 
 
 @pytest.mark.parametrize(
-    ("kind", "tests", "settings"),
+    ("operation", "kind", "tests", "settings"),
     [
-        ("plain", KERNELS, {}),
-        ("plain", KERNELS, {**SLICED, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"}),
-        ("plain", SMALL, {**SLICED, "SIMT_CACHE_BYTES": "1", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
-        ("address", SMALL, {"SIMT_SEED": "1"}),
-        ("address", SMALL, {**SLICED, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
-        ("thread", SMALL, {**SLICED, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
+        ("stoch_norm", "plain", KERNELS, {}),
+        ("stoch_norm", "plain", KERNELS, {**SLICED, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"}),
+        ("stoch_norm", "plain", None, {**SLICED, "SIMT_CACHE_BYTES": "1", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
+        ("stoch_norm", "address", None, {"SIMT_SEED": "1"}),
+        ("stoch_norm", "address", None, {**SLICED, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
+        ("stoch_norm", "thread", None, {**SLICED, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
+        ("squared_distance", "plain", KERNELS, {}),
+        ("squared_distance", "plain", KERNELS, {"SIMT_SEED": "3", "SIMT_BLOCKS": "3"}),
+        ("squared_distance", "address", None, {"SIMT_SEED": "1"}),
+        ("squared_distance", "thread", None, {"SIMT_SEED": "2", "SIMT_BLOCKS": "3"}),
     ],
 )
-def test_stoch_norm(kind, tests, settings):
+def test_kernels(operation, kind, tests, settings):
     if reason := simt_support.missing(kind):
         pytest.skip(reason)
     library = simt_support.build(kind) / "libtalib_fast_simt.so"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--library", library, "-k", tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--library", library]
     environment = {**simt_support.sanitizer_environment(kind), "TALIB_FAST_BACKEND": "pytorch", **settings}
     done = subprocess.run(
-        [*command, simt_support.ROOT / "tests" / "test_stoch_norm.py"],
+        [*command, "-k", tests or SMALL[operation], simt_support.ROOT / "tests" / f"test_{operation}.py"],
         cwd=simt_support.ROOT, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

@@ -20,14 +20,14 @@ def oracle(targets, sources=None, weights=None, channel_dim=1):
     terms = []
     for j, target in enumerate(targets):
         difference = target.double() - (0 if sources is None else sources[j].double())
-        by_channel = difference.square().movedim(channel_dim, 0).flatten(1).sum(1)
+        by_channel = difference.square().movedim(channel_dim, 0).unsqueeze(-1).flatten(1).sum(1)
         terms.append(0.5 * (by_channel * (1 if weights is None else weights[j].double())).sum())
     return torch.stack(terms)
 
 
 @pytest.mark.parametrize("with_sources", [True, False])
 @pytest.mark.parametrize("with_weights", [True, False])
-class TestValuesAndGradients:
+class TestOperation:
     def arguments(self, with_sources, with_weights, **kwargs):
         targets, sources, weights = lists(**kwargs)
         return targets, sources if with_sources else None, weights if with_weights else None
@@ -113,6 +113,200 @@ def test_only_some_targets_want_gradients_and_sources_never_get_any():
     squared_distance(targets, sources)[0].backward()
     assert targets[1].grad.abs().sum() > 0
     assert all(tensor.grad is None for tensor in [targets[0], *targets[2:], *sources])
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous(),
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "with_gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+    "off_by_one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+ODD_SHAPES = [
+    (2, 3, 4, 5),
+    (4, 5, 7, 7),
+    (3, 16, 1, 1),
+    (2, 32, 8),
+    (5, 7),
+    (1, 1),
+    (130, 3),
+    (2, 5, 600),
+    (2, 3, 2, 3, 4),
+]
+
+
+class TestKernels:
+    """What a kernel has a path of its own for: layouts, dtypes, odd sizes, long lists."""
+
+    def check(self, targets, sources=None, weights=None, channel_dim=1):
+        targets = [target.detach().requires_grad_() for target in targets]
+        total, terms = squared_distance(targets, sources, weights, channel_dim)
+        wide = any(target.dtype == torch.float64 for target in targets)
+        assert total.dtype == terms.dtype == (torch.float64 if wide else torch.float32)
+        exact = [target.detach().cpu().double().requires_grad_() for target in targets]
+        expected = oracle(
+            exact,
+            None if sources is None else [source.cpu() for source in sources],
+            None if weights is None else [weight.cpu() for weight in weights],
+            channel_dim,
+        )
+        exactly = all(target.dtype == torch.float64 for target in targets)
+        tolerance = {} if exactly else {"rtol": 2e-6, "atol": 1e-30}
+        torch.testing.assert_close(terms.cpu().double(), expected.detach(), **tolerance)
+        torch.testing.assert_close(total.cpu().double(), expected.detach().sum(), **tolerance)
+        grads = torch.autograd.grad(-0.75 * total, targets)
+        for target, grad, exact_grad in zip(
+            targets, grads, torch.autograd.grad(-0.75 * expected.sum(), exact), strict=True
+        ):
+            assert grad.dtype == target.dtype
+            torch.testing.assert_close(grad.cpu(), exact_grad.to(target.dtype))
+
+    @pytest.mark.parametrize("with_weights", [True, False])
+    @pytest.mark.parametrize("source_layout", [*LAYOUTS, None])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_every_layout(self, layout, source_layout, with_weights, device):
+        targets, sources, weights = lists(torch.float32, device, ODD_SHAPES)
+        self.check(
+            [LAYOUTS[layout](target) for target in targets],
+            None if source_layout is None else [LAYOUTS[source_layout](source) for source in sources],
+            weights if with_weights else None,
+        )
+
+    @pytest.mark.parametrize("with_weights", [True, False])
+    @pytest.mark.parametrize("source_dtype", [*DTYPES, None])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_dtype(self, dtype, source_dtype, with_weights, device):
+        targets, sources, weights = lists(dtype, device, [(2, 3, 4, 5), (3, 16, 3, 3), (5, 35)])
+        if source_dtype is not None:
+            sources = [source.to(source_dtype) for source in sources]
+        layout = LAYOUTS["channels_last"]
+        self.check(
+            [layout(target) for target in targets],
+            None if source_dtype is None else [layout(source) for source in sources],
+            weights if with_weights else None,
+        )
+
+    def test_a_dtype_for_each_of_the_list(self, device):
+        targets, sources, weights = lists(torch.float32, device, [(3, 5)] * len(DTYPES))
+        targets = [target.to(dtype) for target, dtype in zip(targets, DTYPES, strict=True)]
+        weights = [weight.to(dtype) for weight, dtype in zip(weights, reversed(DTYPES), strict=True)]
+        self.check(targets, sources, weights)
+
+    @pytest.mark.parametrize("count", [1, 57, 159, 501, 1003])
+    def test_lists_of_every_length(self, count, device):
+        shapes = [(0, 3) if j % 10 == 9 else (1 + j % 3, 3) for j in range(count)]
+        targets, sources, weights = lists(torch.float32, device, shapes)
+        self.check(targets, sources, weights)
+        self.check(targets)
+
+    def test_empty_ones_at_both_ends(self, device):
+        self.check(*lists(torch.float32, device, [(0, 3), (2, 3), (2, 0), (5, 2), (0, 1)]))
+        self.check(*lists(torch.float32, device, [(0, 3), (4, 0, 2)]))
+
+    @pytest.mark.parametrize("with_weights", [True, False])
+    @pytest.mark.parametrize("shape", [(100_003,), (3, 40, 1001), (2000, 67), (5, 300, 49)], ids=str)
+    def test_larger_than_one_block(self, shape, with_weights, device):
+        channel_dim = min(1, len(shape) - 1)
+        target, source = (torch.randn(shape, dtype=torch.float64).float().to(device) for _ in range(2))
+        weights = [torch.rand(shape[channel_dim], dtype=torch.float64).float().to(device)] if with_weights else None
+        self.check([target], [source], weights, channel_dim)
+
+    @pytest.mark.parametrize("channel_dim", [0, 1, 2, 3, -1])
+    def test_every_channel_dim(self, channel_dim, device):
+        target, source = (torch.randn(3, 4, 5, 6).to(device) for _ in range(2))
+        for layout in LAYOUTS.values():
+            self.check([layout(target)], [source], [torch.rand(target.size(channel_dim)).to(device)], channel_dim)
+
+    def test_equal_input_gives_equal_bits(self, device):
+        targets, sources, weights = lists(torch.float32, device, [(7, 33, 61), (64, 48), (9,) * 4])
+        results = [squared_distance(targets, sources, weights) for _ in range(3)]
+        assert all(torch.equal(total, results[0][0]) and torch.equal(terms, results[0][1]) for total, terms in results)
+
+    def test_more_threads_give_equal_bits(self):
+        targets, sources, _ = lists(torch.float32, "cpu", [(7, 333, 61), (640, 480)])
+        one = squared_distance(targets, sources)[0]
+        torch.set_num_threads(2)
+        assert torch.equal(squared_distance(targets, sources)[0], one)
+
+    @pytest.mark.parametrize("with_weights", [True, False])
+    def test_gradients_larger_than_the_caches(self, with_weights):
+        target, source = torch.randn(8, 5, 1024, 257), torch.randn(8, 5, 1024, 257)
+        weight = torch.rand(5)
+        for layout in (lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)):
+            t = layout(target).detach().requires_grad_()
+            total, _ = squared_distance([t], [layout(source)], [weight] if with_weights else None)
+            (grad,) = torch.autograd.grad(total, t)
+            factor = weight.view(-1, 1, 1) if with_weights else 1
+            torch.testing.assert_close(grad, (target - source) * factor)
+
+    def test_infinite_and_missing_numbers_show(self, device):
+        for bad in (float("inf"), float("nan")):
+            target = torch.zeros(3, 40, device=device)
+            target[1, 7] = bad
+            total, terms = squared_distance([torch.ones(2, 2, device=device), target])
+            assert terms[0] == 2 and not torch.isfinite(total) and not torch.isfinite(terms[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGpu:
+    def arguments(self):
+        return lists(torch.float32, "cuda", [(8, 16, 9, 9), (5, 7), (3, 40, 1001)])
+
+    def test_no_synchronisation_with_the_host(self):
+        targets, sources, weights = self.arguments()
+        for target in targets:
+            target.requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(squared_distance(targets, sources, weights)[0], targets)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_one_kernel_in_each_direction(self):
+        targets, sources, _ = lists(torch.float32, "cuda", [(8, 16, 9, 9)] * 159)
+        for target in targets:
+            target.requires_grad_()
+        torch.autograd.grad(squared_distance(targets, sources)[0], targets)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            torch.autograd.grad(squared_distance(targets, sources)[0], targets)
+            torch.cuda.synchronize()
+        kernels = [event.name for event in profile.events() if "squared_distance" in event.name]
+        assert len(kernels) == 2
+
+    def test_cuda_graph(self):
+        targets, sources, weights = self.arguments()
+        for target in targets:
+            target.requires_grad_()
+
+        def step():
+            total, _ = squared_distance(targets, sources, weights)
+            return total, torch.autograd.grad(total, targets)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for source in sources:
+                source.mul_(2)
+        graph.replay()
+        torch.testing.assert_close(captured, step())
+
+    def test_more_than_two_to_the_31_elements(self):
+        elements = 2**31 + 4099
+        if torch.cuda.mem_get_info()[0] < 8 * elements:
+            pytest.skip("too little memory")
+        target = torch.zeros(elements, dtype=torch.float16, device="cuda")
+        target[-3:] = 2
+        target.requires_grad_()
+        total, _ = squared_distance([target])
+        assert total == 6
+        (grad,) = torch.autograd.grad(total, target)
+        assert grad[-3:].tolist() == [2, 2, 2] and grad.count_nonzero() == 3
 
 
 def test_nothing_to_sum():

@@ -185,11 +185,8 @@ void store(const Tensor& to, int64_t i, double value) {
 }
 
 double number(const Tensor& tensor) {
-  double value = 0;
-  dispatch(float_type(tensor), [&](auto zero) {
-    value = static_cast<double>(*static_cast<const decltype(zero)*>(tensor.const_data_ptr()));
-  });
-  return value;
+  if (tensor.scalar_type() == ScalarType::Double) return *static_cast<const double*>(tensor.const_data_ptr());
+  return *static_cast<const float*>(tensor.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& targets,
@@ -222,7 +219,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
                                               const std::vector<Tensor>& sources, const std::vector<Tensor>& weights,
                                               int64_t channel_dim) {
   if (targets.empty()) return {};
-  const double factor = number(checked_grad(grad, targets));
+  const double factor = number(checked_grad(grad, targets[0]));
   const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, true);
   const auto [pieces, elements] = cut(terms);
   std::vector<std::function<void(int64_t, int64_t)>> write;

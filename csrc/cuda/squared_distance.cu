@@ -1,0 +1,91 @@
+// Compiled by nvcc this registers the kernels for CUDA; by g++, with the harness of tests/simt, the same ones for CPU.
+#include "squared_distance.cuh"
+
+#include <tuple>
+#include <vector>
+
+#include "../squared_distance.h"
+#include "stream.h"
+
+namespace talib_fast {
+namespace {
+
+using namespace squared_distance;
+
+Operand make_operand(const Term& term) {
+  Operand operand{};
+  operand.target = term.target.const_data_ptr();
+  if (term.source) operand.source = term.source->const_data_ptr();
+  if (term.weight) operand.weight = term.weight->const_data_ptr();
+  if (term.gradient.defined()) operand.gradient = term.gradient.mutable_data_ptr();
+  operand.elements = term.target.numel();
+  operand.channels = term.view.channels, operand.inner = term.view.inner;
+  operand.type = static_cast<uint8_t>(float_type(term.target));
+  operand.wide_source = term.source && term.source->scalar_type() != term.target.scalar_type();
+  constexpr uintptr_t kVectorBytes = 16;
+  operand.vectors = (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.source) |
+                     reinterpret_cast<uintptr_t>(operand.gradient)) % kVectorBytes == 0;
+  return operand;
+}
+
+std::vector<Operand> make_operands(const std::vector<Term>& terms) {
+  std::vector<Operand> operands;
+  operands.reserve(terms.size());
+  for (const Term& term : terms) operands.push_back(make_operand(term));
+  return operands;
+}
+
+std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& targets,
+                                                    const std::vector<Tensor>& sources,
+                                                    const std::vector<Tensor>& weights, int64_t channel_dim) {
+  STD_TORCH_CHECK(!targets.empty(), "expected at least one target");
+  const DeviceGuard guard(targets[0]);
+  const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, false);
+  std::vector<Operand> operands = make_operands(terms);
+  const std::vector<Launch> launches = plan(operands, current_device().multiprocessors);
+  const ScalarType type = result_type(targets);
+  const Tensor total = torch::stable::new_empty(targets[0], {}, type);
+  const Tensor values = torch::stable::new_empty(targets[0], {static_cast<int64_t>(terms.size())}, type);
+
+  int64_t blocks = 0;
+  for (const Launch& launch : launches) blocks += launch.blocks;
+  const int64_t sums_bytes = blocks * sizeof(double), counter_bytes = launches.size() * sizeof(unsigned);
+  const Tensor workspace = torch::stable::new_empty(targets[0], {sums_bytes + counter_bytes}, ScalarType::Byte);
+  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
+  Results results{reinterpret_cast<double*>(memory), reinterpret_cast<unsigned*>(memory + sums_bytes), nullptr,
+                  values.mutable_data_ptr(), 0, type == ScalarType::Double};
+  const cudaStream_t stream = current_stream(targets[0]);
+  check(cudaMemsetAsync(results.arrived, 0, counter_bytes, stream), "cudaMemsetAsync");
+  for (const Launch& launch : launches) {
+    results.first_term = launch.first;
+    if (&launch == &launches.back()) results.total = total.mutable_data_ptr();
+    launch_forward(launch, results, stream);
+    results.chunks += launch.blocks, ++results.arrived;
+  }
+  return {total, values};
+}
+
+std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vector<Tensor>& targets,
+                                              const std::vector<Tensor>& sources, const std::vector<Tensor>& weights,
+                                              int64_t channel_dim) {
+  if (targets.empty()) return {};
+  const DeviceGuard guard(targets[0]);
+  const Tensor factor = checked_grad(grad, targets[0]);
+  const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, true);
+  std::vector<Operand> operands = make_operands(terms);
+  for (const Launch& launch : plan(operands, current_device().multiprocessors))
+    launch_backward(launch, factor.const_data_ptr(), factor.scalar_type() == ScalarType::Double,
+                    current_stream(targets[0]));
+  std::vector<Tensor> gradients;
+  gradients.reserve(terms.size());
+  for (const Term& term : terms) gradients.push_back(term.gradient);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace talib_fast
+
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
+  m.impl("squared_distance_forward", TORCH_BOX(&talib_fast::squared_distance_forward));
+  m.impl("squared_distance_backward", TORCH_BOX(&talib_fast::squared_distance_backward));
+}

@@ -1,0 +1,389 @@
+// Half squared distances over a list of tensors on the GPU, and their gradients: one launch for the whole list. The
+// list travels in the launch's parameters. Every block takes one chunk of one tensor; the last block to finish adds up
+// what all of them found. All sums are reduced in an order that depends on shapes and launch parameters only: equal
+// input, equal bits.
+#pragma once
+
+#include "../types.h"
+#include "runtime.cuh"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace talib_fast::squared_distance {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+
+// One tensor of the list, with its source and what belongs to them, dense and in the same order in memory.
+struct Operand {
+  const void* target;
+  const void* source;        // null: zeros
+  const void* weight;        // [channels] of the accumulation dtype; null: ones
+  void* gradient;            // null in the forward pass
+  int64_t elements;
+  int64_t channels, inner;   // element i is of channel i / inner % channels
+  unsigned first_block;
+  uint8_t type;              // FloatType
+  bool wide_source;          // the source has the accumulation dtype, which is not the target's
+  bool vectors;              // all addresses suit vectors of 16 bytes of target
+};
+
+// The operands of one launch. A launch takes 4 KB of parameters, from CUDA 12.1 on 32 KB.
+template <int kOperands>
+struct List {
+  Operand operands[kOperands];
+  int count;
+  unsigned blocks;
+  int64_t chunk;  // elements that a block takes
+};
+constexpr int kFewOperands = 56;
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int kManyOperands = kFewOperands;
+#else
+constexpr int kManyOperands = 500;
+#endif
+static_assert(sizeof(Operand) == 64 && sizeof(List<kFewOperands>) < 3800 && sizeof(List<kManyOperands>) < 32600);
+
+// The operand that this block works on. The blocks of all stand in their order; those without elements have none.
+template <int kOperands>
+__device__ __forceinline__ int find_operand(const List<kOperands>& list) {
+  int low = 0, high = list.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (list.operands[middle].first_block <= blockIdx.x) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
+  return a / b;
+}
+
+// Where in the weights a thread is, which goes from one of its vectors to the next in equal steps.
+class WeightWalk {
+ public:
+  __device__ __forceinline__ WeightWalk(const Operand& operand, int64_t first, int64_t step)
+      : channels_(operand.channels), inner_(operand.inner) {
+    locate(first, channel_, in_run_);
+    locate(step, jump_, jump_in_run_);
+  }
+
+  // f(channel) for as many elements from here on as f is called
+  template <int V, typename F>
+  __device__ __forceinline__ void each(const F& f) const {
+    int64_t channel = channel_, in_run = in_run_;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      f(k, channel);
+      if (++in_run == inner_) {
+        in_run = 0;
+        if (++channel == channels_) channel = 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    in_run_ += jump_in_run_;
+    channel_ += jump_;
+    if (in_run_ >= inner_) in_run_ -= inner_, ++channel_;
+    if (channel_ >= channels_) channel_ -= channels_;
+  }
+
+ private:
+  __device__ __forceinline__ void locate(int64_t element, int64_t& channel, int64_t& in_run) const {
+    const int64_t run = divide(element, inner_);
+    in_run = element - run * inner_;
+    channel = run - divide(run, channels_) * channels_;
+  }
+
+  int64_t channels_, inner_;
+  int64_t channel_, in_run_;
+  int64_t jump_, jump_in_run_;
+};
+
+// What one thread does to its share of [begin, end) of an operand. T, S: dtypes of target and source; V elements a
+// vector. walk calls f(first element, differences, weights) for every vector.
+template <typename T, typename S, bool kSource, bool kWeights, int V>
+struct Worker {
+  using Element = T;
+  using A = acc_t<T>;
+  static constexpr int kVector = V;
+  static constexpr int kUnroll = V == 8 ? 2 : 4;  // vectors that are asked for before one is used
+  static constexpr int kSourceVector = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;  // elements that load at once
+
+  const T* target;
+  const S* source;
+  const A* weight;
+  const Operand& operand;
+
+  __device__ __forceinline__ explicit Worker(const Operand& operand)
+      : target(static_cast<const T*>(operand.target)),
+        source(static_cast<const S*>(operand.source)),
+        weight(static_cast<const A*>(operand.weight)),
+        operand(operand) {}
+
+  __device__ __forceinline__ void load(int64_t at, A (&values)[V]) const {
+    const Vector<T, V> t = load_vector<V>(target + at);
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = to_acc(t.lane[k]);
+    if constexpr (kSource) {
+#pragma unroll
+      for (int part = 0; part < V; part += kSourceVector) {
+        const Vector<S, kSourceVector> s = load_vector<kSourceVector>(source + at + part);
+#pragma unroll
+        for (int k = 0; k < kSourceVector; ++k) values[part + k] -= static_cast<A>(to_acc(s.lane[k]));
+      }
+    }
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void walk(int64_t begin, int64_t end, const F& f) const {
+    constexpr int64_t kStep = kThreads * V;
+    int64_t at = begin + threadIdx.x * V;
+    if constexpr (kWeights) {
+      WeightWalk weights(operand, at, kStep);
+      walk(at, end, [&](int64_t here, const A(&values)[V]) {
+        A factors[V];
+        weights.template each<V>([&](int k, int64_t channel) { factors[k] = weight[channel]; });
+        f(here, values, factors);
+        weights.advance();
+      }, kStep);
+    } else {
+      A factors[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) factors[k] = 1;
+      walk(at, end, [&](int64_t here, const A(&values)[V]) { f(here, values, factors); }, kStep);
+    }
+  }
+
+ private:
+  template <typename F>
+  __device__ __forceinline__ void walk(int64_t at, int64_t end, const F& f, int64_t step) const {
+    for (; at + (kUnroll - 1) * step < end; at += kUnroll * step) {
+      A values[kUnroll][V];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) load(at + u * step, values[u]);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) f(at + u * step, values[u]);
+    }
+    for (; at < end; at += step) {
+      A values[V];
+      load(at, values);
+      f(at, values);
+    }
+  }
+};
+
+// f(Worker, first element, last) with vectors as far as they go, then element by element; T is the target's dtype.
+template <typename T, typename S, bool kSource, bool kWeights, typename F>
+__device__ __forceinline__ void split(const Operand& operand, int64_t begin, int64_t end, const F& f) {
+  constexpr int V = 16 / sizeof(T);
+  int64_t middle = begin;
+  if (operand.vectors) {
+    middle = end - (end - begin) % V;
+    f(Worker<T, S, kSource, kWeights, V>(operand), begin, middle);
+  }
+  if (middle < end) f(Worker<T, S, kSource, kWeights, 1>(operand), middle, end);
+}
+
+template <typename T, typename F>
+__device__ __forceinline__ void with_operands(const Operand& operand, int64_t begin, int64_t end, const F& f) {
+  const bool weights = operand.weight != nullptr;
+  if (operand.source == nullptr) {
+    if (weights) split<T, T, false, true>(operand, begin, end, f);
+    else split<T, T, false, false>(operand, begin, end, f);
+  } else if (sizeof(T) < sizeof(acc_t<T>) && operand.wide_source) {
+    if (weights) split<T, acc_t<T>, true, true>(operand, begin, end, f);
+    else split<T, acc_t<T>, true, false>(operand, begin, end, f);
+  } else {
+    if (weights) split<T, T, true, true>(operand, begin, end, f);
+    else split<T, T, true, false>(operand, begin, end, f);
+  }
+}
+
+// f(Worker, begin, end) for this block's chunk of the operand, with the dtypes that it has.
+template <int kOperands, typename F>
+__device__ __forceinline__ void with_chunk(const List<kOperands>& list, const Operand& operand, const F& f) {
+  const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
+  const int64_t rest = operand.elements - begin, end = begin + (rest < list.chunk ? rest : list.chunk);
+  switch (static_cast<FloatType>(operand.type)) {
+    case FloatType::kFloat: return with_operands<float>(operand, begin, end, f);
+    case FloatType::kDouble: return with_operands<double>(operand, begin, end, f);
+    case FloatType::kHalf: return with_operands<__half>(operand, begin, end, f);
+    default: return with_operands<__nv_bfloat16>(operand, begin, end, f);
+  }
+}
+
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// What the blocks of the forward pass found, and where the results go.
+struct Results {
+  double* chunks;     // [blocks]
+  unsigned* arrived;  // 0 before the launch
+  void* total;        // double where wide, else float; null: a later launch completes it
+  void* terms;        // [terms], likewise
+  int first_term;     // of this launch
+  bool wide;
+};
+
+__device__ __forceinline__ double read(const void* values, bool wide, int i) {
+  return wide ? static_cast<const double*>(values)[i] : static_cast<const float*>(values)[i];
+}
+
+__device__ __forceinline__ void write(void* values, bool wide, int i, double value) {
+  if (wide) static_cast<double*>(values)[i] = value;
+  else static_cast<float*>(values)[i] = static_cast<float>(value);
+}
+
+template <typename Worker>
+using worker_t = std::remove_cv_t<std::remove_reference_t<Worker>>;
+
+template <int kOperands>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const __grid_constant__ List<kOperands> list, const Results results) {
+  constexpr int kWarps = kThreads / kWarp;
+  SIMT_SHARED(double, warp_sums, kWarps);
+  SIMT_SHARED(unsigned, ticket, 1);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto block_sum = [&](double value) {  // for the first thread alone
+    value = warp_sum(value);
+    if (lane == 0) warp_sums[warp] = value;
+    __syncthreads();
+    double sum = 0;
+    if (threadIdx.x == 0)
+      for (int i = 0; i < kWarps; ++i) sum += warp_sums[i];
+    return sum;
+  };
+
+  if (blockIdx.x < list.blocks) {
+    double sum = 0;
+    with_chunk(list, list.operands[find_operand(list)], [&](const auto& worker, int64_t begin, int64_t end) {
+      using W = worker_t<decltype(worker)>;
+      typename W::A lanes[W::kVector] = {};
+      worker.walk(begin, end, [&](int64_t, const auto& differences, const auto& weights) {
+#pragma unroll
+        for (int k = 0; k < W::kVector; ++k) lanes[k] += differences[k] * differences[k] * weights[k];
+      });
+#pragma unroll
+      for (int k = 0; k < W::kVector; ++k) sum += static_cast<double>(lanes[k]);
+    });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) results.chunks[blockIdx.x] = sum;
+  }
+  if (threadIdx.x == 0) ticket[0] = add_acquire_release(results.arrived, 1);
+  __syncthreads();
+  if (ticket[0] != gridDim.x - 1) return;  // the last to arrive goes on; which block that is makes no difference
+
+  double sum = 0;  // of the terms that this thread has written
+  for (int j = warp; j < list.count; j += kWarps) {
+    const unsigned last = j + 1 < list.count ? list.operands[j + 1].first_block : list.blocks;
+    double term = 0;
+    for (unsigned block = list.operands[j].first_block + lane; block < last; block += kWarp)
+      term += results.chunks[block];
+    term = warp_sum(term) / 2;
+    if (lane == 0) write(results.terms, results.wide, results.first_term + j, term), sum += term;
+  }
+  if (results.total == nullptr) return;
+  for (int j = threadIdx.x; j < results.first_term; j += kThreads) sum += read(results.terms, results.wide, j);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) write(results.total, results.wide, 0, sum);
+}
+
+template <int kOperands>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const __grid_constant__ List<kOperands> list, const void* __restrict__ grad, bool wide_grad) {
+  const Operand& operand = list.operands[find_operand(list)];
+  const double factor = read(grad, wide_grad, 0);
+  with_chunk(list, operand, [&](const auto& worker, int64_t begin, int64_t end) {
+    using W = worker_t<decltype(worker)>;
+    using T = typename W::Element;
+    T* gradient = static_cast<T*>(operand.gradient);
+    worker.walk(begin, end, [&](int64_t at, const auto& differences, const auto& weights) {
+      Vector<T, W::kVector> values;
+#pragma unroll
+      for (int k = 0; k < W::kVector; ++k)
+        values.lane[k] = from_acc<T>(differences[k] * static_cast<typename W::A>(factor) * weights[k]);
+      store_vector(gradient + at, values);
+    });
+  });
+}
+
+// ---- Launch
+
+// One launch: operands that lie together, and how they are cut.
+struct Launch {
+  const Operand* operands;
+  int first, count;
+  unsigned blocks;
+  int64_t chunk;
+};
+
+// How many operands a launch can take.
+inline size_t most_operands() {
+#if defined(__CUDACC__)
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  return driver < 12010 ? kFewOperands : kManyOperands;
+#else
+  return kManyOperands;
+#endif
+}
+
+// The one place that decides how the operands are cut; it gives them their blocks. A block takes so much that the sums
+// of all blocks are few, and so little that none is waited for.
+inline std::vector<Launch> plan(std::vector<Operand>& operands, int multiprocessors) {
+  constexpr int64_t kSmallest = 8192, kBlocksPerMultiprocessor = 32;
+  int64_t elements = 0;
+  for (const Operand& operand : operands) elements += operand.elements;
+  const int64_t chunk =
+      kSmallest * std::max<int64_t>(1, ceil_div(elements, kSmallest * kBlocksPerMultiprocessor * multiprocessors));
+  std::vector<Launch> launches;
+  const size_t most = most_operands();
+  for (size_t first = 0; first < operands.size(); first += most) {
+    const size_t count = std::min(most, operands.size() - first);
+    unsigned blocks = 0;
+    for (size_t j = first; j < first + count; ++j) {
+      operands[j].first_block = blocks;
+      blocks += static_cast<unsigned>(ceil_div(operands[j].elements, chunk));
+    }
+    launches.push_back({&operands[first], static_cast<int>(first), static_cast<int>(count), blocks, chunk});
+  }
+  return launches;
+}
+
+// f(the launch's parameters), in a list as short as the operands allow
+template <typename F>
+void with_list(const Launch& launch, const F& f) {
+  const auto fill = [&](auto list) {
+    std::copy_n(launch.operands, launch.count, list.operands);
+    list.count = launch.count, list.blocks = launch.blocks, list.chunk = launch.chunk;
+    f(list);
+  };
+  if (launch.count <= kFewOperands) fill(List<kFewOperands>{});
+  else fill(List<kManyOperands>{});
+}
+
+inline void launch_forward(const Launch& launch, const Results& results, cudaStream_t stream) {
+  with_list(launch, [&](const auto& list) {
+    constexpr int kOperands = std::extent_v<decltype(list.operands)>;
+    SIMT_LAUNCH((forward_kernel<kOperands>), dim3(std::max(launch.blocks, 1u)), dim3(kThreads), 0, stream, list,
+                results);
+  });
+}
+
+inline void launch_backward(const Launch& launch, const void* grad, bool wide_grad, cudaStream_t stream) {
+  if (launch.blocks == 0) return;
+  with_list(launch, [&](const auto& list) {
+    constexpr int kOperands = std::extent_v<decltype(list.operands)>;
+    SIMT_LAUNCH((backward_kernel<kOperands>), dim3(launch.blocks), dim3(kThreads), 0, stream, list, grad, wide_grad);
+  });
+}
+
+}  // namespace talib_fast::squared_distance
