@@ -23,24 +23,49 @@ struct ChannelView {
   int64_t per_channel() const { return outer * inner; }
 };
 
-// The view of `tensor` with its channels along `channel_dim`, whatever the order of its dimensions in memory: a reduction
-// over all but the channels does not care. None if the elements leave gaps or share memory.
-inline std::optional<ChannelView> channel_view(const Tensor& tensor, int64_t channel_dim) {
-  if (tensor.numel() == 0) return ChannelView{0, tensor.size(channel_dim), 1};
+// The dimensions longer than one, as memory has them: slowest first. None if the elements leave gaps or share memory.
+inline std::optional<std::vector<int64_t>> memory_order(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<int64_t> order;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim)
     if (sizes[dim] != 1) order.push_back(dim);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-  int64_t elements = 1, inner = 1;
-  bool channels_seen = sizes[channel_dim] == 1;
-  for (const int64_t dim : order) {
-    if (strides[dim] != elements) return std::nullopt;
-    elements *= sizes[dim];
-    if (dim == channel_dim) channels_seen = true;
-    if (!channels_seen) inner = elements;
-  }
-  return ChannelView{elements / (sizes[channel_dim] * inner), sizes[channel_dim], inner};
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  int64_t elements = 1;
+  for (auto dim = order.rbegin(); dim != order.rend(); elements *= sizes[*dim++])
+    if (strides[*dim] != elements) return std::nullopt;
+  return order;
+}
+
+// How the order of `other` differs from that of `tensor`, which has its shape. None if by more than an exchange.
+inline std::optional<Exchange> exchange(const Tensor& tensor, const Tensor& other) {
+  const auto here = memory_order(tensor), there = memory_order(other);
+  if (!here || !there) return std::nullopt;
+  const auto [begin, other_begin] = std::mismatch(here->begin(), here->end(), there->begin());
+  if (begin == here->end()) return Exchange{};
+  const auto [end, other_end] = std::mismatch(here->rbegin(), here->rend(), there->rbegin());
+  const auto middle = std::find(begin, end.base(), *other_begin);
+  std::vector<int64_t> rotated(middle, end.base());
+  rotated.insert(rotated.end(), begin, middle);
+  if (!std::equal(rotated.begin(), rotated.end(), other_begin)) return std::nullopt;
+  const auto elements = [&](auto first, auto last) {
+    int64_t product = 1;
+    for (; first != last; ++first) product *= tensor.size(*first);
+    return product;
+  };
+  return Exchange{elements(begin, middle), elements(middle, end.base()), elements(end.base(), here->end())};
+}
+
+// The view of `tensor` with its channels along `channel_dim`, whatever the order of its dimensions in memory: a reduction
+// over all but the channels does not care. None if the elements leave gaps or share memory.
+inline std::optional<ChannelView> channel_view(const Tensor& tensor, int64_t channel_dim) {
+  const int64_t channels = tensor.size(channel_dim);
+  if (tensor.numel() == 0) return ChannelView{0, channels, 1};
+  const auto order = memory_order(tensor);
+  if (!order) return std::nullopt;
+  int64_t inner = 1;
+  if (channels != 1)
+    for (auto dim = order->rbegin(); *dim != channel_dim; ++dim) inner *= tensor.size(*dim);
+  return ChannelView{tensor.numel() / (channels * inner), channels, inner};
 }
 
 inline bool same_strides(const Tensor& a, const Tensor& b) {

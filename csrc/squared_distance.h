@@ -6,11 +6,12 @@
 
 namespace talib_fast {
 
-// One term of the sum, target and source dense and in the same order in memory.
+// One term of the sum, target and source dense.
 struct Term {
   ChannelView view;              // without a weight one channel of all elements
   Tensor target;
   std::optional<Tensor> source;  // of the target's dtype or its accumulation dtype
+  Exchange exchange;             // how the source's order in memory differs from the target's
   std::optional<Tensor> weight;  // [channels], contiguous, of the accumulation dtype
   Tensor gradient;               // of the target's dtype; the forward pass has none
 };
@@ -25,10 +26,8 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
   float_type(target);
   const ScalarType sums = accumulation_type(target.scalar_type());
   Term term{};
-  const int64_t some_dim = 0;
-  const bool dense = target.dim() == 0 || channel_view(target, some_dim).has_value();
   if (with_gradient) term.gradient = torch::stable::empty_like(target);
-  if (dense) term.target = target;
+  if (target.numel() == 0 || memory_order(target)) term.target = target;
   else term.target = laid_out_as(target, with_gradient ? term.gradient : torch::stable::empty_like(target));
   if (source != nullptr) {
     STD_TORCH_CHECK(source->device() == target.device(), "expected a source on its target's device");
@@ -36,8 +35,12 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
     for (int64_t dim = 0; dim < target.dim(); ++dim)
       STD_TORCH_CHECK(source->size(dim) == target.size(dim), "expected a source of its target's shape");
     float_type(*source);
-    if (source->scalar_type() == target.scalar_type()) term.source = laid_out_as(*source, term.target);
-    else term.source = laid_out_as(of_type(*source, sums), of_type(term.target, sums));
+    const bool same_type = source->scalar_type() == target.scalar_type();
+    term.source = same_type ? *source : of_type(*source, sums);
+    if (target.numel() != 0) {
+      if (const auto found = exchange(term.target, *term.source)) term.exchange = *found;
+      else term.source = laid_out_as(*term.source, same_type ? term.target : of_type(term.target, sums));
+    }
   }
   if (weight == nullptr) {
     term.view = {1, 1, target.numel()};

@@ -14,6 +14,12 @@ struct ChannelVector {
   int64_t stride = 1;
 };
 
+// Two dense orders of the same elements: [outer, rows, columns, unit] and, with two neighbours exchanged, [outer,
+// columns, rows, unit]. NCHW and NHWC differ so, and a matrix and its transpose. No rows: the orders are the same.
+struct Exchange {
+  int64_t rows = 0, columns = 1, unit = 1;
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace talib_fast

@@ -120,6 +120,7 @@ LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous(),
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "with_gaps": lambda x: torch.stack([x, x], -1)[..., 0],
     "off_by_one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }

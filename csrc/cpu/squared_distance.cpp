@@ -91,6 +91,7 @@ class Walk {
   explicit Walk(const Term& term)
       : t_(static_cast<const T*>(term.target.const_data_ptr())),
         s_(sources(term)),
+        exchange_(term.exchange),
         out_(term.gradient.defined() ? static_cast<T*>(term.gradient.mutable_data_ptr()) : nullptr),
         view_(term.view),
         w_(term.weight ? static_cast<const A*>(term.weight->const_data_ptr()) : nullptr),
@@ -106,17 +107,17 @@ class Walk {
 
   double sum(int64_t begin, int64_t end) const {
     double result = 0;
-    for_each_run(begin, end, [&](int64_t at, int64_t n, const A* weights, A weight) {
-      if (weights == nullptr) result += weight * sum_run<kSource, false>(t_ + at, s_ + at, weights, n);
-      else result += sum_run<kSource, true>(t_ + at, s_ + at, weights, n);
+    for_each_run(begin, end, [&](int64_t at, int64_t n, const S* s, const A* weights, A weight) {
+      if (weights == nullptr) result += weight * sum_run<kSource, false>(t_ + at, s, weights, n);
+      else result += sum_run<kSource, true>(t_ + at, s, weights, n);
     });
     return result;
   }
 
   void write(int64_t begin, int64_t end, A grad, bool stream) const {
-    for_each_run(begin, end, [&](int64_t at, int64_t n, const A* weights, A weight) {
-      if (weights == nullptr) write_run<kSource, false>(t_ + at, s_ + at, weights, out_ + at, n, grad * weight, stream);
-      else write_run<kSource, true>(t_ + at, s_ + at, weights, out_ + at, n, grad, stream);
+    for_each_run(begin, end, [&](int64_t at, int64_t n, const S* s, const A* weights, A weight) {
+      if (weights == nullptr) write_run<kSource, false>(t_ + at, s, weights, out_ + at, n, grad * weight, stream);
+      else write_run<kSource, true>(t_ + at, s, weights, out_ + at, n, grad, stream);
     });
   }
 
@@ -128,21 +129,47 @@ class Walk {
     return static_cast<const S*>(tensor.const_data_ptr());
   }
 
-  // f(first element, number of them, their weights or null, the weight of all)
+  // f(first element, number of them, their sources, their weights or null, the weight of all)
   template <typename F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
-    if (w_ == nullptr) return f(begin, end - begin, nullptr, A(1));
-    const int64_t period = runs_ ? view_.inner : static_cast<int64_t>(row_.size());
+    const bool exchanged = exchange_.rows != 0;
+    std::vector<S> gathered(exchanged ? kGathered : 0);
+    const int64_t period = w_ == nullptr ? end : runs_ ? view_.inner : static_cast<int64_t>(row_.size());
     for (int64_t at = begin; at < end;) {
-      const int64_t offset = at % period, n = std::min(period - offset, end - at);
-      if (runs_) f(at, n, nullptr, w_[at / view_.inner % view_.channels]);
-      else f(at, n, row_.data() + offset, A(1));
+      const int64_t offset = at % period;
+      int64_t n = std::min(period - offset, end - at);
+      if (exchanged) gather(at, n = std::min(n, kGathered), gathered.data());
+      const S* s = exchanged ? gathered.data() : s_ + at;
+      if (w_ == nullptr) f(at, n, s, nullptr, A(1));
+      else if (runs_) f(at, n, s, nullptr, w_[at / view_.inner % view_.channels]);
+      else f(at, n, s, row_.data() + offset, A(1));
       at += n;
+    }
+  }
+
+  static constexpr int64_t kGathered = 4096;
+
+  // The sources of n elements from `at` on, in the target's order.
+  void gather(int64_t at, int64_t n, S* to) const {
+    const auto [rows, columns, unit] = exchange_;
+    while (n > 0) {
+      const int64_t in_unit = at % unit, cell = at / unit, column = cell % columns, row = cell / columns % rows;
+      const S* from = s_ + (cell - row * columns - column + column * rows + row) * unit + in_unit;
+      int64_t done;
+      if (unit == 1) {  // along a row
+        done = std::min(n, columns - column);
+        for (int64_t i = 0; i < done; ++i) to[i] = from[i * rows];
+      } else {
+        done = std::min(n, unit - in_unit);
+        std::copy_n(from, done, to);
+      }
+      at += done, n -= done, to += done;
     }
   }
 
   const T* t_;
   const S* s_;
+  Exchange exchange_;
   T* out_;
   ChannelView view_;
   const A* w_;

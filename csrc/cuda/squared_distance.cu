@@ -20,6 +20,7 @@ Operand make_operand(const Term& term) {
   if (term.gradient.defined()) operand.gradient = term.gradient.mutable_data_ptr();
   operand.elements = term.target.numel();
   operand.channels = term.view.channels, operand.inner = term.view.inner;
+  operand.exchange = term.exchange;
   operand.type = static_cast<uint8_t>(float_type(term.target));
   operand.wide_source = term.source && term.source->scalar_type() != term.target.scalar_type();
   constexpr uintptr_t kVectorBytes = 16;

@@ -16,7 +16,7 @@ namespace talib_fast::squared_distance {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 
-// One tensor of the list, with its source and what belongs to them, dense and in the same order in memory.
+// One tensor of the list, with its source and what belongs to them, dense.
 struct Operand {
   const void* target;
   const void* source;        // null: zeros
@@ -24,6 +24,7 @@ struct Operand {
   void* gradient;            // null in the forward pass
   int64_t elements;
   int64_t channels, inner;   // element i is of channel i / inner % channels
+  Exchange exchange;         // how the source's order in memory differs from the target's
   unsigned first_block;
   uint8_t type;              // FloatType
   bool wide_source;          // the source has the accumulation dtype, which is not the target's
@@ -38,13 +39,13 @@ struct List {
   unsigned blocks;
   int64_t chunk;  // elements that a block takes
 };
-constexpr int kFewOperands = 56;
+constexpr int kFewOperands = 40;
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int kManyOperands = kFewOperands;
 #else
-constexpr int kManyOperands = 500;
+constexpr int kManyOperands = 360;
 #endif
-static_assert(sizeof(Operand) == 64 && sizeof(List<kFewOperands>) < 3800 && sizeof(List<kManyOperands>) < 32600);
+static_assert(sizeof(Operand) == 88 && sizeof(List<kFewOperands>) < 3800 && sizeof(List<kManyOperands>) < 32600);
 
 // The operand that this block works on. The blocks of all stand in their order; those without elements have none.
 template <int kOperands>
@@ -105,14 +106,18 @@ class WeightWalk {
   int64_t jump_, jump_in_run_;
 };
 
+// What a thread reads of the sources: nothing, vectors that lie as the target's, or single elements of another order.
+enum class Source { kNone, kAlike, kExchanged };  // the last with weights that may be missing, too
+
 // What one thread does to its share of [begin, end) of an operand. T, S: dtypes of target and source; V elements a
 // vector. walk calls f(first element, differences, weights) for every vector.
-template <typename T, typename S, bool kSource, bool kWeights, int V>
+template <typename T, typename S, Source kSource, bool kWeights, int V>
 struct Worker {
   using Element = T;
   using A = acc_t<T>;
   static constexpr int kVector = V;
-  static constexpr int kUnroll = V == 8 ? 2 : 4;  // vectors that are asked for before one is used
+  // vectors that are asked for before one is used
+  static constexpr int kUnroll = V == 8 || kSource == Source::kExchanged ? 2 : 4;
   static constexpr int kSourceVector = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;  // elements that load at once
 
   const T* target;
@@ -126,60 +131,68 @@ struct Worker {
         weight(static_cast<const A*>(operand.weight)),
         operand(operand) {}
 
-  __device__ __forceinline__ void load(int64_t at, A (&values)[V]) const {
-    const Vector<T, V> t = load_vector<V>(target + at);
-#pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = to_acc(t.lane[k]);
-    if constexpr (kSource) {
-#pragma unroll
-      for (int part = 0; part < V; part += kSourceVector) {
-        const Vector<S, kSourceVector> s = load_vector<kSourceVector>(source + at + part);
-#pragma unroll
-        for (int k = 0; k < kSourceVector; ++k) values[part + k] -= static_cast<A>(to_acc(s.lane[k]));
-      }
-    }
-  }
-
   template <typename F>
   __device__ __forceinline__ void walk(int64_t begin, int64_t end, const F& f) const {
     constexpr int64_t kStep = kThreads * V;
-    int64_t at = begin + threadIdx.x * V;
+    const int64_t at = begin + threadIdx.x * V;
+    A factors[V];
     if constexpr (kWeights) {
       WeightWalk weights(operand, at, kStep);
-      walk(at, end, [&](int64_t here, const A(&values)[V]) {
-        A factors[V];
-        weights.template each<V>([&](int k, int64_t channel) { factors[k] = weight[channel]; });
-        f(here, values, factors);
+      walk_vectors(at, end, kStep, [&](int64_t here, const A(&differences)[V]) {
+        weights.template each<V>([&](int k, int64_t channel) {
+          factors[k] = kSource == Source::kExchanged && weight == nullptr ? A(1) : weight[channel];
+        });
+        f(here, differences, factors);
         weights.advance();
-      }, kStep);
+      });
     } else {
-      A factors[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) factors[k] = 1;
-      walk(at, end, [&](int64_t here, const A(&values)[V]) { f(here, values, factors); }, kStep);
+      walk_vectors(at, end, kStep, [&](int64_t here, const A(&differences)[V]) { f(here, differences, factors); });
     }
   }
 
  private:
   template <typename F>
-  __device__ __forceinline__ void walk(int64_t at, int64_t end, const F& f, int64_t step) const {
+  __device__ __forceinline__ void walk_vectors(int64_t at, int64_t end, int64_t step, const F& f) const {
     for (; at + (kUnroll - 1) * step < end; at += kUnroll * step) {
-      A values[kUnroll][V];
+      A differences[kUnroll][V];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) load(at + u * step, values[u]);
+      for (int u = 0; u < kUnroll; ++u) load(at + u * step, differences[u]);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) f(at + u * step, values[u]);
+      for (int u = 0; u < kUnroll; ++u) f(at + u * step, differences[u]);
     }
     for (; at < end; at += step) {
-      A values[V];
-      load(at, values);
-      f(at, values);
+      A differences[V];
+      load(at, differences);
+      f(at, differences);
+    }
+  }
+
+  __device__ __forceinline__ void load(int64_t at, A (&differences)[V]) const {
+    const Vector<T, V> t = load_vector<V>(target + at);
+#pragma unroll
+    for (int k = 0; k < V; ++k) differences[k] = to_acc(t.lane[k]);
+    if constexpr (kSource == Source::kAlike) {
+#pragma unroll
+      for (int part = 0; part < V; part += kSourceVector) {
+        const Vector<S, kSourceVector> s = load_vector<kSourceVector>(source + at + part);
+#pragma unroll
+        for (int k = 0; k < kSourceVector; ++k) differences[part + k] -= static_cast<A>(to_acc(s.lane[k]));
+      }
+    } else if constexpr (kSource == Source::kExchanged) {
+      static_assert(V == 1);
+      const auto [rows, columns, unit] = operand.exchange;
+      const int64_t cell = divide(at, unit), all_rows = divide(cell, columns);
+      const int64_t column = cell - all_rows * columns, row = all_rows - divide(all_rows, rows) * rows;
+      const int64_t other_cell = cell - row * columns - column + column * rows + row;
+      differences[0] -= static_cast<A>(to_acc(source[other_cell * unit + at - cell * unit]));
     }
   }
 };
 
-// f(Worker, first element, last) with vectors as far as they go, then element by element; T is the target's dtype.
-template <typename T, typename S, bool kSource, bool kWeights, typename F>
+// f(Worker, first element, last) with vectors as far as they go, then element by element.
+template <typename T, typename S, Source kSource, bool kWeights, typename F>
 __device__ __forceinline__ void split(const Operand& operand, int64_t begin, int64_t end, const F& f) {
   constexpr int V = 16 / sizeof(T);
   int64_t middle = begin;
@@ -193,29 +206,75 @@ __device__ __forceinline__ void split(const Operand& operand, int64_t begin, int
 template <typename T, typename F>
 __device__ __forceinline__ void with_operands(const Operand& operand, int64_t begin, int64_t end, const F& f) {
   const bool weights = operand.weight != nullptr;
+  const auto with_source = [&](auto zero) {
+    using S = decltype(zero);
+    if (operand.exchange.rows != 0) f(Worker<T, S, Source::kExchanged, true, 1>(operand), begin, end);
+    else if (weights) split<T, S, Source::kAlike, true>(operand, begin, end, f);
+    else split<T, S, Source::kAlike, false>(operand, begin, end, f);
+  };
   if (operand.source == nullptr) {
-    if (weights) split<T, T, false, true>(operand, begin, end, f);
-    else split<T, T, false, false>(operand, begin, end, f);
-  } else if (sizeof(T) < sizeof(acc_t<T>) && operand.wide_source) {
-    if (weights) split<T, acc_t<T>, true, true>(operand, begin, end, f);
-    else split<T, acc_t<T>, true, false>(operand, begin, end, f);
-  } else {
-    if (weights) split<T, T, true, true>(operand, begin, end, f);
-    else split<T, T, true, false>(operand, begin, end, f);
+    if (weights) split<T, T, Source::kNone, true>(operand, begin, end, f);
+    else split<T, T, Source::kNone, false>(operand, begin, end, f);
+    return;
   }
+  if constexpr (!std::is_same_v<T, acc_t<T>>)
+    if (operand.wide_source) return with_source(acc_t<T>{});
+  with_source(T{});
 }
 
-// f(Worker, begin, end) for this block's chunk of the operand, with the dtypes that it has.
-template <int kOperands, typename F>
-__device__ __forceinline__ void with_chunk(const List<kOperands>& list, const Operand& operand, const F& f) {
-  const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
-  const int64_t rest = operand.elements - begin, end = begin + (rest < list.chunk ? rest : list.chunk);
+// f(Worker, first element, last) for [begin, end) of the operand, with the dtypes that it has.
+template <typename F>
+__device__ __forceinline__ void with_types(const Operand& operand, int64_t begin, int64_t end, const F& f) {
   switch (static_cast<FloatType>(operand.type)) {
     case FloatType::kFloat: return with_operands<float>(operand, begin, end, f);
     case FloatType::kDouble: return with_operands<double>(operand, begin, end, f);
     case FloatType::kHalf: return with_operands<__half>(operand, begin, end, f);
     default: return with_operands<__nv_bfloat16>(operand, begin, end, f);
   }
+}
+
+template <typename Worker>
+using worker_t = std::remove_cv_t<std::remove_reference_t<Worker>>;
+
+// This thread's share of the sum over [begin, end).
+__device__ __forceinline__ double sum_chunk(const Operand& operand, int64_t begin, int64_t end) {
+  double sum = 0;
+  with_types(operand, begin, end, [&](const auto& worker, int64_t first, int64_t last) {
+    using W = worker_t<decltype(worker)>;
+    typename W::A lanes[W::kVector] = {};
+    worker.walk(first, last, [&](int64_t, const auto& differences, const auto& weights) {
+#pragma unroll
+      for (int k = 0; k < W::kVector; ++k) lanes[k] += differences[k] * differences[k] * weights[k];
+    });
+#pragma unroll
+    for (int k = 0; k < W::kVector; ++k) sum += static_cast<double>(lanes[k]);
+  });
+  return sum;
+}
+
+// This thread's share of the gradient there.
+__device__ __forceinline__ void write_chunk(const Operand& operand, int64_t begin, int64_t end, double factor) {
+  with_types(operand, begin, end, [&](const auto& worker, int64_t first, int64_t last) {
+    using W = worker_t<decltype(worker)>;
+    using T = typename W::Element;
+    T* gradient = static_cast<T*>(operand.gradient);
+    worker.walk(first, last, [&](int64_t at, const auto& differences, const auto& weights) {
+      Vector<T, W::kVector> values;
+#pragma unroll
+      for (int k = 0; k < W::kVector; ++k)
+        values.lane[k] = from_acc<T>(differences[k] * static_cast<typename W::A>(factor) * weights[k]);
+      store_vector(gradient + at, values);
+    });
+  });
+}
+
+// f(operand, begin, end) for this block's chunk.
+template <int kOperands, typename F>
+__device__ __forceinline__ void with_chunk(const List<kOperands>& list, const F& f) {
+  const Operand& operand = list.operands[find_operand(list)];
+  const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
+  const int64_t rest = operand.elements - begin;
+  f(operand, begin, begin + (rest < list.chunk ? rest : list.chunk));
 }
 
 __device__ __forceinline__ double warp_sum(double value) {
@@ -242,9 +301,6 @@ __device__ __forceinline__ void write(void* values, bool wide, int i, double val
   else static_cast<float*>(values)[i] = static_cast<float>(value);
 }
 
-template <typename Worker>
-using worker_t = std::remove_cv_t<std::remove_reference_t<Worker>>;
-
 template <int kOperands>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ List<kOperands> list, const Results results) {
@@ -264,16 +320,7 @@ __global__ void __launch_bounds__(kThreads)
 
   if (blockIdx.x < list.blocks) {
     double sum = 0;
-    with_chunk(list, list.operands[find_operand(list)], [&](const auto& worker, int64_t begin, int64_t end) {
-      using W = worker_t<decltype(worker)>;
-      typename W::A lanes[W::kVector] = {};
-      worker.walk(begin, end, [&](int64_t, const auto& differences, const auto& weights) {
-#pragma unroll
-        for (int k = 0; k < W::kVector; ++k) lanes[k] += differences[k] * differences[k] * weights[k];
-      });
-#pragma unroll
-      for (int k = 0; k < W::kVector; ++k) sum += static_cast<double>(lanes[k]);
-    });
+    with_chunk(list, [&](const Operand& operand, int64_t begin, int64_t end) { sum = sum_chunk(operand, begin, end); });
     sum = block_sum(sum);
     if (threadIdx.x == 0) results.chunks[blockIdx.x] = sum;
   }
@@ -299,19 +346,9 @@ __global__ void __launch_bounds__(kThreads)
 template <int kOperands>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const __grid_constant__ List<kOperands> list, const void* __restrict__ grad, bool wide_grad) {
-  const Operand& operand = list.operands[find_operand(list)];
   const double factor = read(grad, wide_grad, 0);
-  with_chunk(list, operand, [&](const auto& worker, int64_t begin, int64_t end) {
-    using W = worker_t<decltype(worker)>;
-    using T = typename W::Element;
-    T* gradient = static_cast<T*>(operand.gradient);
-    worker.walk(begin, end, [&](int64_t at, const auto& differences, const auto& weights) {
-      Vector<T, W::kVector> values;
-#pragma unroll
-      for (int k = 0; k < W::kVector; ++k)
-        values.lane[k] = from_acc<T>(differences[k] * static_cast<typename W::A>(factor) * weights[k]);
-      store_vector(gradient + at, values);
-    });
+  with_chunk(list, [&](const Operand& operand, int64_t begin, int64_t end) {
+    write_chunk(operand, begin, end, factor);
   });
 }
 
