@@ -1,5 +1,6 @@
-"""What stochastic normalisation is measured against, besides ``nn.BatchNorm2d`` and a plain copy."""
+"""What the operations are measured against, besides ``nn.BatchNorm2d`` and a plain copy."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talib_fast.finetune.stochnorm import StochNorm2d
+from talib_fast.ops.squared_distance import _backward as distance_backward
+from talib_fast.ops.squared_distance import _forward as distance_forward
 from talib_fast.ops.stoch_norm import _backward as operation_backward
 from talib_fast.ops.stoch_norm import _forward as operation_forward
 
@@ -94,3 +97,51 @@ class RecordingStochNorm2d(StochNorm2d):
         share = torch.stack(self.masks).float().mean().item()
         self.masks.clear()
         return share
+
+
+def upstream_behavioral(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """DELTA without attention as the Transfer-Learning-Library composes it, written from the formula."""
+    total = torch.zeros((), device=targets[0].device)
+    for source, target in zip(sources, targets, strict=True):
+        total = total + 0.5 * torch.norm(target - source.detach()) ** 2
+    return total
+
+
+def upstream_attention(sources: Sequence[Tensor], targets: Sequence[Tensor], attention: Sequence[Tensor]) -> Tensor:
+    """DELTA with channel attention, likewise."""
+    total = torch.zeros((), device=targets[0].device)
+    for source, target, weight in zip(sources, targets, attention, strict=True):
+        batch, channels, height, width = target.shape
+        target = target.reshape(batch, channels, height * width)
+        source = source.reshape(batch, channels, height * width)
+        distance = torch.norm(target - source.detach(), 2, 2)
+        distance = channels * torch.mul(weight, distance**2) / (height * width)
+        total = total + 0.5 * torch.sum(distance)
+    return total
+
+
+def upstream_l2(parameters: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> Tensor:
+    """L2, and with the starting point L2-SP, likewise."""
+    total = torch.zeros((), device=parameters[0].device)
+    for j, parameter in enumerate(parameters):
+        total = total + 0.5 * torch.norm(parameter if start is None else parameter - start[j]) ** 2
+    return total
+
+
+class _DistanceInPyTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sources: list[Tensor], weights: list[Tensor], channel_dim: int, *targets: Tensor) -> Tensor:
+        ctx.save_for_backward(*targets)
+        ctx.constants = sources, weights, channel_dim
+        return distance_forward(list(targets), sources, weights, channel_dim)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *distance_backward(grad_outputs[0], list(ctx.saved_tensors), *ctx.constants)
+
+
+def distance_in_pytorch(
+    targets: Sequence[Tensor], sources: Sequence[Tensor] = (), weights: Sequence[Tensor] = ()
+) -> Tensor:
+    """``squared_distance`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
+    return _DistanceInPyTorch.apply([source.detach() for source in sources], list(weights), 1, *targets)

@@ -16,35 +16,30 @@ and 5N, or 3N where input and gradient fit.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import baselines
+import command
 import harness
 import numpy as np
 import pytest
 import report
 import torch
+from command import DEFAULT_DTYPES, DTYPES, LAYOUTS
 from harness import Candidate, Feed
 from report import Case, Goal, Spread, seconds, speedup
 from torch import Tensor, nn
 
 OPERATION = "stoch_norm"
-RESULTS = Path(__file__).parent / "results"
-QUICK_RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 # ResNet-50 at 224×224: channels, height and width, number of layers
 LAYERS = (
     (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 56, 1), (128, 28, 7), (512, 28, 5), (256, 28, 1), (256, 14, 11),
     (1024, 14, 7), (512, 14, 1), (512, 7, 5), (2048, 7, 4),
 )  # fmt: skip
-LAYOUTS = ("contiguous", "channels_last")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
-DEFAULT_ROUNDS = {"cpu": 11, "cuda": 25}
 P = 0.5
 
 OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH = (
@@ -84,14 +79,14 @@ class Setting:
 
 def candidates(channels: int, feed: Feed) -> list[Candidate]:
     """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
-    device = feed.input.device
+    device = feed.grad.device
 
     def module(name: str, layer: nn.Module, observe: Callable[[], dict[str, float]] | None = None) -> Candidate:
         layer.to(device).train()
         return Candidate(name, layer, tuple(layer.parameters()), observe)
 
     ours = baselines.RecordingStochNorm2d(channels, p=P)
-    target = torch.empty_like(feed.input, requires_grad=False)
+    target = torch.empty_like(feed.grad)
 
     @torch.no_grad()
     def copy(input: Tensor) -> Tensor:
@@ -116,7 +111,7 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
     """By how much a forward and backward pass of each candidate raises memory at its peak."""
     _seed()
     (feed,) = setting.feeds(1)
-    device = feed.input.device
+    device = feed.grad.device
     own = [candidate for candidate in candidates(setting.channels, feed) if candidate.parameters is not None]
     return {candidate.name: harness.peak_rise(device, candidate, feed) for candidate in own}
 
@@ -302,44 +297,20 @@ GPU_CAPTION = " Times are the GPU's; host-bound is the clock's on the host, with
 
 def publish(results: dict[str, Any], folder: Path) -> None:
     """Print what came out, and write table and plot."""
-    lines, where = table(results), results["environment"]
+    lines = table(results)
     caption = CAPTION + (GPU_CAPTION if results["settings"]["device"] == "cuda" else "")
-    verdicts = "\n".join(map(str, goals(results)))
-    warning = report.backend_warning(OPERATION, where)
-    print(report.align(lines), caption, report.origin(where), verdicts, sep="\n\n", end="\n\n")
-    if warning:
-        print(warning, file=sys.stderr)
-    parts = [*([warning] if warning else []), report.markdown(lines), caption, report.origin(where)]
-    text = "\n\n".join([*parts, f"```\n{verdicts}\n```"]) + "\n"
-    report.write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     plotted = [case for group in groups(results["cases"]) for case in (*group, network(group))]
-    report.write_plot({**results, "cases": plotted}, folder, BATCH_NORM)
+    report.publish({**results, "cases": plotted}, folder, lines, caption, goals(results), BATCH_NORM)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     labels = [f"{channels}@{size}" for channels, size, _ in LAYERS]
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32, on a GPU bfloat16 too")
     parser.add_argument("--shapes", nargs="+", choices=labels, default=labels, metavar="C@H", help="all twelve")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
-    parser.add_argument("--batch", type=int, help="images; 48")
-    parser.add_argument("--rounds", type=int, help="samples of each candidate")
-    parser.add_argument("--quick", action="store_true", help="batch 4 and 3 rounds: whether it works, not how fast")
-    parser.add_argument("--out", type=Path, help="folder; results/ beside this file, runs/ for anything but a full run")
-    parser.add_argument("--from-json", type=Path, metavar="DIR", help="measure nothing, write table and plot anew")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available() and options.from_json is None:
-        parser.error("there is no GPU that this torch can use")
-    if min(options.batch or 2, 2) < 2 or min(options.rounds or 1, 1) < 1:
-        parser.error("expected a batch of at least 2 and at least one round")
-    full = not (options.quick or options.dtype or options.batch or options.rounds)
-    full = full and len(options.shapes) == len(labels) and len(options.layouts) == len(LAYOUTS)
-    options.batch = options.batch or (4 if options.quick else 48)
-    options.rounds = options.rounds or (3 if options.quick else DEFAULT_ROUNDS[options.device])
-    options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
-    options.out = options.out or (RESULTS if full else QUICK_RESULTS) / f"{OPERATION}-{options.device}"
-    return options
+    return command.parse(
+        parser, arguments, OPERATION, {"cpu": 48, "cuda": 48}, fewest=2,
+        full=lambda options: len(options.shapes) == len(labels),
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -394,15 +365,15 @@ def test_speed(benchmark, pytestconfig, device, dtype, channels, size, count, la
     candidate = next(candidate for candidate in candidates(channels, feed) if candidate.name == name)
     if part != "forward" and candidate.parameters is None:
         pytest.skip("a copy has no backward pass")
-    stopwatch = harness.Stopwatch(feed.input.device)
+    stopwatch = harness.Stopwatch(feed.grad.device)
 
     def prepared() -> tuple[tuple[Tensor | None], dict[str, Any]]:
-        output = candidate.forward(feed.input) if part == "backward" else None
+        output = candidate.forward(*feed.arguments) if part == "backward" else None
         stopwatch.synchronize()
         return (output,), {}
 
     def run(output: Tensor | None) -> None:
-        output = candidate.forward(feed.input) if output is None else output
+        output = candidate.forward(*feed.arguments) if output is None else output
         if part != "forward":
             candidate.backward(output, feed)
         stopwatch.synchronize()

@@ -13,8 +13,10 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-benchmarks=(stoch_norm)              # benchmarks/bench_NAME.py, each with an operation of that name
-small_cases="TestOperation and cuda and not gradcheck and not opcheck and not elements"
+benchmarks=(stoch_norm squared_distance)  # benchmarks/bench_NAME.py, each with an operation and tests of that name
+small_cases="cuda and (TestOperation or lists_of_every_length) and not gradcheck and not opcheck and not elements"
+small_tests=("${benchmarks[@]/#/tests/test_}")
+small_tests=("${small_tests[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)
 whole_run=580                        # seconds; no step gets more than what is left of them
 python=${PYTHON:-python3}
@@ -120,7 +122,7 @@ for tool in "${sanitizers[@]}"; do
     memcheck | initcheck) settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1) ;;
   esac
   step "$tool" 230 compute-sanitizer env "${settings[@]}" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    "$python" -m pytest tests/test_stoch_norm.py -k "$small_cases" -p no:cacheprovider -q &
+    "$python" -m pytest "${small_tests[@]}" -k "$small_cases" -p no:cacheprovider -q &
 done
 wait
 collect

@@ -37,11 +37,21 @@ _MAPPED_BYTES = 32 * 2**20
 
 @dataclass
 class Feed:
-    """An input with the gradient of its output."""
+    """A candidate's arguments, with the gradient of its output: first those that receive gradients, then the others."""
 
-    input: Tensor
+    leaves: tuple[Tensor, ...]
     grad: Tensor
+    constants: tuple[Tensor, ...] = ()
     _converted: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        return *self.leaves, *self.constants
+
+    @property
+    def nbytes(self) -> int:
+        """What the leaves take, and so their gradients."""
+        return sum(leaf.nbytes for leaf in self.leaves)
 
     def grad_for(self, output: Tensor) -> Tensor:
         """The gradient in the output's dtype, converted once: a candidate may return another dtype than it takes."""
@@ -54,20 +64,25 @@ class Feed:
 
 @dataclass
 class Candidate:
-    """Something to time: ``forward`` maps an input to an output.
+    """Something to time: ``forward`` maps a feed's arguments to an output.
 
-    ``parameters`` receive gradients beside the input; None: there is no backward pass. ``observe`` gives further
-    figures of the sample just taken, such as what was drawn at random in it.
+    ``parameters`` receive gradients beside the feed's leaves; None: there is no backward pass. ``observe`` gives
+    further figures of the sample just taken, such as what was drawn at random in it.
     """
 
     name: str
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[..., Tensor]
     parameters: tuple[Tensor, ...] | None = None
     observe: Callable[[], dict[str, float]] | None = None
 
     def backward(self, output: Tensor, feed: Feed) -> tuple[Tensor, ...]:
         assert self.parameters is not None
-        return torch.autograd.grad(output, (feed.input, *self.parameters), feed.grad_for(output))
+        return torch.autograd.grad(output, (*feed.leaves, *self.parameters), feed.grad_for(output))
+
+
+def sets_beyond_cache(device: torch.device, bytes_per_set: int) -> int:
+    """How many sets of inputs don't all stay in the device's largest cache."""
+    return min(_MOST_SETS, max(1, math.ceil(last_cache_bytes(device) / bytes_per_set)))
 
 
 def feeds(
@@ -80,9 +95,8 @@ def feeds(
         return torch.randn(*shape, device=device).to(dtype).contiguous(memory_format=layout)
 
     if sets is None:
-        map_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
-        sets = min(_MOST_SETS, max(1, math.ceil(last_cache_bytes(device) / map_bytes)))
-    return [Feed(draw().requires_grad_(), draw()) for _ in range(sets)]
+        sets = sets_beyond_cache(device, math.prod(shape) * dtype.itemsize)
+    return [Feed((draw().requires_grad_(),), draw()) for _ in range(sets)]
 
 
 def _cache_bytes(level: int) -> int | None:
@@ -157,7 +171,7 @@ def _sample(
 
     def forward() -> None:
         for feed in fed:
-            outputs.append(candidate.forward(feed.input))
+            outputs.append(candidate.forward(*feed.arguments))
 
     def backward() -> None:
         for output, feed in zip(outputs, fed, strict=True):
@@ -199,7 +213,7 @@ def interleaved(
 
     def measure(candidate: Candidate) -> dict[str, float]:
         fed = list(itertools.islice(supply, repetitions))
-        if device.type == "cpu" and fed[0].input.nbytes >= _MAPPED_BYTES:
+        if device.type == "cpu" and fed[0].nbytes >= _MAPPED_BYTES:
             _untimed(candidate, fed, stopwatch)
         head_start = min(1.5 * estimates[candidate.name] * repetitions, 0.02)
         figures = _sample(candidate, fed, lambda work: stopwatch(work, head_start))
@@ -224,12 +238,12 @@ def interleaved(
 
 def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
     """By how many bytes one forward and backward pass raises memory at its peak, above what is there before it."""
-    if feed.input.dtype != torch.float32:  # a gradient in a candidate's own dtype is an input too
-        feed.grad_for(candidate.forward(feed.input))
+    if feed.grad.dtype != torch.float32:  # a gradient in a candidate's own dtype is an input too
+        feed.grad_for(candidate.forward(*feed.arguments))
     release_memory()
     peak = PeakMemory(device)
     before = peak.mib()
-    output = candidate.forward(feed.input)
+    output = candidate.forward(*feed.arguments)
     candidate.backward(output, feed)
     return round((peak.mib() - before) * 2**20)
 

@@ -224,6 +224,26 @@ def write_json(results: dict[str, Any], folder: Path) -> None:
     write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
 
 
+def publish(
+    results: dict[str, Any],
+    folder: Path,
+    lines: Sequence[Sequence[str]],
+    caption: str,
+    goals: Sequence[Goal],
+    baseline: str,
+) -> None:
+    """Print a table and what became of the goals; write ``table.md`` and, of all cases, ``plot.png``."""
+    where, verdicts = results["environment"], "\n".join(map(str, goals))
+    warning = backend_warning(results["operation"], where)
+    print(align(lines), caption, origin(where), verdicts, sep="\n\n", end="\n\n")
+    if warning:
+        print(warning, file=sys.stderr)
+    parts = [*([warning] if warning else []), markdown(lines), caption, origin(where), f"```\n{verdicts}\n```"]
+    text = "\n\n".join(parts) + "\n"
+    write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
+    write_plot(results, folder, baseline)
+
+
 def write_plot(results: dict[str, Any], folder: Path, baseline: str, measure: str = "both") -> None:
     """Draw ``plot.png``: each candidate's speed over the baseline's by case, a panel per layout and dtype."""
     try:

@@ -1,13 +1,17 @@
 import json
+import math
 import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import bench_squared_distance as distances
 import bench_stoch_norm as bench
+import command
 import harness
 import numpy as np
 import pytest
@@ -55,7 +59,7 @@ def rise_of_twice(device):
     (feed,) = harness.feeds(device, (8, 16, 64, 64), torch.float32, False, sets=1)
     twice = harness.Candidate("twice", lambda x: x * 2, ())
     harness.peak_rise(device, twice, feed)
-    return harness.peak_rise(device, twice, feed), feed.input.nbytes
+    return harness.peak_rise(device, twice, feed), feed.nbytes
 
 
 def results(*cases, device="cpu", on_chip=None):
@@ -115,7 +119,8 @@ class TestHarness:
 
         device = torch.device("cpu")
         fed = harness.feeds(device, (2, 3, 8, 8), torch.float32, channels_last=True, sets=3)
-        assert fed[0].input.is_contiguous(memory_format=torch.channels_last) and fed[0].input.requires_grad
+        (leaf,) = fed[0].leaves
+        assert leaf.is_contiguous(memory_format=torch.channels_last) and leaf.requires_grad
         samples, repetitions = harness.interleaved(device, [named("a"), named("b"), named("c")], fed, rounds=4)
         assert {name: {part: len(figures) for part, figures in own.items()} for name, own in samples.items()} == {
             name: {"forward": 4, "backward": 4} for name in "abc"
@@ -301,12 +306,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "folder"),
         [
-            ([], bench.RESULTS),
-            (["--quick"], bench.QUICK_RESULTS),
-            (["--shapes", "64@56"], bench.QUICK_RESULTS),
-            (["--batch", "8"], bench.QUICK_RESULTS),
-            (["--layouts", "contiguous"], bench.QUICK_RESULTS),
-            (["--dtype", "bfloat16"], bench.QUICK_RESULTS),
+            ([], command.RESULTS),
+            (["--quick"], command.QUICK_RESULTS),
+            (["--shapes", "64@56"], command.QUICK_RESULTS),
+            (["--batch", "8"], command.QUICK_RESULTS),
+            (["--layouts", "contiguous"], command.QUICK_RESULTS),
+            (["--dtype", "bfloat16"], command.QUICK_RESULTS),
         ],
     )
     def test_only_a_full_run_takes_the_place_of_the_results(self, arguments, folder):
@@ -335,13 +340,74 @@ class TestCommand:
         assert sorted(one["group"].split()[-1] for one in timed) == ["backward", "both", "forward", "forward"]
 
 
+class TestSquaredDistance:
+    def test_the_parameters_are_those_of_a_resnet50(self):
+        shapes = distances.resnet50_parameters()
+        assert len(shapes) == 159 and sum(map(math.prod, shapes)) == 23_508_032
+
+    @pytest.mark.parametrize("label", [distances.DELTA, distances.ATTENTION, distances.L2_SP, distances.L2])
+    def test_all_candidates_compute_the_same(self, label, device, monkeypatch):
+        monkeypatch.setattr(distances, "MAPS", ((4, 6), (8, 3)))
+        monkeypatch.setattr(distances, "resnet50_parameters", lambda: [(4, 3, 2, 2), (4,)])
+        setting = distances.Setting(
+            label, "channels_last" if label == distances.DELTA else "contiguous", "float32", 2, device.type
+        )
+        feed = setting.feeds()[0]
+        ours, *others = (one for one in distances.candidates(setting, feed) if one.parameters is not None)
+        expected = ours.forward(*feed.arguments)
+        for other in others:
+            output = other.forward(*feed.arguments)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(other.backward(output, feed), ours.backward(ours.forward(*feed.arguments), feed))
+
+    def test_floors_and_goals(self):
+        def measured(label, ours):
+            samples = {
+                name: {"forward": [forward], "backward": [2 * forward]}
+                for name, forward in ((distances.OURS, ours), (distances.UPSTREAM, 8.0), (distances.IN_PYTORCH, 4.0))
+            }
+            copies = {name: {"forward": [1.0]} for name in (distances.CLONE, distances.COPY)}
+            return {
+                "label": label, "layout": "contiguous", "dtype": "float32", "tensors": 4, "target_bytes": 10**8,
+                "samples": {**samples, **copies}, "peak_bytes": {distances.OURS: 1, distances.UPSTREAM: 2},
+            }  # fmt: skip
+
+        case = measured(distances.DELTA, 1.0)
+        assert [distances.floor_bytes(case, part) for part in distances.PARTS] == [2 * 10**8, 3 * 10**8, 5 * 10**8]
+        assert distances.floor_bytes(measured(distances.L2, 1.0), "both") == 3 * 10**8
+        assert distances.bandwidth_share(case, "forward").median == 1.0
+        assert distances.limit(case, "backward").median == 16 / 1.5
+        labels = (distances.DELTA, distances.ATTENTION, distances.L2_SP, distances.L2)
+        for ours, passed in ((0.5, True), (8.0, False)):
+            found = distances.goals(results(*(measured(label, ours) for label in labels)))
+            assert [goal.passed for goal in found] == [passed] * 6
+            gpu = distances.goals(results(*(measured(label, ours) for label in labels), device="cuda"))
+            assert [goal.passed for goal in gpu] == [passed] * 4
+
+    def test_runs_end_to_end_and_keeps_raw_samples(self, tmp_path, capsys, device, monkeypatch):
+        monkeypatch.setattr(distances, "MAPS", ((4, 6), (8, 3)))
+        monkeypatch.setattr(distances, "peak_bytes", lambda setting: {distances.OURS: 1, distances.UPSTREAM: 2})
+        monkeypatch.setattr(distances.harness, "clean_process", lambda: ThreadPoolExecutor(1))
+        distances.main(["--quick", "--device", device.type, "--dtype", "float32", "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [case["label"] for case in written["cases"]].count(distances.DELTA) == 2
+        for case in written["cases"]:
+            assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
+        assert "| DELTA with attention | channels_last |" in (tmp_path / "table.md").read_text()
+        assert "L2-SP: forward + backward at least" in capsys.readouterr().out
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert distances.parse([]).out == command.RESULTS / "squared_distance-cpu"
+        assert distances.parse(["--layouts", "contiguous"]).out == command.QUICK_RESULTS / "squared_distance-cpu"
+
+
 STUB = """#!/usr/bin/env bash
 # stands in for python3 on a machine with a GPU
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
   *tests/test_stoch_norm.py*) echo "small cases" ;;
   *"pytest tests"*) echo "$TESTS_SAY"; exit "$TESTS_EXIT" ;;
-  *bench_stoch_norm.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
+  *bench_*.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
   *) cat >/dev/null 2>&1 </dev/null ;;
 esac
 """
@@ -374,11 +440,13 @@ class TestGpuScript:
         done = self.run(tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", "stoch_norm-cuda/results.json"]
+        names = [f"{operation}-cuda/results.json" for operation in ("squared_distance", "stoch_norm")]
+        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", *names]
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
         assert [line.split()[0] for line in summary] == [
-            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "bench_stoch_norm",
+            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck",
+            "bench_stoch_norm", "bench_squared_distance",
         ]  # fmt: skip
         assert all(line.endswith(" pass") for line in summary)
         assert done.stdout.endswith("\n".join([first, *summary]) + "\n")
