@@ -90,6 +90,7 @@ def test_a_missing_compiler_is_one_sentence(source):
 
 
 def test_a_failing_compiler_is_one_sentence(source):
+    shutil.rmtree(source / "csrc" / "cpu")  # which takes long
     (source / "csrc" / "build_info.cpp").write_text("int x = y;\n")
     names, said = build_wheel(source)
     assert re.search(
@@ -121,8 +122,9 @@ class TestCuda:
 
     @pytest.fixture(autouse=True)
     def _one_kernel(self, source, toolkit):
-        """One small kernel in place of the package's own, which tests/test_architectures.py compiles."""
-        shutil.rmtree(source / "csrc" / "cuda", ignore_errors=True)
+        """One small kernel in place of the package's own, which take long and are compiled by other tests."""
+        for folder in ("cpu", "cuda"):
+            shutil.rmtree(source / "csrc" / folder, ignore_errors=True)
         (source / "csrc" / "cuda").mkdir()
         (source / "csrc" / "cuda" / "fill.cu").write_text(
             "__global__ void fill(float* x) { x[threadIdx.x] = 1; }\nvoid launch(float* x) { fill<<<1, 32>>>(x); }\n"

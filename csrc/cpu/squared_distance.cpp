@@ -78,11 +78,26 @@ SIMD_CLONES void write_run(const T* t, const S* s, const acc_t<T>* w, T* out, in
   for (; i < n; ++i) single(i);
 }
 
+// The weights of n elements from `at` on, in memory for n and one lane's length more.
+template <typename T>
+SIMD_CLONES void spread_weights(const acc_t<T>* w, int64_t channels, int64_t inner, int64_t at, int64_t n,
+                                acc_t<T>* to) {
+  int64_t channel = at / inner % channels, left = inner - at % inner;
+  for (int64_t begin = 0; begin < n;) {
+    const int64_t end = std::min(n, begin + left);
+    const lanes_t<T> weight = lanes_t<T>{} + w[channel];
+    for (int64_t i = begin; i < end; i += kLanes<T>) store_lanes(to + i, weight);  // the next run overwrites the excess
+    begin = end, left = inner;
+    if (++channel == channels) channel = 0;
+  }
+}
+
 // ---- The operation. All terms are cut into pieces; a piece is one task.
 
 constexpr int64_t kPiece = 65536;
 
-// A term with its addresses, and its weights in the order in which memory has the elements.
+// A term with its addresses. Its weights are one number for a long run of a channel's elements; of short runs a few
+// thousand are spread over their elements at a time; the shortest have them spread over a row of all channels for good.
 template <typename T, typename S, bool kSource>
 class Walk {
   using A = acc_t<T>;
@@ -94,12 +109,10 @@ class Walk {
         exchange_(term.exchange),
         out_(term.gradient.defined() ? static_cast<T*>(term.gradient.mutable_data_ptr()) : nullptr),
         view_(term.view),
-        w_(term.weight ? static_cast<const A*>(term.weight->const_data_ptr()) : nullptr),
-        runs_(view_.inner >= kLongRun) {
-    if (w_ == nullptr || runs_) return;
-    constexpr int64_t kShortest = 4096;
+        w_(term.weight ? static_cast<const A*>(term.weight->const_data_ptr()) : nullptr) {
+    if (w_ == nullptr || view_.inner >= kShortRun) return;
     const int64_t row = view_.channels * view_.inner;
-    const int64_t repeats = std::min(view_.outer, ceil_div(kShortest, std::max<int64_t>(row, 1)));
+    const int64_t repeats = std::min(view_.outer, ceil_div(kBuffer, std::max<int64_t>(row, 1)));
     row_.resize(row * repeats);
     for (int64_t i = 0; i < repeats * view_.channels; ++i)
       std::fill_n(row_.begin() + i * view_.inner, view_.inner, w_[i % view_.channels]);
@@ -122,7 +135,7 @@ class Walk {
   }
 
  private:
-  static constexpr int64_t kLongRun = 512;  // shorter runs of a channel have their weights spread over a row
+  static constexpr int64_t kLongRun = 2048, kShortRun = 16, kBuffer = 4096;
 
   static const S* sources(const Term& term) {
     const Tensor& tensor = kSource ? *term.source : term.target;  // without sources only the address is used
@@ -132,22 +145,25 @@ class Walk {
   // f(first element, number of them, their sources, their weights or null, the weight of all)
   template <typename F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
-    const bool exchanged = exchange_.rows != 0;
-    std::vector<S> gathered(exchanged ? kGathered : 0);
-    const int64_t period = w_ == nullptr ? end : runs_ ? view_.inner : static_cast<int64_t>(row_.size());
+    const bool exchanged = exchange_.rows != 0, long_runs = view_.inner >= kLongRun, in_row = !row_.empty();
+    const bool spread_out = w_ != nullptr && !long_runs && !in_row;
+    std::vector<S> sources(exchanged ? kBuffer : 0);
+    std::vector<A> weights(spread_out ? kBuffer + kLanes<T> : 0);
     for (int64_t at = begin; at < end;) {
-      const int64_t offset = at % period;
-      int64_t n = std::min(period - offset, end - at);
-      if (exchanged) gather(at, n = std::min(n, kGathered), gathered.data());
-      const S* s = exchanged ? gathered.data() : s_ + at;
+      int64_t n = end - at;
+      if (exchanged || spread_out) n = std::min(n, kBuffer);
+      if (w_ != nullptr && long_runs) n = std::min(n, view_.inner - at % view_.inner);
+      const int64_t offset = in_row ? at % static_cast<int64_t>(row_.size()) : 0;
+      if (in_row) n = std::min(n, static_cast<int64_t>(row_.size()) - offset);
+      if (exchanged) gather(at, n, sources.data());
+      if (spread_out) spread_weights<T>(w_, view_.channels, view_.inner, at, n, weights.data());
+      const S* s = exchanged ? sources.data() : s_ + at;
       if (w_ == nullptr) f(at, n, s, nullptr, A(1));
-      else if (runs_) f(at, n, s, nullptr, w_[at / view_.inner % view_.channels]);
-      else f(at, n, s, row_.data() + offset, A(1));
+      else if (long_runs) f(at, n, s, nullptr, w_[at / view_.inner % view_.channels]);
+      else f(at, n, s, in_row ? row_.data() + offset : weights.data(), A(1));
       at += n;
     }
   }
-
-  static constexpr int64_t kGathered = 4096;
 
   // The sources of n elements from `at` on, in the target's order.
   void gather(int64_t at, int64_t n, S* to) const {
@@ -173,7 +189,6 @@ class Walk {
   T* out_;
   ChannelView view_;
   const A* w_;
-  bool runs_;
   std::vector<A> row_;
 };
 
