@@ -126,11 +126,13 @@ def squared_distance(
     """Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² over lists of tensors of any shapes, dtypes and layouts on one device.
 
     Sums are taken in float32 (float64 for float64 targets). Differentiable, also twice, in ``targets``; ``sources``
-    are detached and ``weights`` are constants.
+    are detached and ``weights`` are constants. The compiled kernels read every tensor once and store no difference;
+    they copy a target that is not dense, and a source whose order in memory differs from its target's by more than the
+    exchange of two neighbouring groups of dimensions (NCHW and NHWC differ by one).
 
     Args:
         targets: J tensors.
-        sources: J tensors of the targets' shapes; None stands for zeros.
+        sources: J tensors of the targets' shapes, and of any floating-point dtype; None stands for zeros.
         weights: J vectors, one value per channel; None stands for ones.
         channel_dim: the targets' dimension that ``weights`` run along.
 
