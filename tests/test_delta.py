@@ -579,6 +579,133 @@ class TestChannelAttention:
             channel_attention(Net(), [(x, labels)], ["layer"], progress=False)
 
 
+class TestTaylor:
+    batches = TestChannelAttention.batches
+
+    def test_is_exact_where_loss_and_network_are_linear(self):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AvgPool2d(2), nn.Conv2d(6, 5, 3), nn.Flatten(1)).double()
+        batches = [(x.double(), labels) for x, labels in self.batches]
+
+        def criterion(logits, labels):
+            return logits.mean()
+
+        exact, taylor = (
+            channel_attention(model, batches, ["2", "0"], criterion, progress=False, method=method)
+            for method in ("exact", "taylor")
+        )
+        assert list(taylor) == ["2", "0"]
+        torch.testing.assert_close(taylor, exact)
+
+    def test_is_the_first_order_term(self):
+        model, (x, labels) = small_net().double().eval(), self.batches[0]
+        maps = {}
+        handle = model.conv2.register_forward_hook(lambda module, args, output: maps.update(t=output))
+        loss = F.cross_entropy(model(x.double()), labels)
+        handle.remove()
+        (gradient,) = torch.autograd.grad(loss, maps["t"])
+        increase = -(maps["t"] * gradient).sum((0, 2, 3)).detach()
+        z = (increase - increase.mean()) / increase.std(correction=0)
+        got = channel_attention(model, [(x.double(), labels)], ["conv2"], progress=False, method="taylor")["conv2"]
+        torch.testing.assert_close(got, torch.softmax(z / 5, 0).float())
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_the_model_is_left_as_it_was(self, frozen):
+        model = small_net()
+        model.requires_grad_(not frozen)
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            attention = channel_attention(model, self.batches, ["conv1", "conv2"], progress=False, method="taylor")
+        assert all(vector.std() > 0 and not vector.requires_grad for vector in attention.values())
+        torch.testing.assert_close(dict(model.state_dict()), dict(before))
+        assert model.training and all(p.grad is None and p.requires_grad != frozen for p in model.parameters())
+        assert not any(m._forward_hooks for m in model.modules())
+
+    def test_what_is_overwritten_in_place_is_asked_as_it_was(self):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+        kept = copy.deepcopy(model)
+        kept[1].inplace = False
+        got, expected = (
+            channel_attention(net, self.batches, ["0"], progress=False, method="taylor") for net in (model, kept)
+        )
+        torch.testing.assert_close(got, expected)
+
+    def test_bad_input_is_named(self):
+        with pytest.raises(ValueError, match="method to be exact or taylor, got 'fast'"):
+            channel_attention(small_net(), self.batches, ["conv1"], method="fast")
+        x, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+        with pytest.raises(ValueError, match="'twice' to run once per forward pass, but it ran 2 times"):
+            channel_attention(Branching(), [(x, labels)], ["twice"], method="taylor")
+
+
+class TestCachedAttention:
+    batches = TestChannelAttention.batches
+    names = ("conv2", "conv1")
+
+    def ask(self, model, path, **options):
+        """The attention, and for how many outputs the criterion was called."""
+        calls = []
+
+        def criterion(logits, labels):
+            calls.append(len(labels))
+            if len(calls) == options.get("stop_after"):
+                raise KeyboardInterrupt
+            return F.cross_entropy(logits, labels)
+
+        criterion.__qualname__ = options.pop("criterion", "criterion")
+        arguments = {key: value for key, value in options.items() if key != "stop_after"}
+        try:
+            return channel_attention(
+                model, arguments.pop("batches", self.batches), self.names, criterion, progress=False, cache=path,
+                **arguments,
+            ), len(calls)  # fmt: skip
+        except KeyboardInterrupt:
+            return None, len(calls)
+
+    def test_a_complete_one_takes_no_forward_pass(self, tmp_path):
+        path, model = tmp_path / "new" / "attention.safetensors", small_net()
+        first, calls = self.ask(model, path)
+        assert calls == 3 * (6 + 8 + 2) and [file.name for file in path.parent.iterdir()] == [path.name]
+        again, calls = self.ask(model, path)
+        assert calls == 0
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+        assert self.ask(model, path, temperature=1.0)[0]["conv1"].std() > first["conv1"].std()
+
+    @pytest.mark.parametrize("stop_after", [5, 9, 10, 17, 30, 47])
+    def test_an_interrupted_one_goes_on(self, stop_after, tmp_path):
+        path, model = tmp_path / "attention.safetensors", small_net()
+        expected, whole = self.ask(model, None)
+        assert self.ask(model, path, stop_after=stop_after) == (None, stop_after)
+        got, calls = self.ask(model, path)
+        assert whole - stop_after <= calls <= whole - stop_after + 9
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "change",
+        [dict(criterion="other"), dict(max_batches=2), dict(method="taylor"), dict(batches=batches[:2])],
+        ids=["criterion", "max_batches", "method", "data"],
+    )
+    def test_a_stale_one_is_computed_again(self, change, tmp_path):
+        path, model = tmp_path / "attention.safetensors", small_net()
+        self.ask(model, path)
+        with pytest.warns(UserWarning, match="computed again: it was made from another model, data set, layers or opt"):
+            assert self.ask(model, path, **change)[1] > 0
+        with torch.no_grad():
+            model.conv1.bias.add_(1)
+        with pytest.warns(UserWarning, match="computed again: it was made from another model"):
+            got, _ = self.ask(model, path)
+        torch.testing.assert_close(got, self.ask(model, None)[0], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("keep", [0, 5, 200, -1])
+    def test_a_damaged_one_is_computed_again(self, keep, tmp_path):
+        path, model = tmp_path / "attention.safetensors", small_net()
+        expected, whole = self.ask(model, path)
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.warns(UserWarning, match="computed again: it can't be read"):
+            got, calls = self.ask(model, path)
+        assert calls == whole
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_modules_that_run_again_after_the_layer_run_for_real():
     class Again(Residual):
         def forward(self, x):

@@ -1,9 +1,8 @@
 """Co-Tuning for Transfer Learning, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html)."""
 
-import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..storage import write_atomically
 from .classifier import ParameterGroup
+from .fingerprint import fingerprint
 from .knowledge_distillation import at_least_float32
 from .lwf import Classifier as ClassifierBase
 from .prediction import labels_of, predictions
@@ -238,37 +238,9 @@ class Relationship:
         return rows
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        digest.update(repr((self.num_classes, self.absent, self.method, self.temperature, self.C)).encode())
-        _digest(digest, dict(self.classifier.state_dict()))
-        _digest(digest, getattr(self.data_loader, "dataset", self.data_loader))
-        return digest.hexdigest()
-
-
-_SHOWN_BY_DATA_SETS = ["classes", "targets", "labels", "samples", "imgs", "tensors", "indices", "dataset", "datasets"]
-
-
-def _digest(digest: Any, value: Any) -> None:
-    """Feed ``value`` to ``digest``: data by content, a data set by what it shows of itself without loading samples."""
-    digest.update(type(value).__qualname__.encode())
-    if isinstance(value, Tensor):
-        digest.update(repr((value.dtype, value.shape)).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-    elif isinstance(value, (list, tuple, np.ndarray)):
-        digest.update(str(len(value)).encode())
-        for part in value:
-            _digest(digest, part)
-    elif isinstance(value, dict):
-        _digest(digest, list(value.items()))
-    elif isinstance(value, (str, bytes, int, float, range, np.generic, os.PathLike, type(None))):
-        digest.update(repr(value).encode())
-    else:
-        if isinstance(value, Sized):
-            digest.update(str(len(value)).encode())
-        for attribute in _SHOWN_BY_DATA_SETS:
-            _digest(digest, getattr(value, attribute, None))
+        options = (self.num_classes, self.absent, self.method, self.temperature, self.C)
+        data = getattr(self.data_loader, "dataset", self.data_loader)
+        return fingerprint(repr(options), dict(self.classifier.state_dict()), data)
 
 
 def _read_cache(path: Path, fingerprint: str, num_classes: int | None) -> np.ndarray | None:

@@ -1,0 +1,312 @@
+"""Channel attention, the weights of DELTA with attention (https://openreview.net/forum?id=rkgbwsAcYm)."""
+
+import functools
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..progress import progress as progress_bar
+from ..storage import write_atomically
+from .fingerprint import fingerprint
+from .layers import clone, find_layer
+from .prediction import evaluating, inputs_of, labels_of
+
+
+class _Replay:
+    """Runs what follows one layer again, for other outputs of that layer, with everything before it remembered.
+
+    A first pass records what the modules that finish before the layer return; only the outermost count, since a
+    module that is not entered calls none of its own. Later passes hand out what was recorded.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module, x: Tensor) -> None:
+        self.model, self.layer, self.x = model, layer, x
+        self.original: Tensor | None = None
+        self._recorded: list[tuple[nn.Module, Any]] = []
+        self.output = self._record()
+
+    def _record(self) -> Any:
+        open_calls: list[int] = []
+        calls = 0
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            open_calls.append(len(self._recorded))
+
+        def leave(module: nn.Module, _args: Any, output: Any) -> None:
+            nonlocal calls
+            start = open_calls.pop()
+            if module is self.layer:
+                calls += 1
+                if not isinstance(output, Tensor) or output.dim() < 2:
+                    raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
+                self.original = output.clone(memory_format=torch.contiguous_format)  # mapped over without copies
+            if self.original is None:
+                del self._recorded[start:]
+                self._recorded.append((module, clone(output)))
+
+        handles = []
+        try:
+            for module in self.model.modules():
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave))
+            output = self.model(self.x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if calls != 1:
+            raise ValueError(f"expected a layer that runs once per forward pass, but it ran {calls} times")
+        return output
+
+    @contextmanager
+    def _standing_in(self, layer_output: Tensor) -> Iterator[None]:
+        answers: dict[nn.Module, list[Any]] = {self.layer: [layer_output]}
+        for module, output in self._recorded:
+            answers.setdefault(module, []).append(output)
+        own_forward = {module: module.__dict__["forward"] for module in answers if "forward" in module.__dict__}
+
+        def stand_in(module: nn.Module, remaining: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+            for output in remaining:
+                return clone(output)
+            return type(module).forward(module, *args, **kwargs)
+
+        try:
+            for module, outputs in answers.items():
+                module.__dict__["forward"] = functools.partial(stand_in, module, iter(outputs))
+            yield
+        finally:
+            for module in answers:
+                del module.__dict__["forward"]
+                if module in own_forward:
+                    module.__dict__["forward"] = own_forward[module]
+
+    def without_channel(self, channel: Tensor) -> Any:
+        """The model's output with one channel of the layer zeroed; ``channel`` is a 0-dim index."""
+        original = self.original
+        assert original is not None
+        kept = torch.arange(original.size(1), device=original.device) != channel
+        with self._standing_in(torch.where(kept.view(-1, *[1] * (original.dim() - 2)), original, 0)):
+            return self.model(self.x)
+
+    def without_channels(self, channels: Tensor) -> Iterable[Any]:
+        """The outputs for each of several channels, in one batched pass where the model can be mapped over."""
+        try:
+            return torch.func.vmap(self.without_channel)(channels).unbind()
+        except RuntimeError:
+            return (self.without_channel(channel) for channel in channels)
+
+
+def channel_attention(
+    model: nn.Module,
+    data_loader: Iterable,
+    return_layers: Iterable[str],
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    max_batches: int | None = 10,
+    temperature: float = 5.0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    channels_per_pass: int = 16,
+    method: str = "exact",
+    cache: str | os.PathLike | None = None,
+) -> OrderedDict[str, Tensor]:
+    """DELTA's attention: how much the loss of the source network depends on each channel of each layer.
+
+    For every channel the loss increase when that output channel is zero, averaged over batches, standardised over the
+    layer's channels (population deviation; equal increases give equal attention) and put through
+    softmax(z / temperature). With ``method="exact"`` the numbers are those of a full forward pass per channel, but what
+    precedes the layer is not computed again and ``channels_per_pass`` channels share a pass. ``method="taylor"`` is an
+    estimate from one backward pass per batch: the first-order increase −Σ t·∂L/∂t over a channel's values t. It ranks
+    channels much as the exact increases do where these are small, but is not them. The model is left as it was, also
+    when something raises.
+
+    A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
+    later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
+    the data. It is used only if its fingerprint fits the model's weights, the layers, criterion, method, number of
+    batches and what can be seen of the data set without loading its samples; otherwise it is computed again, with a
+    warning. The temperature may change.
+
+    Args:
+        model: returns logits in evaluation mode: a source backbone with a head for the target's classes.
+        data_loader: batches ``(x, labels, ...)``.
+        return_layers: names of layers that run once per pass and return ``[b, C, *]``.
+        criterion: ``(logits, labels)`` → 0-dim loss.
+        max_batches: how many batches to look at; None for all.
+        temperature: of the softmax.
+        device: where to work; the model's device by default, and the model must be there.
+        progress: show a progress bar.
+        channels_per_pass: more is faster and takes more memory.
+        method: ``exact`` or ``taylor``.
+        cache: file to keep the increases in.
+
+    Returns:
+        float32 vectors ``[C]``, each of sum 1, by layer name in the order of ``return_layers``.
+
+    Raises:
+        AttributeError: the model has no layer of that name.
+        TypeError, ValueError: an argument or a batch is not as above, or the loader is empty.
+    """
+    names = [return_layers] if isinstance(return_layers, str) else list(return_layers)
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature > 0, got {temperature}")
+    for name, number in (("max_batches", max_batches), ("channels_per_pass", channels_per_pass)):
+        if number is not None and number < 1:
+            raise ValueError(f"expected {name} >= 1, got {number}")
+    if method not in ("exact", "taylor"):
+        raise ValueError(f"expected method to be exact or taylor, got {method!r}")
+    layers = {name: find_layer(model, name) for name in names}
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    known = _Increases(names)
+    if cache is not None:
+        named = (getattr(criterion, "__module__", ""), getattr(criterion, "__qualname__", repr(criterion)))
+        data = getattr(data_loader, "dataset", data_loader)
+        known.keep_in(Path(cache), fingerprint(method, max_batches, named, dict(model.state_dict()), data))
+    if not known.complete:
+        with evaluating(model):
+            for number, batch in enumerate(data_loader):
+                if max_batches is not None and number == max_batches:
+                    break
+                wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
+                if not wanted:
+                    continue
+                x, labels = inputs_of(batch).to(device), labels_of(batch).to(device)
+                if method == "taylor":
+                    for name, increase in _estimated_increases(model, wanted, x, labels, criterion).items():
+                        known.add(name, increase)
+                    continue
+                for name, layer in wanted.items():
+                    with torch.no_grad():
+                        replay = _Replay(model, layer, x)
+                        increase = _loss_increases(replay, labels, criterion, channels_per_pass, name, progress)
+                    known.add(name, increase)
+        known.finish()
+    attention = OrderedDict()
+    for name in names:
+        increase = known.mean(name)
+        centred = increase - increase.mean()
+        deviation = centred.square().mean().sqrt()
+        standardized = torch.where(deviation > 0, centred / deviation, 0)
+        attention[name] = F.softmax(standardized / temperature, dim=0).float().to(device)
+    return attention
+
+
+class _Increases:
+    """Sums over batches of each layer's loss increases, float64 ``[C]``, in memory and in a file if there is one."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._sums: dict[str, Tensor] = {}
+        self._batches = dict.fromkeys(names, 0)
+        self._path: Path | None = None
+        self._fingerprint = ""
+        self.complete = False
+
+    def keep_in(self, path: Path, fingerprint: str) -> None:
+        """Go on from what ``path`` holds, if it fits, and write there from now on."""
+        self._path, self._fingerprint = path, fingerprint
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as stored:
+                said = stored.metadata() or {}
+                sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            batches = {name: int(said[f"batches of {name}"]) for name in sums}
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            reason = f"it can't be read ({error})"
+        else:
+            if said.get("fingerprint") == fingerprint and sums.keys() <= set(self._names):
+                self._sums, self.complete = sums, said.get("complete") == "yes" and sums.keys() == set(self._names)
+                self._batches |= batches
+                return
+            reason = "it was made from another model, data set, layers or options"
+        warnings.warn(f"the cached channel attention {path} is computed again: {reason}", stacklevel=3)
+
+    def batches(self, name: str) -> int:
+        return self._batches[name]
+
+    def add(self, name: str, increase: Tensor) -> None:
+        self._sums[name] = self._sums[name] + increase if name in self._sums else increase
+        self._batches[name] += 1
+        self._write()
+
+    def finish(self) -> None:
+        if not all(self._batches.values()):
+            raise ValueError("expected a data loader with at least one batch, got an empty one")
+        self.complete = True
+        self._write()
+
+    def mean(self, name: str) -> Tensor:
+        return self._sums[name] / self._batches[name]
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        said = {f"batches of {name}": str(count) for name, count in self._batches.items()}
+        said |= {"fingerprint": self._fingerprint, "complete": "yes" if self.complete else "no"}
+        contents = save({name: tensor.contiguous() for name, tensor in self._sums.items()}, said)
+        write_atomically(self._path, lambda file: file.write(contents))
+
+
+def _loss_increases(
+    replay: _Replay,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    channels_per_pass: int,
+    name: str,
+    show: bool,
+) -> Tensor:
+    """By how much the batch's loss rises when a channel is zeroed: float64 ``[C]`` on the CPU."""
+    assert replay.original is not None
+    chunks = torch.arange(replay.original.size(1), device=replay.original.device).split(channels_per_pass)
+    losses = [
+        criterion(output, labels)
+        for chunk in progress_bar(chunks, f"Channel attention of {name}", len(chunks), show)
+        for output in replay.without_channels(chunk)
+    ]
+    return torch.stack(losses).cpu().double() - criterion(replay.output, labels).cpu().double()
+
+
+def _estimated_increases(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    x: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The first-order estimate of the same for all ``layers``, from one backward pass."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(_module: nn.Module, _args: Any, output: Any, *, name: str) -> Tensor:
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
+        if not output.requires_grad:
+            output.requires_grad_()
+        outputs[name].append(output)
+        return output.clone()  # so that nothing in place behind the layer changes what it returned
+
+    handles = [layer.register_forward_hook(functools.partial(hook, name=name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            loss = criterion(model(x), labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, found in outputs.items():
+        if len(found) != 1:
+            raise ValueError(f"expected layer {name!r} to run once per forward pass, but it ran {len(found)} times")
+    maps = [found[0] for found in outputs.values()]
+    gradients = torch.autograd.grad(loss, maps)
+    return {
+        name: -(output.detach().double() * gradient.double()).transpose(0, 1).flatten(1).sum(1).cpu()
+        for name, output, gradient in zip(outputs, maps, gradients, strict=True)
+    }

@@ -1,0 +1,122 @@
+"""A model's layers by name, and what they return."""
+
+import difflib
+import functools
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def get_attribute(obj: Any, attr: str, *args: Any) -> Any:
+    """``getattr`` along a dotted path: ``get_attribute(model, "layer1.0.conv2")``, with an optional default."""
+    return functools.reduce(lambda value, name: getattr(value, name, *args), attr.split("."), obj)
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module called ``name`` in ``model`` or in what ``model`` wraps."""
+    for root in (model, unwrap(model)):
+        layer = get_attribute(root, name, None)
+        if isinstance(layer, nn.Module):
+            return layer
+    known = [known for known, _ in unwrap(model).named_modules() if known]
+    close = difflib.get_close_matches(name, known, n=3) or known[:3]
+    raise AttributeError(f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?")
+
+
+def clone(output: Any) -> Any:
+    """The same structure with every tensor copied."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(clone, output))
+    if isinstance(output, (list, tuple)):
+        return type(output)(map(clone, output))
+    if isinstance(output, dict):
+        return {key: clone(value) for key, value in output.items()}
+    return output
+
+
+class IntermediateLayerGetter:
+    """Calls a model and collects what some of its layers return.
+
+    What a layer returned is what you get, also where a later in-place operation, such as the ReLU behind a
+    convolution, overwrites it. Outputs are copied for that, until a first call in the same mode has shown that a
+    layer's output survives the forward pass; from then on it is handed out as it is.
+
+    Args:
+        model: also inside DataParallel, DistributedDataParallel or torch.compile.
+        return_layers: names of the layers, as in ``model.named_modules()``.
+        keep_output: also return the model's output.
+
+    Calling it with the model's arguments returns ``(outputs, model_output)``: an OrderedDict by layer name, in the
+    order of ``return_layers``, and the model's output or None. The output of a layer that runs several times is a list.
+
+    Raises:
+        AttributeError: the model has no layer of that name.
+        RuntimeError: a forward pass leaves out a layer, or overwrites an output that had survived before.
+    """
+
+    def __init__(self, model: nn.Module, return_layers: Iterable[str], keep_output: bool = True) -> None:
+        if isinstance(return_layers, str):
+            raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
+        self._model = model
+        self.return_layers = list(return_layers)
+        self.keep_output = keep_output
+        self._survivors: set[tuple[str, bool, bool]] = set()
+        for name in self.return_layers:
+            find_layer(model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
+        collected: dict[str, list[Any]] = {}
+        versions: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.return_layers}
+        handles = []
+
+        def mode(name: str) -> tuple[str, bool, bool]:
+            return name, self._model.training, torch.is_grad_enabled()
+
+        def hook(_module: nn.Module, _input: Any, output: Any, *, name: str) -> None:
+            watched = not torch.compiler.is_compiling() and isinstance(output, Tensor) and not output.is_inference()
+            if watched:
+                versions[name].append((output, output._version))
+            kept = output if watched and mode(name) in self._survivors else clone(output)
+            collected.setdefault(name, []).append(kept)
+
+        try:
+            for name in self.return_layers:
+                layer = find_layer(self._model, name)
+                handles.append(layer.register_forward_hook(functools.partial(hook, name=name)))
+            output = self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs: OrderedDict[str, Any] = OrderedDict()
+        for name in self.return_layers:
+            if name not in collected:
+                raise RuntimeError(f"layer {name!r} did not run in this forward pass")
+            survived = all(output._version == version for output, version in versions[name])
+            if mode(name) in self._survivors and not survived:
+                raise RuntimeError(
+                    f"the output of layer {name!r} was overwritten in place, although it had survived earlier forward "
+                    "passes: make a new IntermediateLayerGetter where the model changes"
+                )
+            if versions[name] and survived:
+                self._survivors.add(mode(name))
+            outputs[name] = collected[name][0] if len(collected[name]) == 1 else collected[name]
+        return outputs, output if self.keep_output else None
