@@ -366,6 +366,36 @@ class TestIntermediateLayerGetter:
         outputs, _ = IntermediateLayerGetter(wrap(net), ["conv1"])(torch.ones(2, 3, 5, 5))
         torch.testing.assert_close(outputs["conv1"], net.conv1(torch.ones(2, 3, 5, 5)))
 
+    def test_names_inside_a_distributed_model(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            net = small_net()
+            wrapped = nn.parallel.DistributedDataParallel(net)
+            outputs, logits = IntermediateLayerGetter(wrapped, ["norm1"])(torch.randn(2, 3, 5, 5))
+            (outputs["norm1"].square().sum() + logits.sum()).backward()
+            assert net.conv1.weight.grad.abs().sum() > 0 and net.head.weight.grad.abs().sum() > 0
+        finally:
+            torch.distributed.destroy_process_group()
+
+    # the compiler looks at non-leaf tensors' .grad where its graph breaks, at the hooks that come and go
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    def test_inside_a_compiled_function(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3))
+        source, target = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+
+        def distance(getter):
+            return BehavioralRegularization()(getter(source)[0], getter(target)[0])
+
+        getters = [IntermediateLayerGetter(net, ["2", "0"]) for _ in range(2)]
+        expected = distance(getters[0])
+        compiled = torch.compile(distance, backend="aot_eager")
+        for _ in range(2):
+            got = compiled(getters[1])
+            torch.testing.assert_close(got, expected)
+        parameters = list(net.parameters())
+        torch.testing.assert_close(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters))
+        assert not any(module._forward_hooks for module in net.modules())
+
     def test_structured_outputs_are_copied(self):
         class Point(tuple):
             _fields = ("x", "y")
