@@ -186,19 +186,7 @@ def timed(setting: Setting, rounds: int) -> Case:
 
 def measure(settings: Sequence[Setting], rounds: int) -> list[Case]:
     """Samples and peak memory of all settings."""
-    cases = []
-    for number, setting in enumerate(settings, 1):
-        report.progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
-        cases.append(timed(setting, rounds))
-    report.progress("peak memory")
-    if settings[0].device == "cuda":
-        peaks = [peak_bytes(setting) for setting in settings]
-    else:
-        with harness.clean_process() as process:
-            process.submit(peak_bytes, settings[0]).result()  # loads what is loaded only once
-            peaks = list(process.map(peak_bytes, settings))
-    report.progress("")
-    return [{**case, "peak_bytes": peak} for case, peak in zip(cases, peaks, strict=True)]
+    return harness.measure(settings, lambda setting: timed(setting, rounds), peak_bytes, settings[0])
 
 
 def floor_bytes(case: Case, part: str) -> int:

@@ -136,20 +136,9 @@ def timed(setting: Setting, rounds: int) -> Case:
 
 def measure(settings: Sequence[Setting], rounds: int) -> list[Case]:
     """Samples and peak memory of all settings."""
-    cases = []
-    for number, setting in enumerate(settings, 1):
-        report.progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
-        cases.append(timed(setting, rounds))
-    report.progress("peak memory")
-    if settings[0].device == "cuda":
-        peaks = [peak_bytes(setting) for setting in settings]
-    else:
-        with harness.clean_process() as process:
-            # a first pass of something large enough for every thread loads what is loaded only once
-            process.submit(peak_bytes, replace(settings[0], batch=8, channels=64, size=28)).result()
-            peaks = list(process.map(peak_bytes, settings))
-    report.progress("")
-    return [{**case, "peak_bytes": peak} for case, peak in zip(cases, peaks, strict=True)]
+    # large enough for every thread
+    warm_up = replace(settings[0], batch=8, channels=64, size=28)
+    return harness.measure(settings, lambda setting: timed(setting, rounds), peak_bytes, warm_up)
 
 
 def map_bytes(case: Case) -> int:

@@ -17,8 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from report import progress
 from torch import Tensor
 
 from talib_fast.training.memory import PeakMemory, release_memory
@@ -261,3 +263,28 @@ def clean_process() -> Iterator[ProcessPoolExecutor]:
     """A fresh process to measure memory in, with this one's number of threads."""
     with ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (torch.get_num_threads(),)) as pool:
         yield pool
+
+
+def measure(
+    settings: Sequence[Any],
+    timed: Callable[[Any], dict[str, Any]],
+    peak_bytes: Callable[[Any], dict[str, int]],
+    warm_up: Any,
+) -> list[dict[str, Any]]:
+    """What ``timed`` finds in each setting, with ``peak_bytes``, which a first pass of ``warm_up`` keeps clean.
+
+    Settings have ``label``, ``layout``, ``dtype`` and ``device``.
+    """
+    cases = []
+    for number, setting in enumerate(settings, 1):
+        progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
+        cases.append(timed(setting))
+    progress("peak memory")
+    if settings[0].device == "cuda":
+        peaks = list(map(peak_bytes, settings))
+    else:
+        with clean_process() as process:
+            process.submit(peak_bytes, warm_up).result()  # loads what is loaded only once
+            peaks = list(process.map(peak_bytes, settings))
+    progress("")
+    return [{**case, "peak_bytes": peak} for case, peak in zip(cases, peaks, strict=True)]

@@ -72,6 +72,13 @@ inline std::vector<Term> make_terms(const std::vector<Tensor>& targets, const st
   return terms;
 }
 
+inline std::vector<Tensor> gradients(const std::vector<Term>& terms) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(terms.size());
+  for (const Term& term : terms) tensors.push_back(term.gradient);
+  return tensors;
+}
+
 inline ScalarType result_type(const std::vector<Tensor>& targets) {
   for (const Tensor& target : targets)
     if (target.scalar_type() == ScalarType::Double) return ScalarType::Double;

@@ -94,8 +94,6 @@ SIMD_CLONES void spread_weights(const acc_t<T>* w, int64_t channels, int64_t inn
 
 // ---- The operation. All terms are cut into pieces; a piece is one task.
 
-constexpr int64_t kPiece = 65536;
-
 // A term with its addresses. Its weights are one number for a long run of a channel's elements; of short runs a few
 // thousand are spread over their elements at a time; the shortest have them spread over a row of all channels for good.
 template <typename T, typename S, bool kSource>
@@ -280,10 +278,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
   for_each_task(pieces.size(), elements, [&, &pieces = pieces](int64_t i) {
     write[pieces[i].term](pieces[i].begin, pieces[i].end);
   });
-  std::vector<Tensor> gradients;
-  gradients.reserve(terms.size());
-  for (const Term& term : terms) gradients.push_back(term.gradient);
-  return gradients;
+  return gradients(terms);
 }
 
 }  // namespace

@@ -77,10 +77,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
   for (const Launch& launch : plan(operands, current_device().multiprocessors))
     launch_backward(launch, factor.const_data_ptr(), factor.scalar_type() == ScalarType::Double,
                     current_stream(targets[0]));
-  std::vector<Tensor> gradients;
-  gradients.reserve(terms.size());
-  for (const Term& term : terms) gradients.push_back(term.gradient);
-  return gradients;
+  return gradients(terms);
 }
 
 }  // namespace
