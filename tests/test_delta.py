@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from talib_fast.finetune import delta
 from talib_fast.finetune.delta import (
@@ -17,6 +18,7 @@ from talib_fast.finetune.delta import (
     channel_attention,
     get_attribute,
 )
+from talib_fast.finetune.replay import Replay
 
 
 def small_net(classes=4):
@@ -734,6 +736,130 @@ class TestCachedAttention:
             got, calls = self.ask(model, path)
         assert calls == whole
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class SqueezeExcite(nn.Module):
+    """Depthwise convolution, a gate of its own pooled channels, dropout, a skip connection added in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.depthwise, self.gate = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 6, 1)
+        self.mix, self.head = nn.Conv2d(6, 6, 3, padding=1, stride=2), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.hardswish(self.norm(self.stem(x)))
+        skip = x
+        x = F.relu6(self.depthwise(F.max_pool2d(x, 3, 1, 1)), inplace=True)
+        x += skip
+        x = x * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1)))
+        x = self.mix(2 - x)
+        return self.head(F.dropout(x.mean([-1, -2]), 0.5, self.training))
+
+
+class Pooled(nn.Module):
+    """The layer feeds nothing but a pooling head, behind a downsampled skip connection, as in a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.side = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(3, 5, 3)
+        self.act, self.pool, self.head = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Linear(5, 4)
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        out += self.side(x)
+        return self.head(torch.flatten(self.pool(self.act(out)), 1))
+
+
+class Mixed(nn.Module):
+    """Functions that mix channels, change shapes, reduce over channels, and square maps: C = H = W = b."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.groups = nn.Conv2d(3, 5, 4), nn.Conv2d(10, 5, 1, groups=5)
+        self.scale, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        assert x.shape == (5, 5, 5, 5) and x.size(1) == x.shape[1] == 5
+        x = x + x.mean(1, keepdim=True) + F.softmax(x, 1) * self.scale + x.transpose(1, 2) + x.mean(0)
+        x = self.groups(torch.cat([x, x.flip(1)], 1)) - F.max_pool2d(x.mean(1), 3, 1, 1).unsqueeze(1)
+        return self.head(x.flatten(2).amax(-1) + x.mean(1).mean(1))
+
+
+class Elsewhere(Pooled):
+    """Writes the layer's output into another tensor, which no pair of tensors can stand for."""
+
+    def forward(self, x):
+        out = torch.zeros(5, 5, 6, 6, dtype=x.dtype)
+        out = out + self.norm(self.conv(x))
+        out[:, 0] = 1
+        skip = self.side(x)
+        skip += out
+        return self.head(self.pool(skip).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "layer", "separable"),
+    [
+        (SqueezeExcite, "stem", True), (SqueezeExcite, "depthwise", True), (SqueezeExcite, "mix", True),
+        (Pooled, "conv", True), (Pooled, "side", False), (Mixed, "conv", True), (Mixed, "groups", True),
+        (Elsewhere, "conv", False), (small_net, "conv1", True), (small_net, "conv2", True),
+    ],
+)  # fmt: skip
+def test_channels_are_followed_separately_as_far_as_they_are_separate(net, layer, separable):
+    model = net()
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.1, 0.5)
+    batches = TestChannelAttention.batches[:2]
+    got = channel_attention(model, batches, [layer], progress=False)
+    torch.testing.assert_close(got, brute_force(model, batches, [layer]), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        replay = Replay(model.eval(), model.get_submodule(layer), batches[0][0])
+        outputs = list(replay.without_channels(torch.arange(3)))
+        kept = replay.original.clone()
+        expected = []
+        for channel in range(3):
+            replay.original = kept.clone()
+            replay.original[:, channel] = 0
+            with replay._standing_in(replay.original, lambda tensor: tensor):
+                expected.append(model(batches[0][0]))
+    torch.testing.assert_close(outputs, expected)
+    assert (len(replay._ways) == 2) is separable
+
+
+def test_what_goes_round_torch_functions_is_no_silent_error():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.from_numpy(x.numpy() * 2)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    class Net(Pooled):
+        def forward(self, x):
+            return self.head(self.pool(Opaque.apply(self.conv(x))).flatten(1))
+
+    model, batches = Net(), TestChannelAttention.batches[:1]
+    got = channel_attention(model, batches, ["conv"], progress=False)
+    torch.testing.assert_close(got, brute_force(model, batches, ["conv"]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("net", [SqueezeExcite, Pooled])
+def test_a_mixing_layer_takes_the_weights_of_one_channel(net):
+    def flops(way):
+        model, (x, _) = net().eval(), TestChannelAttention.batches[0]
+        with torch.no_grad():
+            replay = Replay(model, next(model.children()), x)
+            with FlopCounterMode(display=False) as counter:
+                list(getattr(replay, way)(torch.arange(5)))
+        return counter.get_total_flops()
+
+    assert flops("_separately") < flops("_together")
 
 
 def test_modules_that_run_again_after_the_layer_run_for_real():

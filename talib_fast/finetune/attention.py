@@ -4,8 +4,7 @@ import functools
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,91 +18,9 @@ from torch import Tensor
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
 from .fingerprint import fingerprint
-from .layers import clone, find_layer
+from .layers import find_layer
 from .prediction import evaluating, inputs_of, labels_of
-
-
-class _Replay:
-    """Runs what follows one layer again, for other outputs of that layer, with everything before it remembered.
-
-    A first pass records what the modules that finish before the layer return; only the outermost count, since a
-    module that is not entered calls none of its own. Later passes hand out what was recorded.
-    """
-
-    def __init__(self, model: nn.Module, layer: nn.Module, x: Tensor) -> None:
-        self.model, self.layer, self.x = model, layer, x
-        self.original: Tensor | None = None
-        self._recorded: list[tuple[nn.Module, Any]] = []
-        self.output = self._record()
-
-    def _record(self) -> Any:
-        open_calls: list[int] = []
-        calls = 0
-
-        def enter(_module: nn.Module, _args: Any) -> None:
-            open_calls.append(len(self._recorded))
-
-        def leave(module: nn.Module, _args: Any, output: Any) -> None:
-            nonlocal calls
-            start = open_calls.pop()
-            if module is self.layer:
-                calls += 1
-                if not isinstance(output, Tensor) or output.dim() < 2:
-                    raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
-                self.original = output.clone(memory_format=torch.contiguous_format)  # mapped over without copies
-            if self.original is None:
-                del self._recorded[start:]
-                self._recorded.append((module, clone(output)))
-
-        handles = []
-        try:
-            for module in self.model.modules():
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave))
-            output = self.model(self.x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if calls != 1:
-            raise ValueError(f"expected a layer that runs once per forward pass, but it ran {calls} times")
-        return output
-
-    @contextmanager
-    def _standing_in(self, layer_output: Tensor) -> Iterator[None]:
-        answers: dict[nn.Module, list[Any]] = {self.layer: [layer_output]}
-        for module, output in self._recorded:
-            answers.setdefault(module, []).append(output)
-        own_forward = {module: module.__dict__["forward"] for module in answers if "forward" in module.__dict__}
-
-        def stand_in(module: nn.Module, remaining: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-            for output in remaining:
-                return clone(output)
-            return type(module).forward(module, *args, **kwargs)
-
-        try:
-            for module, outputs in answers.items():
-                module.__dict__["forward"] = functools.partial(stand_in, module, iter(outputs))
-            yield
-        finally:
-            for module in answers:
-                del module.__dict__["forward"]
-                if module in own_forward:
-                    module.__dict__["forward"] = own_forward[module]
-
-    def without_channel(self, channel: Tensor) -> Any:
-        """The model's output with one channel of the layer zeroed; ``channel`` is a 0-dim index."""
-        original = self.original
-        assert original is not None
-        kept = torch.arange(original.size(1), device=original.device) != channel
-        with self._standing_in(torch.where(kept.view(-1, *[1] * (original.dim() - 2)), original, 0)):
-            return self.model(self.x)
-
-    def without_channels(self, channels: Tensor) -> Iterable[Any]:
-        """The outputs for each of several channels, in one batched pass where the model can be mapped over."""
-        try:
-            return torch.func.vmap(self.without_channel)(channels).unbind()
-        except RuntimeError:
-            return (self.without_channel(channel) for channel in channels)
+from .replay import Replay
 
 
 def channel_attention(
@@ -186,7 +103,7 @@ def channel_attention(
                     continue
                 for name, layer in wanted.items():
                     with torch.no_grad():
-                        replay = _Replay(model, layer, x)
+                        replay = Replay(model, layer, x)
                         increase = _loss_increases(replay, labels, criterion, channels_per_pass, name, progress)
                     known.add(name, increase)
         known.finish()
@@ -258,7 +175,7 @@ class _Increases:
 
 
 def _loss_increases(
-    replay: _Replay,
+    replay: Replay,
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
     channels_per_pass: int,

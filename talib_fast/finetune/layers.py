@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -40,17 +40,22 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     raise AttributeError(f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?")
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same structure with ``function`` applied to every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, part) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, part) for part in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    return value
+
+
 def clone(output: Any) -> Any:
     """The same structure with every tensor copied."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*map(clone, output))
-    if isinstance(output, (list, tuple)):
-        return type(output)(map(clone, output))
-    if isinstance(output, dict):
-        return {key: clone(value) for key, value in output.items()}
-    return output
+    return map_tensors(Tensor.clone, output)
 
 
 class IntermediateLayerGetter:
