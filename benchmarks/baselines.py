@@ -145,3 +145,24 @@ def distance_in_pytorch(
 ) -> Tensor:
     """``squared_distance`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
     return _DistanceInPyTorch.apply([source.detach() for source in sources], list(weights), 1, *targets)
+
+
+@torch.no_grad()
+def upstream_channel_attention(
+    model: nn.Module, layer: str, x: Tensor, labels: Tensor, temperature: float = 5.0
+) -> Tensor:
+    """DELTA's channel attention as the Transfer-Learning-Library's script computes it, for one layer and batch.
+
+    Each of the layer's filters is zeroed in turn and the whole network run; the layer has no bias.
+    """
+    weight = model.get_submodule(layer).get_parameter("weight")
+    whole = F.cross_entropy(model(x), labels)
+    losses = []
+    for channel in range(len(weight)):
+        kept = weight[channel].clone()
+        weight[channel] = 0
+        losses.append(F.cross_entropy(model(x), labels) - whole)
+        weight[channel] = kept
+    increases = torch.stack(losses)
+    standardized = (increases - increases.mean()) / increases.std(correction=0)
+    return F.softmax(standardized / temperature, 0)

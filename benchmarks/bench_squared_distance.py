@@ -24,7 +24,8 @@ import report
 import torch
 from command import DTYPES
 from harness import Candidate, Feed
-from report import Case, Goal, Spread, seconds, speedup
+from report import Case, Goal, Spread, draw_speedups, seconds, speedup
+from resnet import ResNet50
 from torch import Tensor, nn
 
 from talib_fast.finetune.delta import (
@@ -47,22 +48,9 @@ ONE_MAP = {f"DELTA, {channels}@{size} alone": (channels, size) for channels, siz
 
 def resnet50_parameters() -> list[tuple[int, ...]]:
     """The shapes of a ResNet-50's parameters without its head: 159 tensors, 23,508,032 numbers."""
-    shapes: list[tuple[int, ...]] = []
-
-    def convolution(inputs: int, outputs: int, size: int) -> None:
-        shapes.extend([(outputs, inputs, size, size), (outputs,), (outputs,)])  # and its batch norm
-
-    convolution(3, 64, 7)
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolution(inputs, width, 1)
-            convolution(width, width, 3)
-            convolution(width, 4 * width, 1)
-            if block == 0:
-                convolution(inputs, 4 * width, 1)
-            inputs = 4 * width
-    return shapes
+    with torch.device("meta"):
+        parameters = ResNet50().named_parameters()
+    return [tuple(parameter.shape) for name, parameter in parameters if not name.startswith("fc.")]
 
 
 @dataclass(frozen=True)
@@ -282,7 +270,9 @@ CAPTION = (
 
 def publish(results: dict[str, Any], folder: Any) -> None:
     """Print what came out, and write table and plot."""
-    report.publish(results, folder, table(results), CAPTION, goals(results), UPSTREAM)
+    report.publish(
+        results, folder, table(results), CAPTION, goals(results), functools.partial(draw_speedups, results, UPSTREAM)
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

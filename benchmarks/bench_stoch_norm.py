@@ -14,6 +14,7 @@ and 5N, or 3N where input and gradient fit.
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -289,7 +290,8 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     lines = table(results)
     caption = CAPTION + (GPU_CAPTION if results["settings"]["device"] == "cuda" else "")
     plotted = [case for group in groups(results["cases"]) for case in (*group, network(group))]
-    report.publish({**results, "cases": plotted}, folder, lines, caption, goals(results), BATCH_NORM)
+    plot = functools.partial(report.draw_speedups, {**results, "cases": plotted}, BATCH_NORM)
+    report.publish(results, folder, lines, caption, goals(results), plot)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

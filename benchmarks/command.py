@@ -15,12 +15,13 @@ LAYOUTS = ("contiguous", "channels_last")
 QUICK_BATCH, QUICK_ROUNDS = 4, 3
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the options that every benchmark has."""
+def parser(description: str | None, kinds: bool = True) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark has, and of the kinds of tensors, where it has several."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    made.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32, on a GPU bfloat16 too")
-    made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    if kinds:
+        made.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32, on a GPU bfloat16 too")
+        made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     made.add_argument("--batch", type=int, help="images")
     made.add_argument("--rounds", type=int, help="samples of each candidate")
     made.add_argument(
@@ -47,10 +48,11 @@ def parse(
         made.error("there is no GPU that this torch can use")
     if (options.batch is not None and options.batch < fewest) or (options.rounds is not None and options.rounds < 1):
         made.error(f"expected a batch of at least {fewest} and at least one round")
-    whole = not (options.quick or options.dtype or options.batch or options.rounds)
-    whole = whole and len(options.layouts) == len(LAYOUTS) and full(options)
+    whole = not (options.quick or options.batch or options.rounds) and full(options)
+    if "dtype" in options:
+        whole = whole and not options.dtype and len(options.layouts) == len(LAYOUTS)
+        options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
     options.batch = options.batch or (QUICK_BATCH if options.quick else batches[options.device])
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS[options.device])
-    options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
     options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / f"{operation}-{options.device}"
     return options

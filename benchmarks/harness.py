@@ -209,7 +209,8 @@ def interleaved(
     for candidate in candidates:  # the first passes load kernels and fill allocators
         for _ in range(3 if device.type == "cuda" else 1):
             estimates[candidate.name] = _untimed(candidate, [next(supply)], stopwatch)
-    shortest = min(estimates[candidate.name] for candidate in candidates if candidate.parameters is not None)
+    differentiable = [candidate for candidate in candidates if candidate.parameters is not None]
+    shortest = min(estimates[candidate.name] for candidate in differentiable or candidates)
     repetitions = min(_MOST_REPETITIONS, math.ceil(_SAMPLE_SECONDS[device.type] / shortest))
     samples: Samples = {candidate.name: {} for candidate in candidates}
 

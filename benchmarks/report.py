@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -82,12 +82,20 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device, operation: str) -> dict[str, Any]:
+def _served(operation: str, device: torch.device) -> dict[str, str]:
+    backend, reason = backends()[operation][device.type]
+    return {
+        "backend": backend,
+        "backend_reason": without_folders(reason),
+        "compiled_library": without_folders(compiled().status),
+    }
+
+
+def environment(device: torch.device, operation: str | None = None) -> dict[str, Any]:
     """Hardware, versions, commit and command of a run, and what serves ``operation`` on ``device``.
 
     Nothing in it names the machine or its folders.
     """
-    backend, reason = backends()[operation][device.type]
     compiler = _said(os.environ.get("CXX", "c++"), "--version")
     cpu = _cpu_model()
     affinity = getattr(os, "sched_getaffinity", None)
@@ -96,9 +104,7 @@ def environment(device: torch.device, operation: str) -> dict[str, Any]:
         "command": without_folders(shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])),
         "commit": _commit(),
         "talib_fast": talib_fast.__version__,
-        "backend": backend,
-        "backend_reason": without_folders(reason),
-        "compiled_library": without_folders(compiled().status),
+        **(_served(operation, device) if operation is not None else {}),
         "device": cpu,
         "cpu": cpu,
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
@@ -114,7 +120,7 @@ def environment(device: torch.device, operation: str) -> dict[str, Any]:
 
 def backend_warning(operation: str, where: dict[str, Any]) -> str | None:
     """A sentence where no compiled kernel was measured."""
-    if where["backend"] == "compiled":
+    if where.get("backend", "compiled") == "compiled":
         return None
     return (
         f"WARNING: {operation} was served by {where['backend']}, not by a compiled kernel: {where['backend_reason']}."
@@ -230,9 +236,9 @@ def publish(
     lines: Sequence[Sequence[str]],
     caption: str,
     goals: Sequence[Goal],
-    baseline: str,
+    draw: Callable[[], Any],
 ) -> None:
-    """Print a table and what became of the goals; write ``table.md`` and, of all cases, ``plot.png``."""
+    """Print a table and what became of the goals; write ``table.md`` and, from the figure drawn, ``plot.png``."""
     where, verdicts = results["environment"], "\n".join(map(str, goals))
     warning = backend_warning(results["operation"], where)
     print(align(lines), caption, origin(where), verdicts, sep="\n\n", end="\n\n")
@@ -241,23 +247,21 @@ def publish(
     parts = [*([warning] if warning else []), markdown(lines), caption, origin(where), f"```\n{verdicts}\n```"]
     text = "\n\n".join(parts) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
-    write_plot(results, folder, baseline)
+    _write_plot(folder, draw)
 
 
-def write_plot(results: dict[str, Any], folder: Path, baseline: str, measure: str = "both") -> None:
-    """Draw ``plot.png``: each candidate's speed over the baseline's by case, a panel per layout and dtype."""
+def _write_plot(folder: Path, draw: Callable[[], Any]) -> None:
     try:
         import matplotlib
     except ImportError:
         print("No plot: it needs matplotlib (pip install matplotlib).")
         return
     with matplotlib.rc_context(STYLE):
-        figure = draw_speedups(results, baseline, measure)
-        write_atomically(folder / "plot.png", partial(figure.savefig, format="png"))
+        write_atomically(folder / "plot.png", partial(draw().savefig, format="png"))
 
 
-def draw_speedups(results: dict[str, Any], baseline: str, measure: str) -> Any:
-    """The figure that :func:`write_plot` writes."""
+def draw_speedups(results: dict[str, Any], baseline: str) -> Any:
+    """A figure of each candidate's speed over the baseline's by case, a panel per layout and dtype."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -272,7 +276,7 @@ def draw_speedups(results: dict[str, Any], baseline: str, measure: str) -> Any:
     for axes, (title, cases) in zip(grid.flat, panels.items(), strict=False):
         candidates = [name for name, own in cases[0]["samples"].items() if name != baseline and "backward" in own]
         for number, (candidate, (colour, marker)) in enumerate(zip(candidates, LOOKS, strict=False)):
-            spreads = [speedup(case, baseline, candidate, measure) for case in cases]
+            spreads = [speedup(case, baseline, candidate, "both") for case in cases]
             error = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
             offset = 0.2 * (number - (len(candidates) - 1) / 2)  # side by side, so that none hides another
             axes.errorbar(
@@ -290,9 +294,8 @@ def draw_speedups(results: dict[str, Any], baseline: str, measure: str) -> Any:
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     where = results["environment"]
-    what = "forward + backward" if measure == "both" else measure
     figure.suptitle(
-        f"{results['operation']}: speed over {baseline}, {what}\n"
+        f"{results['operation']}: speed over {baseline}, forward + backward\n"
         f"{where['device']}, median and quartiles of {results['settings']['rounds']} rounds",
         fontsize=11,
     )

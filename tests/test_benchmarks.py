@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import bench_channel_attention as attention
 import bench_squared_distance as distances
 import bench_stoch_norm as bench
 import command
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import report
 import torch
+from resnet import CHANNEL_LAYERS, ResNet50
 from test_stoch_norm import inputs, oracle
 from torch import nn
 
@@ -399,6 +401,70 @@ class TestSquaredDistance:
     def test_only_a_full_run_takes_the_place_of_the_results(self):
         assert distances.parse([]).out == command.RESULTS / "squared_distance-cpu"
         assert distances.parse(["--layouts", "contiguous"]).out == command.QUICK_RESULTS / "squared_distance-cpu"
+
+
+class TestChannelAttention:
+    network = attention.Network("ResNet-50, 224²", 4, 32)
+
+    @pytest.mark.parametrize("layer", CHANNEL_LAYERS)
+    def test_all_ways_give_an_attention_and_the_exact_ones_the_same(self, layer):
+        torch.manual_seed(0)
+        model = ResNet50(4, 4).double().eval()
+        x, labels = torch.randn(3, 3, 32, 32).double(), torch.tensor([0, 2, 3])
+        got = {name: way(x, labels) for name, way in attention.ways(model, layer).items()}
+        assert all(weights.shape == (attention.channels_of(model, layer),) for weights in got.values())
+        torch.testing.assert_close(got[attention.EXACT].double(), got[attention.BRUTE_FORCE], rtol=1e-5, atol=1e-7)
+
+    def test_operations(self):
+        first, *_, last = attention.counted(self.network, torch.device("cpu"))
+        for case in (first, last):
+            assert case["flops"]["limit"] <= case["flops"]["exact"] < case["flops"]["brute force"]
+            assert case["flops"]["taylor"] < case["flops"]["brute force"]
+        assert (first["channels"], last["channels"]) == (16, 128)
+        assert 1 < attention.fewer(first, "limit") < 2 and attention.fewer(last, "limit") > 20
+
+    def test_rank_correlation(self):
+        a = torch.tensor([0.1, 0.4, 0.2, 0.3])
+        assert attention.rank_correlation(a, a.exp()) == pytest.approx(1)
+        assert attention.rank_correlation(a, -a) == pytest.approx(-1)
+
+    def test_goals_are_those_of_all_layers_together(self):
+        def measured(exact, brute_force, flops, error, **more):
+            samples = {"brute force": {"forward": [brute_force] * 3}, "exact": {"forward": [exact] * 3}}
+            samples["taylor"] = {"forward": [0.1] * 3}
+            return {
+                "network": attention.FULL.label, "label": "layer", "channels": 4, "rank_correlation": 0.5,
+                "flops": {"brute force": flops, "exact": 1, "limit": 1, "taylor": 1},
+                "errors": {"brute force": 1.0, "exact": error}, "samples": samples,
+            }  # fmt: skip
+
+        def verdicts(*cases):
+            return [goal.passed for goal in attention.goals(results(*cases))]
+
+        assert verdicts(measured(1, 4, 4, 1), measured(1, 12, 16, 2)) == [True, True, True]
+        assert verdicts(measured(1, 4, 3, 1), measured(1, 11, 16, 3)) == [False, False, False]
+
+    def test_runs_end_to_end(self, tmp_path, capsys, monkeypatch):
+        for name in ("FULL", "SMALL"):
+            monkeypatch.setattr(attention, name, self.network)
+        monkeypatch.setattr(attention, "TRAINING_STEPS", 2)
+        monkeypatch.setattr(attention, "RANKED_BATCHES", 2)
+        attention.main(["--batch", "2", "--rounds", "2", "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [case["label"] for case in written["cases"]] == 2 * list(CHANNEL_LAYERS)
+        for case in written["cases"][4:]:
+            assert all(len(own["forward"]) == 2 and min(own["forward"]) > 0 for own in case["samples"].values())
+            assert -1 <= case["rank_correlation"] <= 1
+        assert "backend" not in written["environment"]
+        pytest.importorskip("matplotlib")
+        (tmp_path / "plot.png").unlink()
+        attention.main(["--from-json", str(tmp_path)])
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert "at least 8× faster than brute force" in capsys.readouterr().out
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert attention.parse([]).out == command.RESULTS / "channel_attention-cpu"
+        assert attention.parse(["--quick"]).out == command.QUICK_RESULTS / "channel_attention-cpu"
 
 
 STUB = """#!/usr/bin/env bash

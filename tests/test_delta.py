@@ -506,6 +506,11 @@ class TestChannelAttention:
         everything = channel_attention(model, self.batches, "conv2", max_batches=None, progress=False)
         torch.testing.assert_close(everything, channel_attention(model, self.batches, ["conv2"]), rtol=0, atol=0)
 
+    def test_no_more_batches_are_loaded_than_are_looked_at(self):
+        loader = iter(self.batches)
+        channel_attention(small_net(), loader, ["conv2"], max_batches=2, progress=False)
+        assert len(list(loader)) == 1
+
     def test_a_criterion_of_ones_own(self):
         seen = []
 

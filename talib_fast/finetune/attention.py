@@ -1,10 +1,12 @@
 """Channel attention, the weights of DELTA with attention (https://openreview.net/forum?id=rkgbwsAcYm)."""
 
 import functools
+import itertools
 import os
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def channel_attention(
         max_batches: how many batches to look at; None for all.
         temperature: of the softmax.
         device: where to work; the model's device by default, and the model must be there.
-        progress: show a progress bar.
+        progress: show a progress bar of the batches, and below it one of the channels of a batch's layer.
         channels_per_pass: more is faster and takes more memory.
         method: ``exact`` or ``taylor``.
         cache: file to keep the increases in.
@@ -89,10 +91,10 @@ def channel_attention(
         data = getattr(data_loader, "dataset", data_loader)
         known.keep_in(Path(cache), fingerprint(method, max_batches, named, dict(model.state_dict()), data))
     if not known.complete:
+        total = min(len(data_loader), max_batches or sys.maxsize) if isinstance(data_loader, Sized) else max_batches
+        batches = itertools.islice(data_loader, max_batches)
         with evaluating(model):
-            for number, batch in enumerate(data_loader):
-                if max_batches is not None and number == max_batches:
-                    break
+            for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):
                 wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
                 if not wanted:
                     continue
@@ -187,7 +189,7 @@ def _loss_increases(
     chunks = torch.arange(replay.original.size(1), device=replay.original.device).split(channels_per_pass)
     losses = [
         criterion(output, labels)
-        for chunk in progress_bar(chunks, f"Channel attention of {name}", len(chunks), show)
+        for chunk in progress_bar(chunks, name, len(chunks), show)
         for output in replay.without_channels(chunk)
     ]
     return torch.stack(losses).cpu().double() - criterion(replay.output, labels).cpu().double()
