@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from talib_fast.finetune import delta
+from talib_fast.finetune import attention, delta
 from talib_fast.finetune.delta import (
     AttentionBehavioralRegularization,
     BehavioralRegularization,
@@ -18,7 +18,7 @@ from talib_fast.finetune.delta import (
     channel_attention,
     get_attribute,
 )
-from talib_fast.finetune.replay import Replay
+from talib_fast.finetune.replay import Replay, _BatchNormAsScaling
 
 
 def small_net(classes=4):
@@ -833,6 +833,42 @@ def test_channels_are_followed_separately_as_far_as_they_are_separate(net, layer
                 expected.append(model(batches[0][0]))
     torch.testing.assert_close(outputs, expected)
     assert (len(replay._ways) == 2) is separable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_as_a_scaling_is_the_batch_norm(dtype, affine):
+    norm, x = nn.BatchNorm2d(5, affine=affine), torch.randn(4, 5, 3, 3).to(dtype)
+    norm(torch.randn(4, 5, 3, 3) * 3 + 1)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.uniform_(0.5, 2)
+    norm = norm.eval().to(dtype)
+    with _BatchNormAsScaling():
+        scaled, map_scaled = norm(x), torch.func.vmap(norm)(x[None])[0]
+    assert scaled.dtype == dtype
+    for got in (scaled, map_scaled):
+        torch.testing.assert_close(got, norm(x))
+    with _BatchNormAsScaling():
+        from_the_batch = norm.train()(x)
+    assert from_the_batch.float().mean().abs() < 2 and not torch.equal(from_the_batch, scaled)
+
+
+def test_large_outputs_take_few_channels_a_pass(monkeypatch):
+    passes = []
+
+    class Counting(Replay):
+        def without_channels(self, channels):
+            passes.append(len(channels))
+            return super().without_channels(channels)
+
+    monkeypatch.setattr(attention, "Replay", Counting)
+    batches = TestChannelAttention.batches[:1]
+    for size_in_outputs, expected in ((0.5, [1] * 5), (2.5, [2, 2, 1]), (9, [5])):
+        passes.clear()
+        monkeypatch.setitem(attention._PASS_BYTES, "cpu", int(size_in_outputs * 5 * 5 * 6 * 6 * 4))
+        channel_attention(Pooled(), batches, ["conv"], progress=False)
+        assert passes == expected
 
 
 def test_what_goes_round_torch_functions_is_no_silent_error():

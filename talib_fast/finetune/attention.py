@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from .layers import find_layer
 from .prediction import evaluating, inputs_of, labels_of
 from .replay import Replay
 
+# of a layer's outputs per pass: what a CPU's allocator keeps for the next pass, and about its cache
+_PASS_BYTES = defaultdict(lambda: 512 * 2**20, cpu=32 * 2**20)
+
 
 def channel_attention(
     model: nn.Module,
@@ -34,7 +37,7 @@ def channel_attention(
     temperature: float = 5.0,
     device: torch.device | str | None = None,
     progress: bool = True,
-    channels_per_pass: int = 16,
+    channels_per_pass: int | None = None,
     method: str = "exact",
     cache: str | os.PathLike | None = None,
 ) -> OrderedDict[str, Tensor]:
@@ -63,7 +66,8 @@ def channel_attention(
         temperature: of the softmax.
         device: where to work; the model's device by default, and the model must be there.
         progress: show a progress bar of the batches, and below it one of the channels of a batch's layer.
-        channels_per_pass: more is faster and takes more memory.
+        channels_per_pass: more take more memory; by default as many as fill 32 MiB with a layer's outputs, 512 MiB on
+            a GPU, as more are slower on a CPU.
         method: ``exact`` or ``taylor``.
         cache: file to keep the increases in.
 
@@ -180,13 +184,15 @@ def _loss_increases(
     replay: Replay,
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    channels_per_pass: int,
+    channels_per_pass: int | None,
     name: str,
     show: bool,
 ) -> Tensor:
     """By how much the batch's loss rises when a channel is zeroed: float64 ``[C]`` on the CPU."""
     assert replay.original is not None
-    chunks = torch.arange(replay.original.size(1), device=replay.original.device).split(channels_per_pass)
+    original = replay.original
+    channels_per_pass = channels_per_pass or max(1, _PASS_BYTES[original.device.type] // max(1, original.nbytes))
+    chunks = torch.arange(original.size(1), device=original.device).split(channels_per_pass)
     losses = [
         criterion(output, labels)
         for chunk in progress_bar(chunks, name, len(chunks), show)

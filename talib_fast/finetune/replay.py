@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .layers import clone, map_tensors
 
@@ -173,6 +174,29 @@ class _Linear(NamedTuple):
     bias: Tensor | None = None
 
 
+class _BatchNorm(NamedTuple):
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def as_scaling(self) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        precise = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = (self.running_var.to(precise) + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        trailing = [-1] + [1] * (self.input.dim() - 2)
+        return torch.addcmul(shift.view(trailing), self.input, scale.view(trailing)).to(self.input.dtype)
+
+
 def _metadata(call: _Call) -> Any:
     if call.func not in _METADATA:
         return NotImplemented
@@ -250,6 +274,19 @@ def _through_weights(call: _Call) -> Any:
     channel = weight.index_select(1, entering.channel.view(1))
     difference = layer._replace(input=entering.difference(), weight=channel, bias=None)
     return call.with_tensors(lambda operand: operand.whole) + call.func(*difference)
+
+
+class _BatchNormAsScaling(TorchFunctionMode):
+    """A batch norm with running statistics as one multiplication and addition: mapped over, it would copy its input."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            norm = _BatchNorm(*args, **(kwargs or {}))
+            if not norm.training and norm.running_mean is not None and not isinstance(norm.input, Separable):
+                return norm.as_scaling()
+        return func(*args, **(kwargs or {}))
 
 
 class Replay:
@@ -331,10 +368,15 @@ class Replay:
         return (self._without_channel(channel) for channel in channels)
 
     def _separately(self, channels: Tensor) -> Iterable[Any]:
-        return torch.func.vmap(functools.partial(self._without_channel, separable=True))(channels).unbind()
+        return self._mapped(functools.partial(self._without_channel, separable=True), channels)
 
     def _together(self, channels: Tensor) -> Iterable[Any]:
-        return torch.func.vmap(self._without_channel)(channels).unbind()
+        return self._mapped(self._without_channel, channels)
+
+    @staticmethod
+    def _mapped(without_channel: Callable[[Tensor], Any], channels: Tensor) -> Iterable[Any]:
+        with _BatchNormAsScaling():
+            return torch.func.vmap(without_channel)(channels).unbind()
 
     def _without_channel(self, channel: Tensor, separable: bool = False) -> Any:
         """``channel`` is a 0-dim index."""
