@@ -495,9 +495,9 @@ class TestChannelAttention:
         expected = brute_force(model, self.batches, names)
         assert list(got) == names
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-        for attention in got.values():
-            torch.testing.assert_close(attention.sum(), torch.tensor(1.0))
-            assert attention.std() > 0
+        for weights in got.values():
+            torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+            assert weights.std() > 0
 
     def test_options(self):
         model = small_net()
