@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talib_fast.finetune.stochnorm import StochNorm2d
+from talib_fast.ops.spectral_tail import _backward as tail_backward
+from talib_fast.ops.spectral_tail import _forward as tail_forward
 from talib_fast.ops.squared_distance import _backward as distance_backward
 from talib_fast.ops.squared_distance import _forward as distance_forward
 from talib_fast.ops.stoch_norm import _backward as operation_backward
@@ -166,3 +168,36 @@ def upstream_channel_attention(
     increases = torch.stack(losses)
     standardized = (increases - increases.mean()) / increases.std(correction=0)
     return F.softmax(standardized / temperature, 0)
+
+
+def upstream_spectral_tail(features: Tensor, k: int) -> Tensor:
+    """BSS as the Transfer-Learning-Library composes it, written from the formula; half precision as float32."""
+    features = features if features.dtype == torch.float64 else features.float()
+    _, singular_values, _ = torch.svd(features.t())
+    total = torch.zeros((), device=features.device)
+    for i in range(k):
+        total = total + torch.pow(singular_values[len(singular_values) - 1 - i], 2)
+    return total
+
+
+def spectral_tail_by_eigvalsh(features: Tensor, k: int) -> Tensor:
+    """The same from the eigenvalues of the Gram matrix, in float64 for their digits."""
+    features = features.double()
+    return torch.linalg.eigvalsh(features @ features.mT)[:k].sum().float()
+
+
+class _TailInPyTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, k: int) -> Tensor:
+        value, vectors = tail_forward(features, k)
+        ctx.save_for_backward(features, vectors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return tail_backward(grad_outputs[0], *ctx.saved_tensors), None
+
+
+def spectral_tail_in_pytorch(features: Tensor, k: int) -> Tensor:
+    """``spectral_tail`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
+    return _TailInPyTorch.apply(features, k)

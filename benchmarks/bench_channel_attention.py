@@ -303,7 +303,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    return command.parse(command.parser(__doc__, kinds=False), arguments, OPERATION, BATCHES)
+    return command.parse(command.parser(__doc__, dtypes=False, layouts=False), arguments, OPERATION, BATCHES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

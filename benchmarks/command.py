@@ -15,19 +15,23 @@ LAYOUTS = ("contiguous", "channels_last")
 QUICK_BATCH, QUICK_ROUNDS = 4, 3
 
 
-def parser(description: str | None, kinds: bool = True) -> argparse.ArgumentParser:
-    """A parser of the options that every benchmark has, and of the kinds of tensors, where it has several."""
+def parser(
+    description: str | None, dtypes: bool = True, layouts: bool = True, batch: bool = True
+) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark has, and of those that most have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    if kinds:
+    if dtypes:
         made.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32, on a GPU bfloat16 too")
+    if layouts:
         made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
-    made.add_argument("--batch", type=int, help="images")
+    if batch:
+        made.add_argument("--batch", type=int, help="images")
     made.add_argument("--rounds", type=int, help="samples of each candidate")
     made.add_argument(
         "--quick",
         action="store_true",
-        help=f"batch {QUICK_BATCH} and {QUICK_ROUNDS} rounds: whether it works, not how fast",
+        help=f"{f'batch {QUICK_BATCH} and ' if batch else ''}{QUICK_ROUNDS} rounds: whether it works, not how fast",
     )
     made.add_argument("--out", type=Path, help="folder; results/ beside this file, runs/ for anything but a full run")
     made.add_argument("--from-json", type=Path, metavar="DIR", help="measure nothing, write table and plot anew")
@@ -38,21 +42,27 @@ def parse(
     made: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     operation: str,
-    batches: Mapping[str, int],
+    batches: Mapping[str, int] | None = None,
     fewest: int = 1,
     full: Callable[[argparse.Namespace], bool] = lambda options: True,
 ) -> argparse.Namespace:
-    """The options with their defaults: ``batches`` by device; only a full run writes beside the benchmarks."""
+    """The options with their defaults: ``batches`` by device, if any; only a full run writes beside the benchmarks."""
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available() and options.from_json is None:
         made.error("there is no GPU that this torch can use")
-    if (options.batch is not None and options.batch < fewest) or (options.rounds is not None and options.rounds < 1):
-        made.error(f"expected a batch of at least {fewest} and at least one round")
-    whole = not (options.quick or options.batch or options.rounds) and full(options)
+    if options.rounds is not None and options.rounds < 1:
+        made.error("expected at least one round")
+    whole = not (options.quick or options.rounds) and full(options)
     if "dtype" in options:
-        whole = whole and not options.dtype and len(options.layouts) == len(LAYOUTS)
+        whole = whole and not options.dtype
         options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
-    options.batch = options.batch or (QUICK_BATCH if options.quick else batches[options.device])
+    if "layouts" in options:
+        whole = whole and len(options.layouts) == len(LAYOUTS)
+    if batches is not None:
+        if options.batch is not None and options.batch < fewest:
+            made.error(f"expected a batch of at least {fewest}")
+        whole = whole and not options.batch
+        options.batch = options.batch or (QUICK_BATCH if options.quick else batches[options.device])
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS[options.device])
     options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / f"{operation}-{options.device}"
     return options

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import baselines
 import bench_channel_attention as attention
+import bench_spectral_tail as tail
 import bench_squared_distance as distances
 import bench_stoch_norm as bench
 import command
@@ -465,6 +466,68 @@ class TestChannelAttention:
     def test_only_a_full_run_takes_the_place_of_the_results(self):
         assert attention.parse([]).out == command.RESULTS / "channel_attention-cpu"
         assert attention.parse(["--quick"]).out == command.QUICK_RESULTS / "channel_attention-cpu"
+
+
+class TestSpectralTail:
+    @pytest.mark.parametrize(("shape", "k"), [((6, 9), 1), ((6, 9), 6), ((9, 4), 2)])
+    def test_all_candidates_compute_the_same(self, shape, k, device):
+        feed = tail.Setting(*shape, k, "float32", device.type).feed()
+        ours, *others = tail.candidates(k)
+        expected = ours.forward(*feed.arguments)
+        (gradient,) = ours.backward(expected, feed)
+        for other in others:
+            if other.name == tail.EIGVALSH and shape[0] > shape[1]:
+                continue  # its Gram matrix is that of the rows
+            output = other.forward(*feed.arguments)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(other.backward(output, feed)[0], gradient, rtol=1e-3, atol=1e-4)
+
+    def test_the_condition_number_is_as_asked(self):
+        values = torch.linalg.svdvals(tail.conditioned(8, 20, 100.0, torch.device("cpu")).double())
+        assert (values[0] / values[-1]).item() == pytest.approx(100, rel=1e-4)
+        torch.testing.assert_close(
+            values[1:] / values[:-1], torch.full((7,), 100 ** (-1 / 7)).double(), rtol=1e-4, atol=0
+        )
+
+    def test_goals(self):
+        def measured(b, f, ours):
+            times = {tail.OURS: ours, tail.UPSTREAM: 1e-3, tail.IN_PYTORCH: 1e-3, tail.EIGVALSH: 1e-3}
+            samples = {name: {"forward": [time], "backward": [time]} for name, time in times.items()}
+            return {"label": "", "b": b, "f": f, "k": 1, "dtype": "float32", "layout": "contiguous", "samples": samples}
+
+        def verdicts(ours, error, device="cpu"):
+            cases = [measured(b, f, ours) for b, f in ((48, 2048), (128, 2048), (48, 512), (256, 2048), (16, 2048))]
+            errors = [{"condition": condition, "value": {tail.OURS: error}} for condition in tail.CONDITIONS]
+            return [goal.passed for goal in tail.goals({**results(*cases, device=device), "errors": errors})]
+
+        assert verdicts(1e-3 / 5, 1e-3) == [True] * 5
+        assert verdicts(1e-3 / 3.5, 1e-2) == [False, False, True, False, True]
+        assert verdicts(1e-3 / 20, 1e-4, "cuda") == [True] * 5
+        assert verdicts(1e-3, 1e-4, "cuda") == [False] * 3 + [True] * 2
+
+    def test_runs_end_to_end(self, tmp_path, capsys, device, monkeypatch):
+        shapes = ((4, 9, 1), (8, 9, 1), (4, 12, 1), (4, 9, 3))
+        for name, chosen in (
+            ("SHAPES", shapes),
+            ("OVER_B", shapes[:2]),
+            ("OVER_F", shapes[::2]),
+            ("OVER_K", shapes[::3]),
+        ):
+            monkeypatch.setattr(tail, name, chosen)
+        tail.main(["--quick", "--device", device.type, "--dtype", "float32", "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        for case in written["cases"]:
+            assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
+        assert [row["condition"] for row in written["errors"]] == list(tail.CONDITIONS)
+        said = (tmp_path / "table.md").read_text()
+        assert "| 8×9, k=1 | float32 |" in said and "| 1e+06 |" in said
+        assert "relative error of the value at most 0.001" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").exists()
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert tail.parse([]).out == command.RESULTS / "spectral_tail-cpu"
+        assert tail.parse(["--dtype", "float32"]).out == command.QUICK_RESULTS / "spectral_tail-cpu"
 
 
 STUB = """#!/usr/bin/env bash
