@@ -18,7 +18,7 @@ from talib_fast.finetune.delta import (
     channel_attention,
     get_attribute,
 )
-from talib_fast.finetune.replay import Replay, _BatchNormAsScaling
+from talib_fast.finetune.replay import Replay, _ForMapping
 
 
 def small_net(classes=4):
@@ -844,14 +844,31 @@ def test_a_batch_norm_as_a_scaling_is_the_batch_norm(dtype, affine):
         for parameter in norm.parameters():
             parameter.uniform_(0.5, 2)
     norm = norm.eval().to(dtype)
-    with _BatchNormAsScaling():
+    with _ForMapping():
         scaled, map_scaled = norm(x), torch.func.vmap(norm)(x[None])[0]
     assert scaled.dtype == dtype
     for got in (scaled, map_scaled):
         torch.testing.assert_close(got, norm(x))
-    with _BatchNormAsScaling():
+    with _ForMapping():
         from_the_batch = norm.train()(x)
     assert from_the_batch.float().mean().abs() < 2 and not torch.equal(from_the_batch, scaled)
+
+
+@pytest.mark.parametrize(("dimensions", "size"), [(1, 1), (2, 1), (2, (1, 1)), (2, 2), (2, (1, None)), (3, 1)])
+def test_a_global_pooling_as_a_mean_is_the_pooling(dimensions, size):
+    pool = getattr(nn, f"AdaptiveAvgPool{dimensions}d")(size)
+    x = torch.randn(3, 2, 5, *[4] * dimensions)
+    with _ForMapping():
+        got = torch.func.vmap(pool)(x)
+    torch.testing.assert_close(got, torch.stack([pool(one) for one in x]))
+
+
+def test_channels_last_is_mapped_over_without_a_warning():
+    """Warnings are errors here: a function that vmap can only loop over would give one."""
+    model, (x, labels) = small_net(), TestChannelAttention.batches[0]
+    batches = [(x.contiguous(memory_format=torch.channels_last), labels)]
+    got = channel_attention(model.to(memory_format=torch.channels_last), batches, ["conv1", "conv2"], progress=False)
+    torch.testing.assert_close(got, brute_force(model, batches, ["conv1", "conv2"]), rtol=1e-4, atol=1e-6)
 
 
 def test_large_outputs_take_few_channels_a_pass(monkeypatch):

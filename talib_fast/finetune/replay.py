@@ -153,6 +153,9 @@ _POOLING = {
         f"max_pool{dimensions}d avg_pool{dimensions}d adaptive_avg_pool{dimensions}d adaptive_max_pool{dimensions}d"
     )
 }
+_GLOBAL_POOLING = {
+    function: dimensions for dimensions in (1, 2, 3) for function in _functions(f"adaptive_avg_pool{dimensions}d")
+}
 _DROPOUT = _functions("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout")
 _CONVOLUTION = _functions("conv1d conv2d conv3d")
 _LINEAR = _functions("linear")
@@ -172,6 +175,11 @@ class _Linear(NamedTuple):
     input: Tensor
     weight: Tensor
     bias: Tensor | None = None
+
+
+class _Pooling(NamedTuple):
+    input: Tensor
+    output_size: Any
 
 
 class _BatchNorm(NamedTuple):
@@ -276,8 +284,11 @@ def _through_weights(call: _Call) -> Any:
     return call.with_tensors(lambda operand: operand.whole) + call.func(*difference)
 
 
-class _BatchNormAsScaling(TorchFunctionMode):
-    """A batch norm with running statistics as one multiplication and addition: mapped over, it would copy its input."""
+class _ForMapping(TorchFunctionMode):
+    """Functions in a form that is mapped over without copies.
+
+    A batch norm with running statistics is one multiplication and addition, a global average pooling a mean.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -286,6 +297,13 @@ class _BatchNormAsScaling(TorchFunctionMode):
             norm = _BatchNorm(*args, **(kwargs or {}))
             if not norm.training and norm.running_mean is not None and not isinstance(norm.input, Separable):
                 return norm.as_scaling()
+        if func in _GLOBAL_POOLING:
+            pooling = _Pooling(*args, **(kwargs or {}))
+            dimensions, sizes = _GLOBAL_POOLING[func], pooling.output_size
+            if not isinstance(pooling.input, Separable) and all(
+                size == 1 for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes])
+            ):
+                return pooling.input.mean(list(range(-dimensions, 0)), keepdim=True)
         return func(*args, **(kwargs or {}))
 
 
@@ -375,7 +393,7 @@ class Replay:
 
     @staticmethod
     def _mapped(without_channel: Callable[[Tensor], Any], channels: Tensor) -> Iterable[Any]:
-        with _BatchNormAsScaling():
+        with _ForMapping():
             return torch.func.vmap(without_channel)(channels).unbind()
 
     def _without_channel(self, channel: Tensor, separable: bool = False) -> Any:
