@@ -4,8 +4,12 @@ With F of shape [b, f] and U the orthonormal basis of the singular subspace that
 span on the smaller side, the value is ‖UᵀF‖² and its gradient 2·U·Uᵀ·F (b ≤ f; F·U·Uᵀ otherwise). Squaring the
 condition number is harmless only with digits to spare: the Gram matrix of a float32 F is formed and solved in
 float64, and a float64 F is reduced by a QR factorisation instead.
+
+The compiled kernel looks for no other eigenvectors of the Gram matrix than U: Householder's tridiagonal form,
+bisection, inverse iteration. It takes the value from F itself, which gives back the digits that squaring lost.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,19 +28,25 @@ def _in_float64(input: Tensor) -> Tensor:
     return input.cpu().double() if input.device.type == "mps" else input.double()
 
 
-def _spectrum(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values, ascending, and the singular vectors of the shorter side; NaN where not finite."""
+def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    return values.clamp_min(0), vectors
+
+
+def _by_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    triangle = torch.linalg.qr(matrix.mT, mode="r").R
+    _, singular_values, vectors_h = torch.linalg.svd(triangle, full_matrices=False)
+    return singular_values.square().flip(-1), vectors_h.mT.flip(-1)
+
+
+def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """``spectrum`` gives squared singular values, ascending, and the singular vectors of the shorter side."""
     matrix = _short_side_first(_in_float64(input))
     finite = torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
-    matrix = torch.where(finite, matrix, 0)
-    if input.dtype == torch.float64:
-        triangle = torch.linalg.qr(matrix.mT, mode="r").R
-        _, singular_values, vectors_h = torch.linalg.svd(triangle, full_matrices=False)
-        values, vectors = singular_values.square().flip(-1), vectors_h.mT.flip(-1)
-    else:
-        values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-        values = values.clamp_min(0)
-    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
+    values, vectors = spectrum(torch.where(finite, matrix, 0))
+    values = torch.where(finite[..., 0], values, torch.nan)[..., :k]
+    vectors = torch.where(finite, vectors, torch.nan)[..., :k]
+    return values.sum(-1).to(device=input.device, dtype=accumulation_dtype(input)), vectors.contiguous()
 
 
 def _apply_projector(vectors: Tensor, input: Tensor) -> Tensor:
@@ -46,9 +56,11 @@ def _apply_projector(vectors: Tensor, input: Tensor) -> Tensor:
 
 
 def _forward(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, vectors = _spectrum(input)
-    value = values[..., :k].sum(-1).to(device=input.device, dtype=accumulation_dtype(input))
-    return value, vectors[..., :k].contiguous()
+    return _tail(input, k, _by_gram)
+
+
+def _forward_by_qr(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _tail(input, k, _by_qr)
 
 
 def _backward(grad: Tensor, input: Tensor, vectors: Tensor) -> Tensor:
@@ -69,6 +81,10 @@ def _backward_fake(grad, input, vectors):
 
 _forward_op = define(
     "spectral_tail_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward, _forward_fake
+)
+# LAPACK's work on every device; no kernel of our own would be faster
+_forward_by_qr_op = define(
+    "spectral_tail_qr_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_qr, _forward_fake
 )
 _backward_op = define(
     "spectral_tail_backward(Tensor grad, Tensor input, Tensor vectors) -> Tensor", _backward, _backward_fake
@@ -102,7 +118,8 @@ class _TailProjector(torch.autograd.Function):
 class _SpectralTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, k: int) -> Tensor:
-        value, vectors = _forward_op(input, k)
+        forward = _forward_by_qr_op if input.dtype == torch.float64 else _forward_op
+        value, vectors = forward(input, k)
         ctx.save_for_backward(input, vectors)
         ctx.k = k
         return value

@@ -1,0 +1,524 @@
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../operands.h"
+#include "simd.h"
+#include "tasks.h"
+
+namespace talib_fast {
+namespace {
+
+typedef Lanes<double>::type Doubles;
+constexpr int64_t kDoubles = 8, kTile = 4;
+
+INLINE double sum_of(const Doubles& lanes) {
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// The sums of eight vectors at once, each in the lane of its number.
+INLINE Doubles sums_of(const Doubles* v) {
+  Doubles pairs[4], fours[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    fours[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+// ---- Vectors of doubles, of any length.
+
+INLINE double dot(const double* a, const double* b, int64_t n) {
+  Doubles sums = {};
+  int64_t i = 0;
+  for (; i + kDoubles <= n; i += kDoubles) sums += load_lanes(a + i) * load_lanes(b + i);
+  double rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum_of(sums) + rest;
+}
+
+INLINE void add_multiple(double* to, double factor, const double* of, int64_t n) {
+  int64_t i = 0;
+  const Doubles factors = Doubles{} + factor;
+  for (; i + kDoubles <= n; i += kDoubles) store_lanes(to + i, load_lanes(to + i) + factors * load_lanes(of + i));
+  for (; i < n; ++i) to[i] += factor * of[i];
+}
+
+// to[i] += a * p[i] + b * q[i]
+INLINE void add_two_multiples(double* to, double a, const double* p, double b, const double* q, int64_t n) {
+  int64_t i = 0;
+  const Doubles as = Doubles{} + a, bs = Doubles{} + b;
+  for (; i + kDoubles <= n; i += kDoubles)
+    store_lanes(to + i, load_lanes(to + i) + as * load_lanes(p + i) + bs * load_lanes(q + i));
+  for (; i < n; ++i) to[i] += a * p[i] + b * q[i];
+}
+
+// to[i] += factor * row[i]; returns the dot product of row and v.
+INLINE double add_multiple_and_dot(double* to, double factor, const double* row, const double* v, int64_t n) {
+  Doubles sums = {};
+  int64_t i = 0;
+  const Doubles factors = Doubles{} + factor;
+  for (; i + kDoubles <= n; i += kDoubles) {
+    const Doubles own = load_lanes(row + i);
+    sums += own * load_lanes(v + i);
+    store_lanes(to + i, load_lanes(to + i) + factors * own);
+  }
+  double rest = 0;
+  for (; i < n; ++i) rest += row[i] * v[i], to[i] += factor * row[i];
+  return sum_of(sums) + rest;
+}
+
+// ---- One matrix [m, n], m <= n, of any strides.
+
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t m, n, row, column;  // the last two: strides
+};
+
+// Columns [begin, end) in double, [m, stride], with zeros behind a row's last up to a whole vector.
+template <typename T>
+SIMD_CLONES void pack(const Matrix<const T>& from, int64_t begin, int64_t end, double* to, int64_t stride) {
+  const int64_t n = end - begin;
+  for (int64_t i = 0; i < from.m; ++i) {
+    const T* row = from.data + i * from.row + begin * from.column;
+    double* out = to + i * stride;
+    if (from.column == 1)
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<double>(static_cast<acc_t<T>>(row[j]));
+    else
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<double>(static_cast<acc_t<T>>(row[j * from.column]));
+    for (int64_t j = n; j < round_up(n, kDoubles); ++j) out[j] = 0;
+  }
+}
+
+template <typename T>
+SIMD_CLONES void unpack(const double* from, int64_t width, int64_t begin, int64_t end, const Matrix<T>& to) {
+  for (int64_t i = 0; i < to.m; ++i) {
+    T* row = to.data + i * to.row + begin * to.column;
+    for (int64_t j = 0; j < end - begin; ++j)
+      row[j * to.column] = static_cast<T>(static_cast<acc_t<T>>(from[i * width + j]));
+  }
+}
+
+// Adds the columns' Gram matrix to the upper triangle of `gram`, [size, size]. `columns`: [size, stride], `width` of
+// them; size and width are multiples of a tile and of a vector.
+SIMD_CLONES void add_gram(const double* columns, int64_t stride, int64_t width, double* gram, int64_t size) {
+  for (int64_t row = 0; row < size; row += kTile)
+    for (int64_t column = row; column < size; column += kTile) {
+      const double *a = columns + row * stride, *b = columns + column * stride;
+      Doubles sums[kTile * kTile] = {};
+      for (int64_t l = 0; l < width; l += kDoubles) {
+        Doubles its[kTile];
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kTile; ++j) its[j] = load_lanes(b + j * stride + l);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kTile; ++i) {
+          const Doubles own = load_lanes(a + i * stride + l);
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < kTile; ++j) sums[i * kTile + j] += own * its[j];
+        }
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        const Doubles added = sums_of(sums + half * kDoubles);
+        for (int64_t lane = 0; lane < kDoubles; ++lane)
+          gram[(row + half * 2 + lane / kTile) * size + column + lane % kTile] += added[lane];
+      }
+    }
+}
+
+// A matrix's columns in pieces that threads share. How many does not depend on the threads, so that sums don't either.
+struct Pieces {
+  explicit Pieces(int64_t columns) : n(columns), count(std::min<int64_t>(kMost, ceil_div(n, kColumns))) {}
+
+  // f(columns in double, stride, width) for one piece after the other of those that fit a core's cache
+  template <typename T, typename F>
+  void for_each_panel(int64_t piece, const Matrix<const T>& matrix, const F& f) const {
+    const int64_t size = round_up(matrix.m, kTile), share = round_up(ceil_div(n, count), kDoubles);
+    const int64_t stride = std::max<int64_t>(64, std::min(share, kOwnCache / 2 / (size * 8) / kDoubles * kDoubles));
+    const std::unique_ptr<double[]> columns(new double[size * stride]);
+    std::fill(columns.get() + matrix.m * stride, columns.get() + size * stride, 0.0);
+    const int64_t last = std::min(n, (piece + 1) * share);
+    for (int64_t begin = piece * share; begin < last; begin += stride) {
+      const int64_t end = std::min(last, begin + stride);
+      pack(matrix, begin, end, columns.get(), stride);
+      f(columns.get(), stride, round_up(end - begin, kDoubles));
+    }
+  }
+
+  static constexpr int64_t kMost = 16, kColumns = 256;
+  int64_t n, count;
+};
+
+// ---- The smallest eigenvalues of a symmetric matrix of trace 1, and their vectors.
+
+struct Tridiagonal {
+  std::vector<double> diagonal, beside;  // m and m - 1
+
+  // bounds of the eigenvalues, by Gershgorin's circles
+  std::pair<double, double> bounds() const {
+    double lowest = diagonal[0], highest = diagonal[0];
+    const int64_t m = diagonal.size();
+    for (int64_t i = 0; i < m; ++i) {
+      const double radius = (i == 0 ? 0 : std::abs(beside[i - 1])) + (i + 1 == m ? 0 : std::abs(beside[i]));
+      lowest = std::min(lowest, diagonal[i] - radius);
+      highest = std::max(highest, diagonal[i] + radius);
+    }
+    return {lowest, highest};
+  }
+};
+
+// Householder's reduction of the upper triangle of `a`, [m, m] with rows of `stride`, which then holds the reflectors:
+// I - tau v v' with v = (1, a[j, j + 2:]) from j + 1 on.
+SIMD_CLONES Tridiagonal tridiagonalize(double* a, int64_t m, int64_t stride, double* tau) {
+  Tridiagonal t{std::vector<double>(m), std::vector<double>(std::max<int64_t>(m - 1, 0))};
+  std::vector<double> product(m);
+  for (int64_t j = 0; j < m; ++j) {
+    t.diagonal[j] = a[j * stride + j];
+    if (j + 1 == m) break;
+    double* v = a + j * stride + j + 1;
+    const int64_t n = m - j - 1;
+    const double first = v[0], rest = dot(v + 1, v + 1, n - 1);
+    t.beside[j] = first;
+    tau[j] = 0;
+    if (rest == 0) continue;
+    const double reflected = -std::copysign(std::sqrt(first * first + rest), first);
+    t.beside[j] = reflected;
+    tau[j] = (reflected - first) / reflected;
+    for (int64_t i = 1; i < n; ++i) v[i] /= first - reflected;
+    v[0] = 1;
+    double* p = product.data();
+    std::fill_n(p, n, 0.0);
+    for (int64_t i = 0; i < n; ++i) {  // the rest of the matrix times v
+      const double* row = a + (j + 1 + i) * stride + j + 1;
+      p[i] += row[i] * v[i] + add_multiple_and_dot(p + i + 1, v[i], row + i + 1, v + i + 1, n - i - 1);
+    }
+    for (int64_t i = 0; i < n; ++i) p[i] *= tau[j];
+    add_multiple(p, -0.5 * tau[j] * dot(p, v, n), v, n);
+    for (int64_t i = 0; i < n; ++i) {
+      double* row = a + (j + 1 + i) * stride + j + 1;
+      add_two_multiples(row + i, -v[i], p + i, -p[i], v + i, n - i);
+    }
+  }
+  return t;
+}
+
+// How many eigenvalues are below each of kProbes numbers: the negative pivots of t - number.
+constexpr int64_t kProbes = 2 * kDoubles;
+INLINE void count_below(const Tridiagonal& t, const double* squares, const double* numbers, int64_t* counts) {
+  constexpr double kPivot = std::numeric_limits<double>::min();
+  typedef decltype(Doubles{} < Doubles{}) Integers;
+  Doubles at[2], q[2];
+  Integers below[2] = {};
+  for (int64_t half = 0; half < 2; ++half) at[half] = load_lanes(numbers + half * kDoubles), q[half] = Doubles{} + 1.0;
+  const int64_t m = t.diagonal.size();
+  for (int64_t i = 0; i < m; ++i)
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half) {  // two chains of divisions take hardly longer than one
+      q[half] = t.diagonal[i] - at[half] - squares[i] / q[half];
+      q[half] = ((q[half] < kPivot) & (q[half] > -kPivot)) ? Doubles{} - kPivot : q[half];
+      below[half] += q[half] < 0.0;
+    }
+  for (int64_t probe = 0; probe < kProbes; ++probe) counts[probe] = -below[probe / kDoubles][probe % kDoubles];
+}
+
+// The k smallest eigenvalues, ascending, by bisection, or into more parts at a time: the probes are shared out among up
+// to as many eigenvalues.
+SIMD_CLONES std::vector<double> smallest_eigenvalues(const Tridiagonal& t, int64_t k) {
+  constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+  constexpr int kRounds = 64;
+  const int64_t m = t.diagonal.size();
+  std::vector<double> squares(m), found(k);
+  for (int64_t i = 1; i < m; ++i) squares[i] = t.beside[i - 1] * t.beside[i - 1];
+  auto [lowest, highest] = t.bounds();
+  const double precision = kEpsilon * std::max(std::abs(lowest), std::abs(highest));
+  lowest -= 2 * precision * m, highest += 2 * precision * m;
+  for (int64_t begin = 0, group; begin < k; begin += group) {
+    for (group = kProbes; group > k - begin;) group /= 2;
+    const int64_t parts = kProbes / group;
+    double low[kProbes], high[kProbes], widest = highest - lowest;
+    std::fill_n(low, group, lowest), std::fill_n(high, group, highest);
+    for (int round = 0; round < kRounds && widest > precision; ++round) {
+      double numbers[kProbes];
+      int64_t counts[kProbes];
+      for (int64_t probe = 0; probe < kProbes; ++probe) {
+        const int64_t own = probe / parts;
+        numbers[probe] = low[own] + (high[own] - low[own]) * (probe % parts + 1) / (parts + 1);
+      }
+      count_below(t, squares.data(), numbers, counts);
+      for (int64_t probe = 0; probe < kProbes; ++probe) {
+        const int64_t own = probe / parts;
+        if (counts[probe] > begin + own) high[own] = std::min(high[own], numbers[probe]);
+        else low[own] = std::max(low[own], numbers[probe]);
+      }
+      widest = 0;
+      for (int64_t own = 0; own < group; ++own) widest = std::max(widest, high[own] - low[own]);
+    }
+    for (int64_t own = 0; own < group; ++own) found[begin + own] = (low[own] + high[own]) / 2;
+  }
+  return found;
+}
+
+// Solves (t - value) x = b in place, with rows exchanged and vanishing pivots replaced: x grows along the eigenvectors.
+class ShiftedSolver {
+ public:
+  ShiftedSolver(const Tridiagonal& t, double value)
+      : lower_(t.beside), pivots_(t.diagonal), upper_(t.beside), second_(t.diagonal.size()), swapped_(lower_.size()) {
+    for (double& pivot : pivots_) pivot -= value;
+    const int64_t m = pivots_.size();
+    for (int64_t i = 0; i + 1 < m; ++i) {
+      swapped_[i] = std::abs(pivots_[i]) < std::abs(lower_[i]);
+      if (swapped_[i]) {
+        const double factor = pivots_[i] / lower_[i], diagonal = pivots_[i + 1];
+        pivots_[i] = lower_[i];
+        lower_[i] = factor;
+        pivots_[i + 1] = upper_[i] - factor * diagonal;
+        upper_[i] = diagonal;
+        if (i + 2 < m) second_[i] = upper_[i + 1], upper_[i + 1] *= -factor;
+      } else {
+        keep_away_from_zero(pivots_[i]);
+        lower_[i] /= pivots_[i];
+        pivots_[i + 1] -= lower_[i] * upper_[i];
+      }
+    }
+    keep_away_from_zero(pivots_[m - 1]);
+  }
+
+  void solve(double* x) const {
+    const int64_t m = pivots_.size();
+    for (int64_t i = 0; i + 1 < m; ++i) {
+      if (swapped_[i]) std::swap(x[i], x[i + 1]);
+      x[i + 1] -= lower_[i] * x[i];
+    }
+    for (int64_t i = m - 1; i >= 0; --i) {
+      if (i + 1 < m) x[i] -= upper_[i] * x[i + 1];
+      if (i + 2 < m) x[i] -= second_[i] * x[i + 2];
+      x[i] /= pivots_[i];
+    }
+  }
+
+ private:
+  static void keep_away_from_zero(double& pivot) {
+    constexpr double kLeast = 1e-18;
+    if (std::abs(pivot) < kLeast) pivot = std::copysign(kLeast, pivot);
+  }
+
+  std::vector<double> lower_, pivots_, upper_, second_;
+  std::vector<char> swapped_;
+};
+
+// Orthonormal eigenvectors for those eigenvalues, [k, m], by inverse iteration; those of a cluster span its space.
+SIMD_CLONES void eigenvectors(const Tridiagonal& t, const std::vector<double>& values, double* vectors) {
+  constexpr int kIterations = 3;
+  const double near = 1e-3 * t.bounds().second;
+  const int64_t m = t.diagonal.size(), k = values.size();
+  uint64_t state = 0x9e3779b97f4a7c15;
+  int64_t cluster = 0;
+  for (int64_t index = 0; index < k; ++index) {
+    if (index > 0 && values[index] - values[index - 1] > near) cluster = index;
+    const ShiftedSolver solver(t, values[index]);
+    double* x = vectors + index * m;
+    for (int64_t i = 0; i < m; ++i) {
+      state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+      x[i] = static_cast<double>(state >> 11) * 0x1p-52 - 1;
+    }
+    for (int iteration = 0; iteration < kIterations; ++iteration) {
+      solver.solve(x);
+      for (int pass = 0; pass < 2; ++pass) {
+        const double scale = 1 / std::sqrt(dot(x, x, m));
+        for (int64_t i = 0; i < m; ++i) x[i] *= scale;
+        for (int64_t other = cluster; other < index; ++other)
+          add_multiple(x, -dot(x, vectors + other * m, m), vectors + other * m, m);
+      }
+      const double scale = 1 / std::sqrt(dot(x, x, m));
+      for (int64_t i = 0; i < m; ++i) x[i] *= scale;
+    }
+  }
+}
+
+SIMD_CLONES void reflect_back(const double* a, int64_t m, int64_t stride, const double* tau, int64_t k,
+                              double* vectors) {
+  for (int64_t index = 0; index < k; ++index)
+    for (int64_t j = m - 3; j >= 0; --j) {
+      const double* v = a + j * stride + j + 1;
+      double* x = vectors + index * m + j + 1;
+      if (tau[j] != 0) add_multiple(x, -tau[j] * dot(v, x, m - j - 1), v, m - j - 1);
+    }
+}
+
+// to[k, width] = vectors[k, m] times columns[m, stride]
+SIMD_CLONES void project(const double* vectors, int64_t k, int64_t m, const double* columns, int64_t stride,
+                         int64_t width, double* to) {
+  constexpr int64_t kBlock = 4 * kDoubles;
+  int64_t begin = 0;
+  for (; begin + kBlock <= width; begin += kBlock)
+    for (int64_t index = 0; index < k; ++index) {
+      Doubles sums[4] = {};
+      for (int64_t i = 0; i < m; ++i)
+#pragma GCC unroll 4
+        for (int64_t part = 0; part < 4; ++part)
+          sums[part] += vectors[index * m + i] * load_lanes(columns + i * stride + begin + part * kDoubles);
+      for (int64_t part = 0; part < 4; ++part) store_lanes(to + index * width + begin + part * kDoubles, sums[part]);
+    }
+  for (; begin < width; begin += kDoubles)
+    for (int64_t index = 0; index < k; ++index) {
+      Doubles sum = {};
+      for (int64_t i = 0; i < m; ++i) sum += vectors[index * m + i] * load_lanes(columns + i * stride + begin);
+      store_lanes(to + index * width + begin, sum);
+    }
+}
+
+SIMD_CLONES double squared_norm(const double* values, int64_t n) { return dot(values, values, n); }
+
+// ---- The operation.
+
+// The matrices of a tensor [..., b, f], their shorter side first.
+struct Matrices {
+  explicit Matrices(const Tensor& tensor) : tensor_(tensor) {
+    STD_TORCH_CHECK(tensor.dim() >= 2, "expected input of shape [..., b, f]");
+    const int64_t b = tensor.dim() - 2, f = b + 1;
+    const bool wide = tensor.size(b) <= tensor.size(f);
+    m = tensor.size(wide ? b : f), n = tensor.size(wide ? f : b);
+    row_ = tensor.stride(wide ? b : f), column_ = tensor.stride(wide ? f : b);
+    for (int64_t dim = 0; dim < b; ++dim) count *= tensor.size(dim);
+  }
+
+  template <typename T, typename Pointer>
+  Matrix<T> at(Pointer* data, int64_t index) const {
+    int64_t offset = 0;
+    for (int64_t dim = tensor_.dim() - 3; dim >= 0; --dim) {
+      offset += index % tensor_.size(dim) * tensor_.stride(dim);
+      index /= tensor_.size(dim);
+    }
+    return {static_cast<T*>(data) + offset, m, n, row_, column_};
+  }
+
+  int64_t count = 1, m, n;
+
+ private:
+  const Tensor& tensor_;
+  int64_t row_, column_;
+};
+
+// what a multiplication and addition weighs against an element that is read from memory, in for_each_task's count
+constexpr int64_t kOperationsPerElement = 64;
+
+// The value and the vectors [m, k] of one matrix.
+template <typename T>
+double tail(const Matrix<const T>& matrix, int64_t k, double* vectors, bool threads) {
+  const int64_t m = matrix.m, size = round_up(m, kTile);
+  const int64_t elements = threads ? m * m * matrix.n / kOperationsPerElement : 0;
+  const Pieces pieces(matrix.n);
+  std::vector<double> grams(pieces.count * size * size), tau(m), rows(k * m);
+  for_each_task(pieces.count, elements, [&](int64_t piece) {
+    pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
+      add_gram(columns, stride, width, grams.data() + piece * size * size, size);
+    });
+  });
+  double* gram = grams.data();
+  for (int64_t piece = 1; piece < pieces.count; ++piece)
+    for (int64_t i = 0; i < size * size; ++i) gram[i] += grams[piece * size * size + i];
+  double trace = 0;
+  for (int64_t i = 0; i < m; ++i) trace += gram[i * size + i];
+  if (!std::isfinite(trace)) {
+    std::fill_n(vectors, m * k, std::numeric_limits<double>::quiet_NaN());
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  if (trace == 0) {
+    for (int64_t i = 0; i < m * k; ++i) vectors[i] = i / k == i % k;
+    return 0;
+  }
+  for (int64_t i = 0; i < size * size; ++i) gram[i] /= trace;
+  const Tridiagonal tridiagonal = tridiagonalize(gram, m, size, tau.data());
+  eigenvectors(tridiagonal, smallest_eigenvalues(tridiagonal, k), rows.data());
+  reflect_back(gram, m, size, tau.data(), k, rows.data());
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t index = 0; index < k; ++index) vectors[i * k + index] = rows[index * m + i];
+  // from the matrix, not from the eigenvalues: that keeps the digits that squaring lost
+  std::vector<double> values(pieces.count);
+  for_each_task(pieces.count, elements, [&](int64_t piece) {
+    std::vector<double> projected;
+    pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
+      projected.resize(k * width);
+      project(rows.data(), k, m, columns, stride, width, projected.data());
+      values[piece] += squared_norm(projected.data(), k * width);
+    });
+  });
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
+
+std::tuple<Tensor, Tensor> spectral_tail_forward(const Tensor& input, int64_t k) {
+  const FloatType type = float_type(input);
+  const Matrices matrices(input);
+  STD_TORCH_CHECK(k >= 0 && k <= matrices.m, "expected 0 <= k <= min(b, f)");
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end() - 2);
+  const ScalarType value_type = accumulation_type(input.scalar_type());
+  const Tensor value = torch::stable::new_empty(input, sizes, value_type);
+  sizes.insert(sizes.end(), {matrices.m, k});
+  const Tensor vectors = torch::stable::new_empty(input, sizes, ScalarType::Double);
+  double* to = static_cast<double*>(vectors.mutable_data_ptr());
+  const auto store = [&](int64_t index, double found) {
+    if (value_type == ScalarType::Double) static_cast<double*>(value.mutable_data_ptr())[index] = found;
+    else static_cast<float*>(value.mutable_data_ptr())[index] = static_cast<float>(found);
+  };
+  const int64_t work = matrices.count * matrices.m * matrices.m * matrices.n / kOperationsPerElement;
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    for_each_task(matrices.count, work, [&](int64_t index) {
+      const auto matrix = matrices.at<const T>(input.const_data_ptr(), index);
+      store(index, k == 0 ? 0 : tail(matrix, k, to + index * matrices.m * k, matrices.count == 1));
+    });
+  });
+  return {value, vectors};
+}
+
+Tensor spectral_tail_backward(const Tensor& grad, const Tensor& input, const Tensor& vectors) {
+  constexpr int64_t kWidth = 64;
+  const Matrices matrices(input);
+  const Tensor output = torch::stable::empty_like(input);
+  const Matrices outputs(output);
+  const int64_t m = matrices.m, n = matrices.n, k = vectors.size(vectors.dim() - 1);
+  STD_TORCH_CHECK(vectors.size(vectors.dim() - 2) == m && vectors.scalar_type() == ScalarType::Double,
+                  "expected the vectors that the forward pass gave");
+  const Tensor factors = torch::stable::contiguous(torch::stable::to(grad, ScalarType::Double));
+  STD_TORCH_CHECK(factors.numel() == matrices.count, "expected one number of grad per matrix");
+  const Tensor dense = torch::stable::contiguous(vectors);
+  const double* factor = static_cast<const double*>(factors.const_data_ptr());
+  const double* by_row = static_cast<const double*>(dense.const_data_ptr());
+  std::vector<double> by_vector(matrices.count * k * m);
+  for (int64_t index = 0; index < matrices.count; ++index)
+    for (int64_t i = 0; i < m * k; ++i) by_vector[(index * k + i % k) * m + i / k] = by_row[index * m * k + i];
+  const int64_t blocks = ceil_div(n, kWidth);
+  dispatch(float_type(input), [&](auto zero) {
+    using T = decltype(zero);
+    for_each_task(matrices.count * blocks, matrices.count * n * m, [&](int64_t task) {
+      const int64_t index = task / blocks, begin = task % blocks * kWidth, end = std::min(n, begin + kWidth);
+      const int64_t at = index * m * k, width = round_up(end - begin, kDoubles);
+      std::vector<double> block(m * kWidth), projected(k * width);
+      pack(matrices.at<const T>(input.const_data_ptr(), index), begin, end, block.data(), kWidth);
+      project(by_vector.data() + at, k, m, block.data(), kWidth, width, projected.data());
+      for (double& value : projected) value *= 2 * factor[index];
+      project(by_row + at, m, k, projected.data(), width, width, block.data());
+      unpack(block.data(), width, begin, end, outputs.at<T>(output.mutable_data_ptr(), index));
+    });
+  });
+  return output;
+}
+
+}  // namespace
+}  // namespace talib_fast
+
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
+  m.impl("spectral_tail_forward", TORCH_BOX(&talib_fast::spectral_tail_forward));
+  m.impl("spectral_tail_backward", TORCH_BOX(&talib_fast::spectral_tail_backward));
+}
