@@ -1,5 +1,8 @@
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from talib_fast.finetune.bss import BatchSpectralShrinkage
@@ -295,3 +298,47 @@ class TestBatchSpectralShrinkage:
 
     def test_repr(self):
         assert repr(BatchSpectralShrinkage()) == "BatchSpectralShrinkage(k=1)"
+        assert repr(BatchSpectralShrinkage(2, all_ranks=True)) == "BatchSpectralShrinkage(k=2, all_ranks=True)"
+
+    def test_alone_all_ranks_are_one(self):
+        feature = torch.randn(4, 8)
+        assert BatchSpectralShrinkage(2, all_ranks=True)(feature) == BatchSpectralShrinkage(2)(feature)
+
+
+def _train_a_rank(rank, folder, shares, width):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(shares))
+    try:
+        x = torch.load(f"{folder}/x.pt").split(shares)[rank]
+        layer = nn.Linear(5, width[rank]).double()
+        bss = BatchSpectralShrinkage(3, all_ranks=True)
+        if len(set(width)) > 1:
+            with pytest.raises(ValueError, match="features of one width on all ranks"):
+                bss(layer(x))
+            return
+        layer.load_state_dict(torch.load(f"{folder}/layer.pt"))
+        model = nn.parallel.DistributedDataParallel(layer)
+        loss = bss(model(x))
+        loss.backward()
+        torch.save((loss.detach(), layer.weight.grad), f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
+class TestRanks:
+    @pytest.mark.parametrize("shares", [[4, 4], [5, 1, 2], [8, 0]])
+    def test_ranks_equal_one_process_on_the_joined_batch(self, shares, tmp_path):
+        x, layer = torch.randn(8, 5, dtype=torch.float64), nn.Linear(5, 6).double()
+        torch.save(x, tmp_path / "x.pt")
+        torch.save(layer.state_dict(), tmp_path / "layer.pt")
+        mp.spawn(_train_a_rank, (str(tmp_path), shares, [6] * len(shares)), nprocs=len(shares))
+        loss = BatchSpectralShrinkage(3)(layer(x))
+        loss.backward()
+        for rank in range(len(shares)):
+            found = torch.load(tmp_path / f"{rank}.pt")
+            torch.testing.assert_close(found, (loss.detach(), layer.weight.grad))
+
+    def test_features_of_different_width_are_an_error(self, tmp_path):
+        torch.save(torch.randn(4, 5, dtype=torch.float64), tmp_path / "x.pt")
+        mp.spawn(_train_a_rank, (str(tmp_path), [2, 2], [6, 7]), nprocs=2)

@@ -1,11 +1,43 @@
 """Batch Spectral Shrinkage, NeurIPS 2019 (https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html)."""
 
+from typing import Any
+
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops import spectral_tail
 
 __all__ = ["BatchSpectralShrinkage"]
+
+
+class _JoinedOverRanks(torch.autograd.Function):
+    """The features of all ranks in rank order; backward, what all ranks together ask of this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, process_group: Any) -> Tensor:
+        world = dist.get_world_size(process_group)
+        shape = torch.tensor(feature.shape, device=feature.device)
+        gathered = [torch.empty_like(shape) for _ in range(world)]
+        dist.all_gather(gathered, shape, process_group)
+        shapes = torch.stack(gathered).tolist()
+        rows = [b for b, _ in shapes]
+        if any(f != feature.size(1) for _, f in shapes):
+            raise ValueError(f"expected features of one width on all ranks, got the shapes {shapes}")
+        padded = feature.new_zeros(max(rows), feature.size(1))
+        padded[: len(feature)] = feature
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded, process_group)
+        ctx.process_group, ctx.rows = process_group, rows
+        return torch.cat([part[:b] for part, b in zip(parts, rows, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.process_group)
+        return grad.split(ctx.rows)[dist.get_rank(ctx.process_group)].clone(), None
 
 
 class BatchSpectralShrinkage(nn.Module):
@@ -17,6 +49,11 @@ class BatchSpectralShrinkage(nn.Module):
 
     Args:
         k: how many of the smallest singular values to penalise.
+        all_ranks: under ``torch.distributed``, join the features of all ranks, whose batches may differ in size, so
+            that data-parallel training penalises what one process with the whole batch would. Every rank returns the
+            same loss; with gradients averaged over ranks, as DistributedDataParallel does, they are those of the one
+            process. Costs two collectives forward, with one wait for the device, and one backward.
+        process_group: the ranks to join; the default group if None.
 
     Inputs:
         feature: ``[b, f]``; computed in float64 whatever its dtype.
@@ -26,21 +63,26 @@ class BatchSpectralShrinkage(nn.Module):
 
     Raises:
         TypeError: ``k`` is not an integer, or ``feature`` is not floating point.
-        ValueError: ``k`` is negative or larger than min(b, f), or ``feature`` is not a matrix.
+        ValueError: ``k`` is negative or larger than min(b, f), or ``feature`` is not a matrix, or the ranks' features
+            differ in width.
     """
 
-    def __init__(self, k: int = 1) -> None:
+    def __init__(self, k: int = 1, all_ranks: bool = False, process_group: Any = None) -> None:
         super().__init__()
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
             raise TypeError(f"expected an integer k, got {k!r}")
         if k < 0:
             raise ValueError(f"expected k >= 0, got {k}")
         self.k = int(k)
+        self.all_ranks, self.process_group = all_ranks, process_group
 
     def extra_repr(self) -> str:
-        return f"k={self.k}"
+        return f"k={self.k}" + (", all_ranks=True" if self.all_ranks else "")
 
     def forward(self, feature: Tensor) -> Tensor:
         if feature.dim() != 2:
             raise ValueError(f"expected features of shape [b, f], got {list(feature.shape)}")
+        distributed = self.all_ranks and dist.is_available() and dist.is_initialized()
+        if distributed and dist.get_world_size(self.process_group) > 1:
+            feature = _JoinedOverRanks.apply(feature, self.process_group)
         return spectral_tail(feature, self.k)
