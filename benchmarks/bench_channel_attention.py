@@ -14,7 +14,6 @@ of the smaller network, trained for a moment on made-up classes so that its chan
 import argparse
 import copy
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import report
 import torch
 import torch.nn.functional as F
 from harness import Candidate, Feed
-from report import LOOKS, Case, Goal, progress, speedup
+from report import LOOKS, Case, Goal, error_bars, progress, speedup
 from resnet import CHANNEL_LAYERS, ResNet50
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -278,8 +277,15 @@ def draw(results: dict[str, Any]) -> Any:
                 axes.plot([fewer(row, way) for row in shown], places, marker, color=colour, label=way)
                 continue
             spreads = [speedup(row, BRUTE_FORCE, way, "forward") for row in shown]
-            error = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
-            axes.errorbar([s.median for s in spreads], places, xerr=error, fmt=marker, color=colour, lw=1.2, label=way)
+            axes.errorbar(
+                [s.median for s in spreads],
+                places,
+                xerr=error_bars(spreads),
+                fmt=marker,
+                color=colour,
+                lw=1.2,
+                label=way,
+            )
         if shown is counted:
             axes.plot(
                 [fewer(row, LIMIT) for row in shown], places, "|", color="0.3", ms=14, label="limit of an exact way"
@@ -306,13 +312,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return command.parse(command.parser(__doc__, dtypes=False, layouts=False), arguments, OPERATION, BATCHES)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.from_json is not None:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-        return
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the options ask for."""
     device = torch.device(options.device)
-    results = {
+    return {
         "operation": OPERATION,
         "environment": report.environment(device),
         "settings": {
@@ -327,9 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *measured(SMALL, options.batch, options.rounds, device),
         ],
     }
-    results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
-    report.write_json(results, options.out)
-    publish(results, options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    report.run(parse(arguments), run, goals, publish)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ features with a geometric spectrum, against float64's SVD of the same features.
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import report
 import torch
 from command import DTYPES
 from harness import Candidate, Feed
-from report import LOOKS, Case, Goal, Spread, progress, seconds, speedup
+from report import LOOKS, Case, Goal, Spread, error_bars, progress, seconds, speedup
 from torch import Tensor, nn
 
 from talib_fast.ops import spectral_tail
@@ -218,9 +217,8 @@ def draw(results: dict[str, Any]) -> Any:
         cases = [by_shape[shape] for shape in shapes if shape in by_shape]
         for candidate, (colour, marker) in zip(shown, LOOKS, strict=False):
             spreads = [speedup(case, UPSTREAM, candidate, "both") for case in cases]
-            error = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
             axes.errorbar(
-                [case[name] for case in cases], [s.median for s in spreads], yerr=error, fmt=f"{marker}-",
+                [case[name] for case in cases], [s.median for s in spreads], yerr=error_bars(spreads), fmt=f"{marker}-",
                 color=colour, ms=4.5, lw=1.2, label=candidate,
             )  # fmt: skip
         axes.axhline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
@@ -261,11 +259,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return command.parse(made, arguments, OPERATION)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.from_json is not None:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-        return
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the options ask for."""
     device = torch.device(options.device)
     settings = [Setting(*shape, dtype, options.device) for dtype in options.dtype for shape in SHAPES]
     cases = []
@@ -273,16 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress(f"{number}/{len(settings)} {setting.label} {setting.dtype}")
         cases.append(timed(setting, options.rounds))
     progress("")
-    results = {
+    return {
         "operation": OPERATION,
         "environment": report.environment(device, OPERATION),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per pass"},
         "errors": errors(device),
         "cases": cases,
     }
-    results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
-    report.write_json(results, options.out)
-    publish(results, options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    report.run(parse(arguments), run, goals, publish)
 
 
 if __name__ == "__main__":

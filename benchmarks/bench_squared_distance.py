@@ -12,7 +12,6 @@ sources 2N forward and 3N backward, without them N and 2N.
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,11 +278,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return command.parse(command.parser(__doc__), arguments, OPERATION, BATCHES)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.from_json is not None:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-        return
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the options ask for."""
     settings = [
         Setting(label, layout, dtype, options.batch, options.device)
         for dtype in options.dtype
@@ -291,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label in (DELTA, ATTENTION, *ONE_MAP, L2_SP, L2)
         if layout == "contiguous" or label not in (L2_SP, L2)
     ]
-    results = {
+    return {
         "operation": OPERATION,
         "environment": report.environment(torch.device(options.device), OPERATION),
         "settings": {
@@ -302,9 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "cases": measure(settings, options.rounds),
     }
-    results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
-    report.write_json(results, options.out)
-    publish(results, options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    report.run(parse(arguments), run, goals, publish)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ and 5N, or 3N where input and gradient fit.
 
 import argparse
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -304,11 +303,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.from_json is not None:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-        return
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the options ask for."""
     settings = [
         Setting(channels, size, count, layout, dtype, options.batch, options.device)
         for dtype in options.dtype
@@ -317,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if f"{channels}@{size}" in options.shapes
     ]
     device = torch.device(options.device)
-    results = {
+    return {
         "operation": OPERATION,
         "environment": report.environment(device, OPERATION),
         "settings": {
@@ -330,9 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "cases": measure(settings, options.rounds),
     }
-    results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
-    report.write_json(results, options.out)
-    publish(results, options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    report.run(parse(arguments), run, goals, publish)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a benchmark reports: where it ran, statistics of raw samples, goals, a table, a plot and the JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -146,6 +147,11 @@ class Spread:
         return f"{self.median:.2f} ({self.lower:.2f}–{self.upper:.2f})"
 
 
+def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
+    """What reaches from the medians to the quartiles, as matplotlib wants it."""
+    return [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+
+
 def seconds(case: Case, candidate: str, measure: str) -> list[float]:
     """A candidate's raw samples; ``both`` adds its forward and backward pass round by round."""
     samples = case["samples"][candidate]
@@ -250,6 +256,21 @@ def publish(
     _write_plot(folder, draw)
 
 
+def run(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    goals: Callable[[dict[str, Any]], Sequence[Goal]],
+    publish: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Measure, and write and publish the results; or publish anew those that ``--from-json`` names."""
+    folder = options.from_json
+    if folder is None:
+        folder, results = options.out, measure(options)
+        results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
+        write_json(results, folder)
+    publish(json.loads((folder / "results.json").read_text()), folder)
+
+
 def _write_plot(folder: Path, draw: Callable[[], Any]) -> None:
     try:
         import matplotlib
@@ -277,11 +298,10 @@ def draw_speedups(results: dict[str, Any], baseline: str) -> Any:
         candidates = [name for name, own in cases[0]["samples"].items() if name != baseline and "backward" in own]
         for number, (candidate, (colour, marker)) in enumerate(zip(candidates, LOOKS, strict=False)):
             spreads = [speedup(case, baseline, candidate, "both") for case in cases]
-            error = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
             offset = 0.2 * (number - (len(candidates) - 1) / 2)  # side by side, so that none hides another
             axes.errorbar(
-                [s.median for s in spreads], [place + offset for place in range(len(cases))], xerr=error, fmt=marker,
-                color=colour, ms=4.5, lw=1.2, label=candidate,
+                [s.median for s in spreads], [place + offset for place in range(len(cases))],
+                xerr=error_bars(spreads), fmt=marker, color=colour, ms=4.5, lw=1.2, label=candidate,
             )  # fmt: skip
         axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
         axes.set_title(title, fontsize=10)
