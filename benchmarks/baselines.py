@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talib_fast.finetune.stochnorm import StochNorm2d
-from talib_fast.ops.spectral_tail import _backward as tail_backward
-from talib_fast.ops.spectral_tail import _forward as tail_forward
+from talib_fast.ops.spectral_tail import _forward_by_gram as tail_forward
+from talib_fast.ops.spectral_tail import _gradient as tail_backward
 from talib_fast.ops.squared_distance import _backward as distance_backward
 from talib_fast.ops.squared_distance import _forward as distance_forward
 from talib_fast.ops.stoch_norm import _backward as operation_backward

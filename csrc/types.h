@@ -20,6 +20,12 @@ struct Exchange {
   int64_t rows = 0, columns = 1, unit = 1;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The matrices of a tensor [b, f] or [count, b, f], their shorter side first: m × n, m <= n.
+struct Matrices {
+  int64_t count, m, n;
+  int64_t stride, row_stride, column_stride;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace talib_fast

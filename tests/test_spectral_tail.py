@@ -12,6 +12,17 @@ OP = torch.ops.talib_fast
 CASES = [((4, 7), 0), ((4, 7), 1), ((4, 7), 4), ((7, 4), 2), ((5, 5), 3), ((2, 3, 4), 2), ((1, 6), 1)]
 
 
+def forward(matrix, k):
+    """The value and the vectors of one tensor, whichever backend serves it."""
+    (value,), (vectors,) = OP.spectral_tail_forward([matrix], [k])
+    return value, vectors
+
+
+def backward(grad, matrix, vectors):
+    (gradient,) = OP.spectral_tail_backward([grad], [matrix], [vectors])
+    return gradient
+
+
 def oracle(matrix, k):
     return torch.linalg.svdvals(matrix.double()).flip(-1)[..., :k].square().sum(-1)
 
@@ -41,9 +52,12 @@ class TestValuesAndGradients:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
     def test_opcheck(self, shape, k, dtype, device):
         matrix = torch.randn(shape, device=device).to(dtype)
-        torch.library.opcheck(OP.spectral_tail_forward.default, (matrix, k))
-        value, vectors = OP.spectral_tail_forward(matrix, k)
-        torch.library.opcheck(OP.spectral_tail_backward.default, (torch.ones_like(value), matrix, vectors))
+        torch.library.opcheck(OP.spectral_tail_forward.default, ([matrix, matrix.mT], [k, 0]))
+        value, vectors = forward(matrix, k)
+        torch.library.opcheck(OP.spectral_tail_backward.default, ([torch.ones_like(value)], [matrix], [vectors]))
+        for decomposed in (OP.spectral_tail_linalg_forward.default, OP.spectral_tail_qr_forward.default):
+            torch.library.opcheck(decomposed, (matrix, k))
+        torch.library.opcheck(OP.spectral_tail_linalg_backward.default, (torch.ones_like(value), matrix, vectors))
 
 
 def orthogonal(n):
@@ -59,9 +73,9 @@ class TestTail:
 
     def check(self, matrix, k, device):
         matrix = matrix.to(device)
-        value, vectors = OP.spectral_tail_forward(matrix, k)
+        value, vectors = forward(matrix, k)
         grad = torch.rand_like(value) + 0.5
-        gradient = OP.spectral_tail_backward(grad, matrix, vectors)
+        gradient = backward(grad, matrix, vectors)
         exact = matrix.double().cpu()
         value, vectors, grad = (tensor.double().cpu() for tensor in (value, vectors, grad))
         wide = exact if exact.size(-2) <= exact.size(-1) else exact.mT
@@ -79,7 +93,7 @@ class TestTail:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize(
         "shape",
-        [(1, 1), (1, 9), (9, 1), (2, 2), (3, 7), (4, 64), (5, 65), (48, 2048), (130, 33), (3, 6, 9), (2, 3, 20, 12)],
+        [(1, 1), (1, 9), (9, 1), (2, 2), (3, 7), (4, 64), (5, 65), (48, 2048), (130, 33), (3, 6, 9), (6, 20, 12)],
     )
     def test_random_matrices(self, shape, dtype, device):
         rank = min(shape[-2:])
@@ -107,7 +121,7 @@ class TestTail:
 
     def test_any_strides(self, device):
         base = torch.randn(3, 10, 4, 40)
-        for matrix in (base[..., ::2], base.transpose(1, 3), base[:, 1, :, 3:], base.mT[:, ::3], base[0, 0].mT):
+        for matrix in (base[0, ..., ::2], base[0].transpose(0, 2), base[:, 1, :, 3:], base[1].mT[::3], base[0, 0].mT):
             self.check(matrix, 2, device)
         self.check(torch.randn(5, 1).expand(5, 8), 2, device)
 
@@ -123,8 +137,8 @@ class TestTail:
         try:
             for number in (1, 2, 5):
                 torch.set_num_threads(number)
-                value, vectors = OP.spectral_tail_forward(matrix, 3)
-                found.append((value, vectors, OP.spectral_tail_backward(torch.ones_like(value), matrix, vectors)))
+                value, vectors = forward(matrix, 3)
+                found.append((value, vectors, backward(torch.ones_like(value), matrix, vectors)))
         finally:
             torch.set_num_threads(threads)
         if backends()["spectral_tail"]["cpu"][0] == "compiled":  # LAPACK's bits may depend on its threads
@@ -135,17 +149,71 @@ class TestTail:
         if backends()["spectral_tail"]["cpu"][0] != "compiled":
             pytest.skip("the PyTorch implementation leaves that to the public function")
         matrix = torch.randn(4, 6)
-        value, vectors = OP.spectral_tail_forward(matrix, 2)
-        for arguments in ((matrix[0], 1), (matrix, 5), (matrix, -1), (matrix.long(), 1)):
+        value, vectors = forward(matrix, 2)
+        for arguments in ((matrix[0], 1), (matrix[None, None], 1), (matrix, 5), (matrix, -1), (matrix.long(), 1)):
             with pytest.raises(RuntimeError, match="expected"):
-                OP.spectral_tail_forward(*arguments)
+                forward(*arguments)
+        with pytest.raises(RuntimeError, match="expected one k per input"):
+            OP.spectral_tail_forward([matrix], [1, 2])
         for arguments in (
             (value, matrix, vectors.float()),
             (value.expand(2), matrix, vectors),
             (value, matrix, vectors[1:]),
         ):
             with pytest.raises(RuntimeError, match="expected"):
-                OP.spectral_tail_backward(*arguments)
+                backward(*arguments)
+
+
+class TestLists:
+    SHAPES = ((3, 7), (48, 100), (7, 3), (2, 5, 8), (4, 0), (100, 70), (0, 3, 4), (2, 2, 3, 4), (150, 160), (300, 290))
+
+    def test_several_tensors_are_served_as_one_by_one(self, device):
+        """More tensors than a launch of the CUDA kernels takes, and every size class of theirs."""
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+        ranks = [min(shape[-2:]) for shape in self.SHAPES * 2]
+        k = [min(j % 4, rank) for j, rank in enumerate(ranks)]
+        matrices = [
+            torch.randn(shape, device=device).to(dtypes[j % 4]).requires_grad_(j != 1)
+            for j, shape in enumerate(self.SHAPES * 2)
+        ]
+        values = spectral_tail(matrices, k)
+        assert isinstance(values, tuple)
+        sum(value.sum().double() for value in values).backward()
+        for matrix, number, value in zip(matrices, k, values, strict=True):
+            alone = matrix.detach().requires_grad_()
+            expected = spectral_tail(alone, number)
+            expected.sum().backward()
+            assert value.shape == matrix.shape[:-2] and value.dtype == expected.dtype
+            torch.testing.assert_close(value, expected, equal_nan=True)
+            if matrix.requires_grad:
+                torch.testing.assert_close(matrix.grad, alone.grad)
+            else:
+                assert matrix.grad is None
+
+    def test_one_k_for_all(self):
+        matrices = [torch.randn(3, 4), torch.randn(6, 5)]
+        assert spectral_tail(matrices, 2) == spectral_tail(matrices, [2, 2])
+        assert spectral_tail([], 3) == ()
+
+    def test_gradcheck_and_gradgradcheck(self):
+        matrices = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (2, 4, 3)))
+        assert gradcheck(lambda *m: spectral_tail(m, [1, 2]), matrices)
+        assert gradgradcheck(lambda *m: spectral_tail(m, [1, 2]), matrices)
+
+    def test_compiles_into_one_graph(self):
+        matrices = [torch.randn(3, 4, requires_grad=True), torch.randn(2, 6, 5, requires_grad=True)]
+        expected = spectral_tail(matrices, [1, 2])
+        found = torch.compile(lambda m: spectral_tail(m, [1, 2]), fullgraph=True, backend="aot_eager")(matrices)
+        torch.testing.assert_close(found, expected)
+
+    def test_bad_input_is_named(self):
+        matrices = [torch.ones(2, 3), torch.ones(3, 4)]
+        with pytest.raises(ValueError, match="expected one k, or 2, one per input, got 3"):
+            spectral_tail(matrices, [1, 1, 1])
+        with pytest.raises(ValueError, match=r"min\(b, f\) = 2 for input 0 of shape \[2, 3\], got k = 3"):
+            spectral_tail(matrices, 3)
+        with pytest.raises(ValueError, match="expected input 1 on cpu, the first one's device, got meta"):
+            spectral_tail([matrices[0], matrices[1].to("meta")], 1)
 
 
 @pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-6), (1e3, 1e-6), (1e4, 1e-5), (1e5, 1e-4)])

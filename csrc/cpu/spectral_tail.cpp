@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../operands.h"
+#include "../spectral_tail.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -281,6 +281,7 @@ class ShiftedSolver {
       if (swapped_[i]) {
         const double factor = pivots_[i] / lower_[i], diagonal = pivots_[i + 1];
         pivots_[i] = lower_[i];
+        keep_away_from_zero(pivots_[i]);
         lower_[i] = factor;
         pivots_[i + 1] = upper_[i] - factor * diagonal;
         upper_[i] = diagonal;
@@ -382,33 +383,10 @@ SIMD_CLONES double squared_norm(const double* values, int64_t n) { return dot(va
 
 // ---- The operation.
 
-// The matrices of a tensor [..., b, f], their shorter side first.
-struct Matrices {
-  explicit Matrices(const Tensor& tensor) : tensor_(tensor) {
-    STD_TORCH_CHECK(tensor.dim() >= 2, "expected input of shape [..., b, f]");
-    const int64_t b = tensor.dim() - 2, f = b + 1;
-    const bool wide = tensor.size(b) <= tensor.size(f);
-    m = tensor.size(wide ? b : f), n = tensor.size(wide ? f : b);
-    row_ = tensor.stride(wide ? b : f), column_ = tensor.stride(wide ? f : b);
-    for (int64_t dim = 0; dim < b; ++dim) count *= tensor.size(dim);
-  }
-
-  template <typename T, typename Pointer>
-  Matrix<T> at(Pointer* data, int64_t index) const {
-    int64_t offset = 0;
-    for (int64_t dim = tensor_.dim() - 3; dim >= 0; --dim) {
-      offset += index % tensor_.size(dim) * tensor_.stride(dim);
-      index /= tensor_.size(dim);
-    }
-    return {static_cast<T*>(data) + offset, m, n, row_, column_};
-  }
-
-  int64_t count = 1, m, n;
-
- private:
-  const Tensor& tensor_;
-  int64_t row_, column_;
-};
+template <typename T, typename Pointer>
+Matrix<T> matrix_at(const Matrices& shape, Pointer* data, int64_t index) {
+  return {static_cast<T*>(data) + index * shape.stride, shape.m, shape.n, shape.row_stride, shape.column_stride};
+}
 
 // what a multiplication and addition weighs against an element that is read from memory, in for_each_task's count
 constexpr int64_t kOperationsPerElement = 64;
@@ -457,62 +435,79 @@ double tail(const Matrix<const T>& matrix, int64_t k, double* vectors, bool thre
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
-std::tuple<Tensor, Tensor> spectral_tail_forward(const Tensor& input, int64_t k) {
-  const FloatType type = float_type(input);
-  const Matrices matrices(input);
-  STD_TORCH_CHECK(k >= 0 && k <= matrices.m, "expected 0 <= k <= min(b, f)");
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end() - 2);
-  const ScalarType value_type = accumulation_type(input.scalar_type());
-  const Tensor value = torch::stable::new_empty(input, sizes, value_type);
-  sizes.insert(sizes.end(), {matrices.m, k});
-  const Tensor vectors = torch::stable::new_empty(input, sizes, ScalarType::Double);
-  double* to = static_cast<double*>(vectors.mutable_data_ptr());
-  const auto store = [&](int64_t index, double found) {
-    if (value_type == ScalarType::Double) static_cast<double*>(value.mutable_data_ptr())[index] = found;
-    else static_cast<float*>(value.mutable_data_ptr())[index] = static_cast<float>(found);
-  };
-  const int64_t work = matrices.count * matrices.m * matrices.m * matrices.n / kOperationsPerElement;
-  dispatch(type, [&](auto zero) {
-    using T = decltype(zero);
-    for_each_task(matrices.count, work, [&](int64_t index) {
-      const auto matrix = matrices.at<const T>(input.const_data_ptr(), index);
-      store(index, k == 0 ? 0 : tail(matrix, k, to + index * matrices.m * k, matrices.count == 1));
-    });
-  });
-  return {value, vectors};
+// A matrix of a list of tensors of matrices: the tensor's number in the list, and its own in the tensor.
+struct Place {
+  size_t tensor;
+  int64_t index;
+};
+
+template <typename Call>
+std::vector<Place> places(const std::vector<Call>& calls) {
+  std::vector<Place> found;
+  for (size_t tensor = 0; tensor < calls.size(); ++tensor)
+    for (int64_t index = 0; index < calls[tensor].matrices.count; ++index) found.push_back({tensor, index});
+  return found;
 }
 
-Tensor spectral_tail_backward(const Tensor& grad, const Tensor& input, const Tensor& vectors) {
-  constexpr int64_t kWidth = 64;
-  const Matrices matrices(input);
-  const Tensor output = torch::stable::empty_like(input);
-  const Matrices outputs(output);
-  const int64_t m = matrices.m, n = matrices.n, k = vectors.size(vectors.dim() - 1);
-  STD_TORCH_CHECK(vectors.size(vectors.dim() - 2) == m && vectors.scalar_type() == ScalarType::Double,
-                  "expected the vectors that the forward pass gave");
-  const Tensor factors = torch::stable::contiguous(torch::stable::to(grad, ScalarType::Double));
-  STD_TORCH_CHECK(factors.numel() == matrices.count, "expected one number of grad per matrix");
-  const Tensor dense = torch::stable::contiguous(vectors);
-  const double* factor = static_cast<const double*>(factors.const_data_ptr());
-  const double* by_row = static_cast<const double*>(dense.const_data_ptr());
-  std::vector<double> by_vector(matrices.count * k * m);
-  for (int64_t index = 0; index < matrices.count; ++index)
-    for (int64_t i = 0; i < m * k; ++i) by_vector[(index * k + i % k) * m + i / k] = by_row[index * m * k + i];
-  const int64_t blocks = ceil_div(n, kWidth);
-  dispatch(float_type(input), [&](auto zero) {
-    using T = decltype(zero);
-    for_each_task(matrices.count * blocks, matrices.count * n * m, [&](int64_t task) {
-      const int64_t index = task / blocks, begin = task % blocks * kWidth, end = std::min(n, begin + kWidth);
-      const int64_t at = index * m * k, width = round_up(end - begin, kDoubles);
-      std::vector<double> block(m * kWidth), projected(k * width);
-      pack(matrices.at<const T>(input.const_data_ptr(), index), begin, end, block.data(), kWidth);
-      project(by_vector.data() + at, k, m, block.data(), kWidth, width, projected.data());
-      for (double& value : projected) value *= 2 * factor[index];
-      project(by_row + at, m, k, projected.data(), width, width, block.data());
-      unpack(block.data(), width, begin, end, outputs.at<T>(output.mutable_data_ptr(), index));
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const std::vector<Tensor>& inputs,
+                                                                           const std::vector<int64_t>& k) {
+  const std::vector<TailCall> calls = tail_calls(inputs, k);
+  const std::vector<Place> all = places(calls);
+  int64_t work = 0;
+  for (const TailCall& call : calls)
+    work += call.matrices.count * call.matrices.m * call.matrices.m * call.matrices.n / kOperationsPerElement;
+  for_each_task(all.size(), work, [&](int64_t task) {
+    const TailCall& call = calls[all[task].tensor];
+    const int64_t index = all[task].index, k = call.k;
+    double* vectors = static_cast<double*>(call.vectors.mutable_data_ptr()) + index * call.matrices.m * k;
+    dispatch(float_type(call.input), [&](auto zero) {
+      using T = decltype(zero);
+      const auto matrix = matrix_at<const T>(call.matrices, call.input.const_data_ptr(), index);
+      const double value = k == 0 ? 0 : tail(matrix, k, vectors, all.size() == 1);
+      static_cast<acc_t<T>*>(call.value.mutable_data_ptr())[index] = static_cast<acc_t<T>>(value);
     });
   });
-  return output;
+  return results(calls);
+}
+
+// The gradient of one matrix in columns [begin, end). `by_vector` is `vectors`, [m, k], transposed.
+template <typename T>
+void write_gradient(const Matrix<const T>& matrix, const Matrix<T>& gradient, double factor, const double* vectors,
+                    const double* by_vector, int64_t k, int64_t begin, int64_t end) {
+  const int64_t width = round_up(end - begin, kDoubles);
+  std::vector<double> block(matrix.m * width), projected(k * width);
+  pack(matrix, begin, end, block.data(), width);
+  project(by_vector, k, matrix.m, block.data(), width, width, projected.data());
+  for (double& value : projected) value *= factor;
+  project(vectors, matrix.m, k, projected.data(), width, width, block.data());
+  unpack(block.data(), width, begin, end, gradient);
+}
+
+std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& inputs,
+                                           const std::vector<Tensor>& vectors) {
+  constexpr int64_t kWidth = 64;
+  if (inputs.empty()) return {};
+  const std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors);
+  for (const TailGradientCall& call : calls) {
+    const auto [count, m, n, stride, row_stride, column_stride] = call.matrices;
+    const Matrices outputs = matrices(call.gradient);
+    const int64_t k = call.k, blocks = ceil_div(n, kWidth);
+    const double* by_row = static_cast<const double*>(call.vectors.const_data_ptr());
+    std::vector<double> by_vector(count * k * m);
+    for (int64_t index = 0; index < count; ++index)
+      for (int64_t i = 0; i < m * k; ++i) by_vector[(index * k + i % k) * m + i / k] = by_row[index * m * k + i];
+    dispatch(float_type(call.input), [&](auto zero) {
+      using T = decltype(zero);
+      for_each_task(count * blocks, count * n * m, [&](int64_t task) {
+        const int64_t index = task / blocks, begin = task % blocks * kWidth, end = std::min(n, begin + kWidth);
+        const double grad = static_cast<const acc_t<T>*>(call.grad.const_data_ptr())[index];
+        write_gradient(matrix_at<const T>(call.matrices, call.input.const_data_ptr(), index),
+                       matrix_at<T>(outputs, call.gradient.mutable_data_ptr(), index), 2 * grad,
+                       by_row + index * m * k, by_vector.data() + index * m * k, k, begin, end);
+      });
+    });
+  }
+  return results(calls);
 }
 
 }  // namespace

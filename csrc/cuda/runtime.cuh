@@ -9,6 +9,8 @@
 #include <simt.h>
 #endif
 
+#include "../types.h"
+
 #include <cstddef>
 #include <cstring>
 #include <stdexcept>
@@ -78,6 +80,17 @@ __device__ __forceinline__ T from_acc(acc_t<T> value) {
   } else {
     static_assert(std::is_same_v<T, acc_t<T>>);
     return value;
+  }
+}
+
+// f(a zero of that type)
+template <typename F>
+__device__ __forceinline__ void with_type(FloatType type, const F& f) {
+  switch (type) {
+    case FloatType::kFloat: return f(float{});
+    case FloatType::kDouble: return f(double{});
+    case FloatType::kHalf: return f(__half{});
+    default: return f(__nv_bfloat16{});
   }
 }
 
@@ -178,6 +191,25 @@ __device__ __forceinline__ unsigned add_acquire_release(unsigned* counter, unsig
 #else
   return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
 #endif
+}
+
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// The operand of a launch's list that this block works on. The blocks of all stand in their order.
+template <typename List>
+__device__ __forceinline__ const auto& find_operand(const List& list) {
+  int low = 0, high = list.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (list.operands[middle].first_block <= blockIdx.x) low = middle;
+    else high = middle;
+  }
+  return list.operands[low];
 }
 
 // Between two looks at a counter. Outside this namespace it needs its name in full: POSIX has a pause() too.

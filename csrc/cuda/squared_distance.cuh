@@ -13,7 +13,6 @@
 
 namespace talib_fast::squared_distance {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 
 // One tensor of the list, with its source and what belongs to them, dense.
@@ -46,18 +45,6 @@ constexpr int kManyOperands = kFewOperands;
 constexpr int kManyOperands = 360;
 #endif
 static_assert(sizeof(Operand) == 88 && sizeof(List<kFewOperands>) < 3800 && sizeof(List<kManyOperands>) < 32600);
-
-// The operand that this block works on. The blocks of all stand in their order; those without elements have none.
-template <int kOperands>
-__device__ __forceinline__ int find_operand(const List<kOperands>& list) {
-  int low = 0, high = list.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (list.operands[middle].first_block <= blockIdx.x) low = middle;
-    else high = middle;
-  }
-  return low;
-}
 
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
@@ -225,12 +212,8 @@ __device__ __forceinline__ void with_operands(const Operand& operand, int64_t be
 // f(Worker, first element, last) for [begin, end) of the operand, with the dtypes that it has.
 template <typename F>
 __device__ __forceinline__ void with_types(const Operand& operand, int64_t begin, int64_t end, const F& f) {
-  switch (static_cast<FloatType>(operand.type)) {
-    case FloatType::kFloat: return with_operands<float>(operand, begin, end, f);
-    case FloatType::kDouble: return with_operands<double>(operand, begin, end, f);
-    case FloatType::kHalf: return with_operands<__half>(operand, begin, end, f);
-    default: return with_operands<__nv_bfloat16>(operand, begin, end, f);
-  }
+  with_type(static_cast<FloatType>(operand.type),
+            [&](auto zero) { with_operands<decltype(zero)>(operand, begin, end, f); });
 }
 
 template <typename Worker>
@@ -271,15 +254,10 @@ __device__ __forceinline__ void write_chunk(const Operand& operand, int64_t begi
 // f(operand, begin, end) for this block's chunk.
 template <int kOperands, typename F>
 __device__ __forceinline__ void with_chunk(const List<kOperands>& list, const F& f) {
-  const Operand& operand = list.operands[find_operand(list)];
+  const Operand& operand = find_operand(list);
   const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
   const int64_t rest = operand.elements - begin;
   f(operand, begin, begin + (rest < list.chunk ? rest : list.chunk));
-}
-
-__device__ __forceinline__ double warp_sum(double value) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
 }
 
 // What the blocks of the forward pass found, and where the results go.

@@ -16,7 +16,6 @@
 
 namespace talib_fast::stoch_norm {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;     // of a block of the resident schedule
 constexpr int kSlicedThreads = 256;  // of the sliced one
 

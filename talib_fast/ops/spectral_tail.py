@@ -7,10 +7,12 @@ float64, and a float64 F is reduced by a QR factorisation instead.
 
 The compiled kernel looks for no other eigenvectors of the Gram matrix than U: Householder's tridiagonal form,
 bisection, inverse iteration. It takes the value from F itself, which gives back the digits that squaring lost.
+
+The operators take lists of matrices ``[b, f]`` or batches of them ``[count, b, f]``.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -55,7 +57,7 @@ def _apply_projector(vectors: Tensor, input: Tensor) -> Tensor:
     return (input @ vectors) @ vectors.mT
 
 
-def _forward(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _forward_by_gram(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _tail(input, k, _by_gram)
 
 
@@ -63,31 +65,54 @@ def _forward_by_qr(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _tail(input, k, _by_qr)
 
 
-def _backward(grad: Tensor, input: Tensor, vectors: Tensor) -> Tensor:
+def _forward(inputs: list[Tensor], k: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    tails = [_forward_by_gram(input, its) for input, its in zip(inputs, k, strict=True)]
+    return [value for value, _ in tails], [vectors for _, vectors in tails]
+
+
+def _gradient(grad: Tensor, input: Tensor, vectors: Tensor) -> Tensor:
     projection = _apply_projector(vectors, _in_float64(input))
     return torch.empty_like(input).copy_(projection * (2 * grad.to(projection)[..., None, None]))
 
 
-def _forward_fake(input, k):
+def _backward(grads: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    return [_gradient(*tensors) for tensors in zip(grads, inputs, vectors, strict=True)]
+
+
+def _tail_fake(input, k):
     device = torch.device("cpu") if input.device.type == "mps" else input.device
     short_side = min(input.size(-2), input.size(-1))
     value = input.new_empty(input.shape[:-2], dtype=accumulation_dtype(input))
     return value, input.new_empty((*input.shape[:-2], short_side, k), dtype=torch.float64, device=device)
 
 
-def _backward_fake(grad, input, vectors):
-    return torch.empty_like(input)
+def _forward_fake(inputs, k):
+    tails = [_tail_fake(input, its) for input, its in zip(inputs, k, strict=True)]
+    return [value for value, _ in tails], [vectors for _, vectors in tails]
+
+
+def _backward_fake(grads, inputs, vectors):
+    return [torch.empty_like(input) for input in inputs]
 
 
 _forward_op = define(
-    "spectral_tail_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward, _forward_fake
+    "spectral_tail_forward(Tensor[] inputs, int[] k) -> (Tensor[] values, Tensor[] vectors)", _forward, _forward_fake
+)
+_backward_op = define(
+    "spectral_tail_backward(Tensor[] grads, Tensor[] inputs, Tensor[] vectors) -> Tensor[]", _backward, _backward_fake
 )
 # LAPACK's work on every device; no kernel of our own would be faster
 _forward_by_qr_op = define(
-    "spectral_tail_qr_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_qr, _forward_fake
+    "spectral_tail_qr_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_qr, _tail_fake
 )
-_backward_op = define(
-    "spectral_tail_backward(Tensor grad, Tensor input, Tensor vectors) -> Tensor", _backward, _backward_fake
+# to these two the CUDA kernels leave what does not fit them
+define(
+    "spectral_tail_linalg_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_gram, _tail_fake
+)
+define(
+    "spectral_tail_linalg_backward(Tensor grad, Tensor input, Tensor vectors) -> Tensor",
+    _gradient,
+    lambda grad, input, vectors: torch.empty_like(input),
 )
 
 
@@ -117,50 +142,94 @@ class _TailProjector(torch.autograd.Function):
 
 class _SpectralTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, k: int) -> Tensor:
-        forward = _forward_by_qr_op if input.dtype == torch.float64 else _forward_op
-        value, vectors = forward(input, k)
-        ctx.save_for_backward(input, vectors)
+    def forward(ctx: Any, k: tuple[int, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        tails: dict[int, tuple[Tensor, Tensor]] = {}
+        short = [j for j, input in enumerate(inputs) if input.dtype != torch.float64]
+        if short:
+            found = _forward_op([inputs[j] for j in short], [k[j] for j in short])
+            tails.update(zip(short, zip(*found, strict=True), strict=True))
+        for j, input in enumerate(inputs):
+            if j not in tails:
+                tails[j] = _forward_by_qr_op(input, k[j])
+        ctx.save_for_backward(*inputs, *(tails[j][1] for j in range(len(inputs))))
         ctx.k = k
-        return value
+        return tuple(tails[j][0] for j in range(len(inputs)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        input, vectors = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return _backward_op(grad, input, vectors), None
-        matrix = _short_side_first(_in_float64(input))
-        projection = _TailProjector.apply(matrix @ matrix.mT, ctx.k) @ matrix
-        if input.size(-2) > input.size(-1):
-            projection = projection.mT
-        return (projection * (2 * grad.to(projection)[..., None, None])).to(input), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.k)
+        inputs, vectors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = [j for j in range(count) if ctx.needs_input_grad[1 + j]]
+        gradients: list[Tensor | None] = [None] * count
+        if torch.is_grad_enabled():
+            for j in wanted:
+                gradients[j] = _differentiable_gradient(grads[j], inputs[j], ctx.k[j])
+        else:
+            chosen = ([tensors[j] for j in wanted] for tensors in (grads, inputs, vectors))
+            for j, gradient in zip(wanted, _backward_op(*chosen), strict=True):
+                gradients[j] = gradient
+        return (None, *gradients)
 
 
-def spectral_tail(input: Tensor, k: int) -> Tensor:
+def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
+    matrix = _short_side_first(_in_float64(input))
+    projection = _TailProjector.apply(matrix @ matrix.mT, k) @ matrix
+    if input.size(-2) > input.size(-1):
+        projection = projection.mT
+    return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
+
+
+def _check(input: Tensor, k: int, name: str) -> None:
+    accumulation_dtype(input)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise TypeError(f"expected an integer k, got {k!r}")
+    if input.dim() < 2:
+        raise ValueError(f"expected {name} of shape [..., b, f], got {list(input.shape)}")
+    if not 0 <= k <= min(input.size(-2), input.size(-1)):
+        raise ValueError(
+            f"expected 0 <= k <= min(b, f) = {min(input.size(-2), input.size(-1))} "
+            f"for {name} of shape {list(input.shape)}, got k = {k}"
+        )
+
+
+@overload
+def spectral_tail(input: Tensor, k: int) -> Tensor: ...
+@overload
+def spectral_tail(input: Sequence[Tensor], k: int | Sequence[int]) -> tuple[Tensor, ...]: ...
+def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     """The sum of the ``k`` smallest squared singular values of each matrix.
 
     Computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN and a
     non-finite gradient. Differentiable twice; where σ_k = σ_(k+1) the gradient is one of several subgradients.
 
+    On a GPU float64 input, and matrices with both sides longer than 256, are decomposed by ``torch.linalg``, which
+    waits for the device; all others are served without, and can be captured in a CUDA graph.
+
     Args:
-        input: ``[..., b, f]``, float16, bfloat16, float32 or float64.
-        k: how many singular values, 0 ≤ k ≤ min(b, f).
+        input: ``[..., b, f]``, float16, bfloat16, float32 or float64, or several such tensors on one device, whose
+            shapes and dtypes may differ: they are served together.
+        k: how many singular values, 0 ≤ k ≤ min(b, f); for several tensors one number, or one for each.
 
     Returns:
-        ``[...]``, float32 (float64 for float64 input).
+        ``[...]``, float32 (float64 for float64 input); for several tensors a tuple of them.
 
     Raises:
-        TypeError: ``input`` is not floating point, or ``k`` is not an integer.
-        ValueError: ``input`` has fewer than two dimensions, or ``k`` is out of range.
+        TypeError: an input is not floating point, or ``k`` is not an integer.
+        ValueError: an input has fewer than two dimensions, or ``k`` is out of range, or there is not one for each
+            input, or the inputs are on several devices.
     """
-    accumulation_dtype(input)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"expected an integer k, got {k!r}")
-    if input.dim() < 2:
-        raise ValueError(f"expected input of shape [..., b, f], got {list(input.shape)}")
-    if not 0 <= k <= min(input.size(-2), input.size(-1)):
-        raise ValueError(
-            f"expected 0 <= k <= min(b, f) = {min(input.size(-2), input.size(-1))} "
-            f"for input of shape {list(input.shape)}, got k = {k}"
-        )
-    return _SpectralTail.apply(input, int(k))
+    inputs = [input] if isinstance(input, Tensor) else list(input)
+    numbers = list(k) if isinstance(k, Sequence) else [k] * len(inputs)
+    if len(numbers) != len(inputs):
+        raise ValueError(f"expected one k, or {len(inputs)}, one per input, got {len(numbers)}")
+    for j, (tensor, number) in enumerate(zip(inputs, numbers, strict=True)):
+        name = "input" if isinstance(input, Tensor) else f"input {j}"
+        _check(tensor, number, name)
+        if tensor.device != inputs[0].device:
+            raise ValueError(f"expected {name} on {inputs[0].device}, the first one's device, got {tensor.device}")
+    if not inputs:
+        return ()
+    flat = (tensor.flatten(0, -3) if tensor.dim() > 3 else tensor for tensor in inputs)
+    values = _SpectralTail.apply(tuple(map(int, numbers)), *flat)
+    shaped = tuple(value.view(tensor.shape[:-2]) for value, tensor in zip(values, inputs, strict=True))
+    return shaped[0] if isinstance(input, Tensor) else shaped

@@ -1,0 +1,96 @@
+// Compiled by nvcc this registers the kernels for CUDA; by g++, with the harness of tests/simt, the same ones for CPU.
+#include "spectral_tail.cuh"
+
+#include <array>
+
+#include "../spectral_tail.h"
+#include "stream.h"
+
+namespace talib_fast {
+namespace {
+
+using namespace spectral_tail;
+
+// An operator of talib_fast that PyTorch serves, with kReturns tensors.
+template <size_t kReturns, typename... Arguments>
+std::array<Tensor, kReturns> call(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, std::max(kReturns, sizeof...(Arguments))> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, kReturns> returned;
+  for (size_t i = 0; i < kReturns; ++i) returned[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return returned;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const std::vector<Tensor>& inputs,
+                                                                           const std::vector<int64_t>& k) {
+  std::vector<TailCall> calls = tail_calls(inputs, k);
+  const DeviceGuard guard(inputs[0]);
+  const cudaStream_t stream = current_stream(inputs[0]);
+  std::vector<Operand> operands;
+  for (TailCall& tail : calls) {
+    if (tail.matrices.count == 0) continue;
+    if (tail.k == 0) {
+      const size_t bytes = tail.value.numel() * tail.value.element_size();
+      check(cudaMemsetAsync(tail.value.mutable_data_ptr(), 0, bytes, stream), "cudaMemsetAsync");
+    } else if (tail.matrices.m > kMostRows) {
+      const auto [value, vectors] = call<2>("talib_fast::spectral_tail_linalg_forward", tail.input, tail.k);
+      tail.value = value, tail.vectors = vectors;
+    } else {
+      Operand operand{};
+      operand.input = tail.input.const_data_ptr();
+      operand.vectors = static_cast<double*>(tail.vectors.mutable_data_ptr());
+      operand.value = tail.value.mutable_data_ptr();
+      operand.matrices = tail.matrices;
+      operand.k = static_cast<int>(tail.k);
+      operand.type = float_type(tail.input);
+      operands.push_back(operand);
+    }
+  }
+  if (operands.empty()) return results(calls);
+  const Device device = current_device();
+  Workspace workspace;
+  const auto plan = [&] {
+    for (Operand& operand : operands) plan_forward(operand, operands.size(), device, workspace);
+  };
+  plan();
+  const Tensor memory = torch::stable::new_empty(inputs[0], {workspace.bytes}, ScalarType::Byte);
+  workspace = {static_cast<char*>(memory.mutable_data_ptr()), 0};
+  plan();
+  launch_forward(operands, device, stream);
+  return results(calls);
+}
+
+std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& inputs,
+                                           const std::vector<Tensor>& vectors) {
+  if (inputs.empty()) return {};
+  std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors);
+  const DeviceGuard guard(inputs[0]);
+  std::vector<Operand> operands;
+  for (TailGradientCall& tail : calls) {
+    if (tail.input.numel() == 0) continue;
+    if (tail.matrices.m > kMostRows) {
+      tail.gradient = call<1>("talib_fast::spectral_tail_linalg_backward", tail.grad, tail.input, tail.vectors)[0];
+      continue;
+    }
+    Operand operand{};
+    operand.input = tail.input.const_data_ptr();
+    operand.gradient = tail.gradient.mutable_data_ptr();
+    operand.vectors = static_cast<double*>(tail.vectors.mutable_data_ptr());
+    operand.value = tail.grad.mutable_data_ptr();
+    operand.matrices = tail.matrices, operand.gradients = matrices(tail.gradient);
+    operand.k = static_cast<int>(tail.k);
+    operand.type = float_type(tail.input);
+    choose_columns(operand);
+    operands.push_back(operand);
+  }
+  launch_backward(operands, current_stream(inputs[0]));
+  return results(calls);
+}
+
+}  // namespace
+}  // namespace talib_fast
+
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
+  m.impl("spectral_tail_forward", TORCH_BOX(&talib_fast::spectral_tail_forward));
+  m.impl("spectral_tail_backward", TORCH_BOX(&talib_fast::spectral_tail_backward));
+}
