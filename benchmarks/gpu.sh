@@ -13,8 +13,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-benchmarks=(stoch_norm squared_distance)  # benchmarks/bench_NAME.py, each with an operation and tests of that name
-small_cases="cuda and (TestOperation or lists_of_every_length) and not gradcheck and not opcheck and not elements"
+benchmarks=(stoch_norm squared_distance spectral_tail)  # benchmarks/bench_NAME.py, each with an operation and tests of that name
+small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
+small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${benchmarks[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)

@@ -569,13 +569,13 @@ class TestGpuScript:
         done = self.run(tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-        names = [f"{operation}-cuda/results.json" for operation in ("squared_distance", "stoch_norm")]
+        names = [f"{operation}-cuda/results.json" for operation in ("spectral_tail", "squared_distance", "stoch_norm")]
         assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", *names]
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
         assert [line.split()[0] for line in summary] == [
             "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck",
-            "bench_stoch_norm", "bench_squared_distance",
+            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail",
         ]  # fmt: skip
         assert all(line.endswith(" pass") for line in summary)
         assert done.stdout.endswith("\n".join([first, *summary]) + "\n")

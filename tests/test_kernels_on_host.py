@@ -12,8 +12,11 @@ SMALL = {
     "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) "
     "and not 2048 and not 260 and not 160",
     "squared_distance": "cpu and TestKernels and not more_threads and not larger and not 1003 and not 159",
+    "spectral_tail": "cpu and TestKernels and not more_threads and not 2048 and not every_size",
 }
 SLICED = {"SIMT_SHARED_BYTES": "8000", "SIMT_CACHE_BYTES": "20000"}  # little stays on chip: blocks share channels
+
+MANY_SLICES = {"SIMT_MULTIPROCESSORS": "64"}  # of a Gram matrix's columns
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,17 @@ SLICED = {"SIMT_SHARED_BYTES": "8000", "SIMT_CACHE_BYTES": "20000"}  # little st
         ("squared_distance", "plain", KERNELS, {"SIMT_SEED": "3", "SIMT_BLOCKS": "3"}),
         ("squared_distance", "address", None, {"SIMT_SEED": "1"}),
         ("squared_distance", "thread", None, {"SIMT_SEED": "2", "SIMT_BLOCKS": "3"}),
+        ("spectral_tail", "plain", KERNELS, {}),
+        (
+            "spectral_tail",
+            "plain",
+            KERNELS,
+            {**MANY_SLICES, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"},
+        ),
+        ("spectral_tail", "plain", KERNELS, {"SIMT_SHARED_BYTES": "232448", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
+        ("spectral_tail", "address", None, {"SIMT_SEED": "1"}),
+        ("spectral_tail", "address", None, {**MANY_SLICES, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
+        ("spectral_tail", "thread", None, {**MANY_SLICES, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
     ],
 )
 def test_kernels(operation, kind, tests, settings):

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cuda_support import capture, kernels, no_synchronisation
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -68,7 +69,7 @@ def with_spectrum(values, f):
     return orthogonal(len(values)) * values @ orthogonal(f)[: len(values)]
 
 
-class TestTail:
+class TestKernels:
     """The whole answer of the operation, value, basis and gradient, whichever backend serves it."""
 
     def check(self, matrix, k, device):
@@ -94,6 +95,7 @@ class TestTail:
     @pytest.mark.parametrize(
         "shape",
         [(1, 1), (1, 9), (9, 1), (2, 2), (3, 7), (4, 64), (5, 65), (48, 2048), (130, 33), (3, 6, 9), (6, 20, 12)],
+        ids=lambda shape: "x".join(map(str, shape)),
     )
     def test_random_matrices(self, shape, dtype, device):
         rank = min(shape[-2:])
@@ -131,6 +133,37 @@ class TestTail:
             value = spectral_tail((matrix * scale).to(device), 2).double().cpu()
             torch.testing.assert_close(value, oracle(matrix * scale, 2), rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_every_size_class(self, k, device):
+        """Of the CUDA kernels, the first that is left to PyTorch among them."""
+        for m in (33, 64, 65, 128, 129, 256, 257):
+            self.check(torch.randn(m, 300), k, device)
+
+    SEVERAL = ((3, 7), (48, 100), (7, 3), (2, 5, 8), (4, 0), (100, 70), (0, 3, 4), (2, 2, 3, 4), (150, 160), (300, 290))
+
+    def test_several_tensors_are_served_as_one_by_one(self, device):
+        """More tensors than a launch of the CUDA kernels takes, and every size class of theirs."""
+        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+        ranks = [min(shape[-2:]) for shape in self.SEVERAL * 2]
+        k = [min(j % 4, rank) for j, rank in enumerate(ranks)]
+        matrices = [
+            torch.randn(shape, device=device).to(dtypes[j % 4]).requires_grad_(j != 1)
+            for j, shape in enumerate(self.SEVERAL * 2)
+        ]
+        values = spectral_tail(matrices, k)
+        assert isinstance(values, tuple)
+        sum(value.sum().double() for value in values).backward()
+        for matrix, number, value in zip(matrices, k, values, strict=True):
+            alone = matrix.detach().requires_grad_()
+            expected = spectral_tail(alone, number)
+            expected.sum().backward()
+            assert value.shape == matrix.shape[:-2] and value.dtype == expected.dtype
+            torch.testing.assert_close(value, expected, equal_nan=True)
+            if matrix.requires_grad:
+                torch.testing.assert_close(matrix.grad, alone.grad)
+            else:
+                assert matrix.grad is None
+
     @pytest.mark.parametrize("shape", [(48, 2048), (3, 40, 900), (130, 300)])
     def test_more_threads_give_the_same_bits(self, shape):
         matrix, threads, found = torch.randn(shape), torch.get_num_threads(), []
@@ -164,32 +197,43 @@ class TestTail:
                 backward(*arguments)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGpu:
+    def step(self):
+        """A step of several matrices, and the matrices."""
+        shapes = ((48, 2048), (20, 12), (3, 30, 40), (200, 300))
+        matrices = [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
+
+        def step():
+            values = spectral_tail(matrices, 2)
+            return values, torch.autograd.grad([value.sum() for value in values], matrices)
+
+        return step, matrices
+
+    def test_no_synchronisation_with_the_host(self):
+        step, matrices = self.step()
+        with no_synchronisation():
+            step()
+            with torch.no_grad():
+                matrices[0][3, 5].fill_(torch.inf)
+            step()
+
+    def test_three_kernels_forward_and_one_backward(self):
+        matrix = torch.randn(48, 2048, device="cuda", requires_grad=True)
+        found = kernels(lambda: torch.autograd.grad(spectral_tail(matrix, 1), matrix), "spectral_tail")
+        assert len(found) == 4
+
+    def test_cuda_graph(self):
+        step, matrices = self.step()
+        graph, captured = capture(step)
+        with torch.no_grad():
+            for matrix in matrices:
+                matrix.normal_()
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
 class TestLists:
-    SHAPES = ((3, 7), (48, 100), (7, 3), (2, 5, 8), (4, 0), (100, 70), (0, 3, 4), (2, 2, 3, 4), (150, 160), (300, 290))
-
-    def test_several_tensors_are_served_as_one_by_one(self, device):
-        """More tensors than a launch of the CUDA kernels takes, and every size class of theirs."""
-        dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-        ranks = [min(shape[-2:]) for shape in self.SHAPES * 2]
-        k = [min(j % 4, rank) for j, rank in enumerate(ranks)]
-        matrices = [
-            torch.randn(shape, device=device).to(dtypes[j % 4]).requires_grad_(j != 1)
-            for j, shape in enumerate(self.SHAPES * 2)
-        ]
-        values = spectral_tail(matrices, k)
-        assert isinstance(values, tuple)
-        sum(value.sum().double() for value in values).backward()
-        for matrix, number, value in zip(matrices, k, values, strict=True):
-            alone = matrix.detach().requires_grad_()
-            expected = spectral_tail(alone, number)
-            expected.sum().backward()
-            assert value.shape == matrix.shape[:-2] and value.dtype == expected.dtype
-            torch.testing.assert_close(value, expected, equal_nan=True)
-            if matrix.requires_grad:
-                torch.testing.assert_close(matrix.grad, alone.grad)
-            else:
-                assert matrix.grad is None
-
     def test_one_k_for_all(self):
         matrices = [torch.randn(3, 4), torch.randn(6, 5)]
         assert spectral_tail(matrices, 2) == spectral_tail(matrices, [2, 2])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cuda_support import capture, kernels, no_synchronisation
 from torch.autograd import gradcheck, gradgradcheck
 
 from talib_fast.ops import squared_distance
@@ -258,22 +259,15 @@ class TestOnAGpu:
         targets, sources, weights = self.arguments()
         for target in targets:
             target.requires_grad_()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             torch.autograd.grad(squared_distance(targets, sources, weights)[0], targets)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_one_kernel_in_each_direction(self):
         targets, sources, _ = lists(torch.float32, "cuda", [(8, 16, 9, 9)] * 159)
         for target in targets:
             target.requires_grad_()
-        torch.autograd.grad(squared_distance(targets, sources)[0], targets)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            torch.autograd.grad(squared_distance(targets, sources)[0], targets)
-            torch.cuda.synchronize()
-        kernels = [event.name for event in profile.events() if "squared_distance" in event.name]
-        assert len(kernels) == 2
+        found = kernels(lambda: torch.autograd.grad(squared_distance(targets, sources)[0], targets), "squared_distance")
+        assert len(found) == 2
 
     def test_cuda_graph(self):
         targets, sources, weights = self.arguments()
@@ -284,13 +278,7 @@ class TestOnAGpu:
             total, _ = squared_distance(targets, sources, weights)
             return total, torch.autograd.grad(total, targets)
 
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, captured = capture(step)
         with torch.no_grad():
             for source in sources:
                 source.mul_(2)
