@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -418,22 +420,27 @@ class TestBatchSpectralShrinkage:
 
 
 def _train_a_rank(rank, folder, shares, width):
+    x = torch.load(f"{folder}/x.pt").split(shares)[rank]
+    layer = nn.Linear(5, width[rank]).double()
+    bss = BatchSpectralShrinkage(3, all_ranks=True)
+    if len(set(width)) > 1:
+        with pytest.raises(ValueError, match="features of one width on all ranks"):
+            bss(layer(x))
+        return
+    layer.load_state_dict(torch.load(f"{folder}/layer.pt"))
+    model = nn.parallel.DistributedDataParallel(layer)
+    loss = bss(model(x))
+    loss.backward()
+    torch.save((loss.detach(), layer.weight.grad), f"{folder}/{rank}.pt")
+    dist.barrier()
+
+
+def _run_a_rank(rank, folder, shares, width):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(shares))
     try:
-        x = torch.load(f"{folder}/x.pt").split(shares)[rank]
-        layer = nn.Linear(5, width[rank]).double()
-        bss = BatchSpectralShrinkage(3, all_ranks=True)
-        if len(set(width)) > 1:
-            with pytest.raises(ValueError, match="features of one width on all ranks"):
-                bss(layer(x))
-            return
-        layer.load_state_dict(torch.load(f"{folder}/layer.pt"))
-        model = nn.parallel.DistributedDataParallel(layer)
-        loss = bss(model(x))
-        loss.backward()
-        torch.save((loss.detach(), layer.weight.grad), f"{folder}/{rank}.pt")
-        dist.barrier()
+        _train_a_rank(rank, folder, shares, width)
     finally:
+        gc.collect()  # nothing else may hold the group: its threads have to end before the interpreter does
         dist.destroy_process_group()
 
 
@@ -444,7 +451,7 @@ class TestRanks:
         x, layer = torch.randn(8, 5, dtype=torch.float64), nn.Linear(5, 6).double()
         torch.save(x, tmp_path / "x.pt")
         torch.save(layer.state_dict(), tmp_path / "layer.pt")
-        mp.spawn(_train_a_rank, (str(tmp_path), shares, [6] * len(shares)), nprocs=len(shares))
+        mp.spawn(_run_a_rank, (str(tmp_path), shares, [6] * len(shares)), nprocs=len(shares))
         loss = BatchSpectralShrinkage(3)(layer(x))
         loss.backward()
         for rank in range(len(shares)):
@@ -453,4 +460,4 @@ class TestRanks:
 
     def test_features_of_different_width_are_an_error(self, tmp_path):
         torch.save(torch.randn(4, 5, dtype=torch.float64), tmp_path / "x.pt")
-        mp.spawn(_train_a_rank, (str(tmp_path), [2, 2], [6, 7]), nprocs=2)
+        mp.spawn(_run_a_rank, (str(tmp_path), [2, 2], [6, 7]), nprocs=2)

@@ -142,33 +142,30 @@ class _TailProjector(torch.autograd.Function):
 
 class _SpectralTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: tuple[int, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        tails: dict[int, tuple[Tensor, Tensor]] = {}
-        short = [j for j, input in enumerate(inputs) if input.dtype != torch.float64]
-        if short:
-            found = _forward_op([inputs[j] for j in short], [k[j] for j in short])
-            tails.update(zip(short, zip(*found, strict=True), strict=True))
-        for j, input in enumerate(inputs):
-            if j not in tails:
-                tails[j] = _forward_by_qr_op(input, k[j])
-        ctx.save_for_backward(*inputs, *(tails[j][1] for j in range(len(inputs))))
+    def forward(ctx: Any, k: list[int], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Inputs of float64 alone, or without it."""
+        if inputs[0].dtype == torch.float64:
+            values, vectors = zip(*map(_forward_by_qr_op, inputs, k), strict=True)
+        else:
+            values, vectors = _forward_op(inputs, k)
+        ctx.save_for_backward(*inputs, *vectors)
         ctx.k = k
-        return tuple(tails[j][0] for j in range(len(inputs)))
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.k)
+        count = len(grads)
         inputs, vectors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        wanted = [j for j in range(count) if ctx.needs_input_grad[1 + j]]
-        gradients: list[Tensor | None] = [None] * count
         if torch.is_grad_enabled():
-            for j in wanted:
-                gradients[j] = _differentiable_gradient(grads[j], inputs[j], ctx.k[j])
-        else:
-            chosen = ([tensors[j] for j in wanted] for tensors in (grads, inputs, vectors))
-            for j, gradient in zip(wanted, _backward_op(*chosen), strict=True):
-                gradients[j] = gradient
-        return (None, *gradients)
+            return (None, *map(_differentiable_gradient, grads, inputs, ctx.k))
+        if all(ctx.needs_input_grad[1:]):
+            return (None, *_backward_op(grads, inputs, vectors))
+        gradients: list[Tensor | None] = [None] * (1 + count)
+        wanted = [j for j in range(count) if ctx.needs_input_grad[1 + j]]
+        chosen = ([tensors[j] for j in wanted] for tensors in (grads, inputs, vectors))
+        for j, gradient in zip(wanted, _backward_op(*chosen), strict=True):
+            gradients[1 + j] = gradient
+        return tuple(gradients)
 
 
 def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
@@ -179,7 +176,8 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
 
 
-def _check(input: Tensor, k: int, name: str) -> None:
+def _checked(input: Tensor, k: Any, name: str) -> int:
+    """``k`` itself, if it suits the input."""
     accumulation_dtype(input)
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"expected an integer k, got {k!r}")
@@ -190,6 +188,7 @@ def _check(input: Tensor, k: int, name: str) -> None:
             f"expected 0 <= k <= min(b, f) = {min(input.size(-2), input.size(-1))} "
             f"for {name} of shape {list(input.shape)}, got k = {k}"
         )
+    return int(k)
 
 
 @overload
@@ -218,18 +217,24 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
         ValueError: an input has fewer than two dimensions, or ``k`` is out of range, or there is not one for each
             input, or the inputs are on several devices.
     """
-    inputs = [input] if isinstance(input, Tensor) else list(input)
+    if isinstance(input, Tensor):
+        number = _checked(input, k, "input")
+        if input.dim() > 3:
+            return spectral_tail(input.flatten(0, -3), number).view(input.shape[:-2])
+        return _SpectralTail.apply([number], input)[0]
+    inputs = list(input)
     numbers = list(k) if isinstance(k, Sequence) else [k] * len(inputs)
     if len(numbers) != len(inputs):
         raise ValueError(f"expected one k, or {len(inputs)}, one per input, got {len(numbers)}")
     for j, (tensor, number) in enumerate(zip(inputs, numbers, strict=True)):
-        name = "input" if isinstance(input, Tensor) else f"input {j}"
-        _check(tensor, number, name)
+        numbers[j] = _checked(tensor, number, f"input {j}")
         if tensor.device != inputs[0].device:
-            raise ValueError(f"expected {name} on {inputs[0].device}, the first one's device, got {tensor.device}")
-    if not inputs:
-        return ()
-    flat = (tensor.flatten(0, -3) if tensor.dim() > 3 else tensor for tensor in inputs)
-    values = _SpectralTail.apply(tuple(map(int, numbers)), *flat)
-    shaped = tuple(value.view(tensor.shape[:-2]) for value, tensor in zip(values, inputs, strict=True))
-    return shaped[0] if isinstance(input, Tensor) else shaped
+            raise ValueError(f"expected input {j} on {inputs[0].device}, the first one's device, got {tensor.device}")
+    values: dict[int, Tensor] = {}
+    for doubles in (False, True):
+        group = [j for j, tensor in enumerate(inputs) if (tensor.dtype == torch.float64) == doubles]
+        if group:
+            flat = (inputs[j].flatten(0, -3) if inputs[j].dim() > 3 else inputs[j] for j in group)
+            found = _SpectralTail.apply([numbers[j] for j in group], *flat)
+            values.update((j, value.view(inputs[j].shape[:-2])) for j, value in zip(group, found, strict=True))
+    return tuple(values[j] for j in range(len(inputs)))
