@@ -191,11 +191,13 @@ class _TailInPyTorch(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, k: int) -> Tensor:
         value, vectors = tail_forward(features, k)
         ctx.save_for_backward(features, vectors)
+        ctx.k = k
         return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return tail_backward(grad_outputs[0], *ctx.saved_tensors), None
+        features, vectors = ctx.saved_tensors
+        return tail_backward(grad_outputs[0], features, vectors, ctx.k), None
 
 
 def spectral_tail_in_pytorch(features: Tensor, k: int) -> Tensor:

@@ -1,6 +1,7 @@
 // What the CPU and the CUDA kernels of spectral_tail share: their arguments, checked, and what they return.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 
@@ -17,13 +18,17 @@ inline Matrices matrices(const Tensor& tensor) {
           several ? tensor.stride(0) : 0, tensor.stride(row), tensor.stride(column)};
 }
 
+// Of the singular directions that make up the tail and of the others the fewer are looked for.
+inline bool by_the_others(const Matrices& shape, int64_t k) { return 2 * k > shape.m; }
+inline int64_t vector_count(const Matrices& shape, int64_t k) { return std::min(k, shape.m - k); }
+
 // What the forward pass of one tensor of matrices takes and gives.
 struct TailCall {
   Tensor input;
   Matrices matrices;
   int64_t k;
   Tensor value;    // [] or [count], of the accumulation dtype
-  Tensor vectors;  // [m, k] or [count, m, k], double, contiguous
+  Tensor vectors;  // [m, vector_count] or [count, m, vector_count], double, contiguous
 };
 
 inline TailCall tail_call(const Tensor& input, int64_t k) {
@@ -32,7 +37,7 @@ inline TailCall tail_call(const Tensor& input, int64_t k) {
   STD_TORCH_CHECK(k >= 0 && k <= call.matrices.m, "expected 0 <= k <= min(b, f)");
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end() - 2);
   call.value = torch::stable::new_empty(input, sizes, accumulation_type(input.scalar_type()));
-  sizes.insert(sizes.end(), {call.matrices.m, k});
+  sizes.insert(sizes.end(), {call.matrices.m, vector_count(call.matrices, k)});
   call.vectors = torch::stable::new_empty(input, sizes, ScalarType::Double);
   return call;
 }
@@ -47,17 +52,18 @@ struct TailGradientCall {
   Tensor gradient;
 };
 
-inline TailGradientCall tail_gradient_call(const Tensor& grad, const Tensor& input, const Tensor& vectors) {
+inline TailGradientCall tail_gradient_call(const Tensor& grad, const Tensor& input, const Tensor& vectors, int64_t k) {
   const ScalarType sums = accumulation_type((float_type(input), input.scalar_type()));
   const Matrices shape = matrices(input);
+  STD_TORCH_CHECK(k >= 0 && k <= shape.m, "expected 0 <= k <= min(b, f)");
   STD_TORCH_CHECK(vectors.dim() == input.dim() && vectors.size(vectors.dim() - 2) == shape.m &&
-                      vectors.scalar_type() == ScalarType::Double && vectors.device() == input.device() &&
+                      vectors.size(vectors.dim() - 1) == vector_count(shape, k) && vectors.scalar_type() == ScalarType::Double && vectors.device() == input.device() &&
                       (input.dim() == 2 || vectors.size(0) == shape.count),
                   "expected the vectors that the forward pass gave");
   STD_TORCH_CHECK(grad.numel() == shape.count && grad.device() == input.device(),
                   "expected one number of grad per matrix, on the input's device");
-  return {torch::stable::contiguous(torch::stable::to(grad, sums)), input, torch::stable::contiguous(vectors), shape,
-          vectors.size(vectors.dim() - 1), torch::stable::empty_like(input)};
+  return {torch::stable::contiguous(torch::stable::to(grad, sums)), input, torch::stable::contiguous(vectors), shape, k,
+          torch::stable::empty_like(input)};
 }
 
 inline std::vector<TailCall> tail_calls(const std::vector<Tensor>& inputs, const std::vector<int64_t>& k) {
@@ -72,13 +78,15 @@ inline std::vector<TailCall> tail_calls(const std::vector<Tensor>& inputs, const
 
 inline std::vector<TailGradientCall> tail_gradient_calls(const std::vector<Tensor>& grads,
                                                          const std::vector<Tensor>& inputs,
-                                                         const std::vector<Tensor>& vectors) {
-  STD_TORCH_CHECK(!inputs.empty() && grads.size() == inputs.size() && vectors.size() == inputs.size(),
-                  "expected a gradient and the vectors for every input, and at least one input");
+                                                         const std::vector<Tensor>& vectors,
+                                                         const std::vector<int64_t>& k) {
+  STD_TORCH_CHECK(!inputs.empty() && grads.size() == inputs.size() && vectors.size() == inputs.size() &&
+                      k.size() == inputs.size(),
+                  "expected a gradient, the vectors and k for every input, and at least one input");
   std::vector<TailGradientCall> calls;
   for (size_t i = 0; i < inputs.size(); ++i) {
     STD_TORCH_CHECK(inputs[i].device() == inputs[0].device(), "expected all inputs on one device");
-    calls.push_back(tail_gradient_call(grads[i], inputs[i], vectors[i]));
+    calls.push_back(tail_gradient_call(grads[i], inputs[i], vectors[i], k[i]));
   }
   return calls;
 }

@@ -21,8 +21,8 @@ def forward(matrix, k):
     return value, vectors
 
 
-def backward(grad, matrix, vectors):
-    (gradient,) = OP.spectral_tail_backward([grad], [matrix], [vectors])
+def backward(grad, matrix, vectors, k):
+    (gradient,) = OP.spectral_tail_backward([grad], [matrix], [vectors], [k])
     return gradient
 
 
@@ -57,10 +57,10 @@ class TestValuesAndGradients:
         matrix = torch.randn(shape, device=device).to(dtype)
         torch.library.opcheck(OP.spectral_tail_forward.default, ([matrix, matrix.mT], [k, 0]))
         value, vectors = forward(matrix, k)
-        torch.library.opcheck(OP.spectral_tail_backward.default, ([torch.ones_like(value)], [matrix], [vectors]))
+        torch.library.opcheck(OP.spectral_tail_backward.default, ([torch.ones_like(value)], [matrix], [vectors], [k]))
         for decomposed in (OP.spectral_tail_linalg_forward.default, OP.spectral_tail_qr_forward.default):
             torch.library.opcheck(decomposed, (matrix, k))
-        torch.library.opcheck(OP.spectral_tail_linalg_backward.default, (torch.ones_like(value), matrix, vectors))
+        torch.library.opcheck(OP.spectral_tail_linalg_backward.default, (torch.ones_like(value), matrix, vectors, k))
 
 
 def orthogonal(n):
@@ -78,20 +78,24 @@ class TestKernels:
         matrix = matrix.to(device)
         value, vectors = forward(matrix, k)
         grad = torch.rand_like(value) + 0.5
-        gradient = backward(grad, matrix, vectors)
+        gradient = backward(grad, matrix, vectors, k)
         exact = matrix.double().cpu()
         value, vectors, grad = (tensor.double().cpu() for tensor in (value, vectors, grad))
         wide = exact if exact.size(-2) <= exact.size(-1) else exact.mT
-        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(k).double().expand(*matrix.shape[:-2], k, k))
-        # no other basis of k vectors may give less, up to the rounding of the Gram matrix
+        by_the_others = 2 * k > wide.size(-2)
+        count = wide.size(-2) - k if by_the_others else k
+        identity = torch.eye(count).double().expand(*matrix.shape[:-2], count, count)
+        torch.testing.assert_close(vectors.mT @ vectors, identity)
+        part = vectors @ (vectors.mT @ wide)
+        part = wide - part if by_the_others else part
+        # no other k directions may give less, up to the rounding of the Gram matrix
         noise = 1e-15 * exact.square().sum((-1, -2))
         smallest = oracle(exact, k)
         assert (abs(value - smallest) <= 1e-6 * smallest + noise).all()
-        assert (abs((vectors.mT @ wide).square().sum((-1, -2)) - smallest) <= 1e-6 * smallest + noise).all()
-        projected = 2 * grad[..., None, None] * (vectors @ (vectors.mT @ wide))
-        projected = projected if wide is exact else projected.mT
+        assert (abs(part.square().sum((-1, -2)) - smallest) <= 1e-6 * smallest + noise).all()
+        expected = 2 * grad[..., None, None] * (part if wide is exact else part.mT)
         assert gradient.dtype == matrix.dtype and gradient.shape == matrix.shape
-        torch.testing.assert_close(gradient.cpu(), projected.to(matrix.dtype), rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(gradient.cpu(), expected.to(matrix.dtype), rtol=2e-3, atol=1e-6)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ class TestKernels:
             for number in (1, 2, 5):
                 torch.set_num_threads(number)
                 value, vectors = forward(matrix, 3)
-                found.append((value, vectors, backward(torch.ones_like(value), matrix, vectors)))
+                found.append((value, vectors, backward(torch.ones_like(value), matrix, vectors, 3)))
         finally:
             torch.set_num_threads(threads)
         if backends()["spectral_tail"]["cpu"][0] == "compiled":  # LAPACK's bits may depend on its threads
@@ -191,9 +195,11 @@ class TestKernels:
         with pytest.raises(RuntimeError, match="expected one k per input"):
             OP.spectral_tail_forward([matrix], [1, 2])
         for arguments in (
-            (value, matrix, vectors.float()),
-            (value.expand(2), matrix, vectors),
-            (value, matrix, vectors[1:]),
+            (value, matrix, vectors.float(), 2),
+            (value.expand(2), matrix, vectors, 2),
+            (value, matrix, vectors[1:], 2),
+            (value, matrix, vectors, 1),
+            (value, matrix, vectors, 5),
         ):
             with pytest.raises(RuntimeError, match="expected"):
                 backward(*arguments)

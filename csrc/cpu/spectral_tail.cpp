@@ -160,7 +160,7 @@ struct Pieces {
   int64_t n, count;
 };
 
-// ---- The smallest eigenvalues of a symmetric matrix of trace 1, and their vectors.
+// ---- The smallest eigenvalues of a symmetric matrix of trace 1 or -1, and their vectors.
 
 struct Tridiagonal {
   std::vector<double> diagonal, beside;  // m and m - 1
@@ -321,7 +321,8 @@ class ShiftedSolver {
 // Orthonormal eigenvectors for those eigenvalues, [k, m], by inverse iteration; those of a cluster span its space.
 SIMD_CLONES void eigenvectors(const Tridiagonal& t, const std::vector<double>& values, double* vectors) {
   constexpr int kIterations = 3;
-  const double near = 1e-3 * t.bounds().second;
+  const auto [lowest, highest] = t.bounds();
+  const double near = 1e-3 * std::max(std::abs(lowest), std::abs(highest));
   const int64_t m = t.diagonal.size(), k = values.size();
   uint64_t state = 0x9e3779b97f4a7c15;
   int64_t cluster = 0;
@@ -381,6 +382,35 @@ SIMD_CLONES void project(const double* vectors, int64_t k, int64_t m, const doub
 
 SIMD_CLONES double squared_norm(const double* values, int64_t n) { return dot(values, values, n); }
 
+// The directions that a tail is known by: vectors [m, count] and, transposed, [count, m].
+struct Basis {
+  const double *by_row, *by_vector;
+  int64_t m, count;
+  bool others;  // they span what is not the tail
+
+  // Columns [m, stride] become their part in the tail, [m, width].
+  std::vector<double> tail_part(const double* columns, int64_t stride, int64_t width) const {
+    std::vector<double> projected(count * width), part(m * width);
+    project(by_vector, count, m, columns, stride, width, projected.data());
+    project(by_row, m, count, projected.data(), width, width, part.data());
+    if (!others) return part;
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < width; ++j) part[i * width + j] = columns[i * stride + j] - part[i * width + j];
+    return part;
+  }
+
+  // the squared norm of that part, by a shorter way if there is one
+  double tail_square(const double* columns, int64_t stride, int64_t width) const {
+    if (others) {
+      const std::vector<double> part = tail_part(columns, stride, width);
+      return squared_norm(part.data(), m * width);
+    }
+    std::vector<double> projected(count * width);
+    project(by_vector, count, m, columns, stride, width, projected.data());
+    return squared_norm(projected.data(), count * width);
+  }
+};
+
 // ---- The operation.
 
 template <typename T, typename Pointer>
@@ -388,51 +418,56 @@ Matrix<T> matrix_at(const Matrices& shape, Pointer* data, int64_t index) {
   return {static_cast<T*>(data) + index * shape.stride, shape.m, shape.n, shape.row_stride, shape.column_stride};
 }
 
+constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
+
 // what a multiplication and addition weighs against an element that is read from memory, in for_each_task's count
 constexpr int64_t kOperationsPerElement = 64;
 
-// The value and the vectors [m, k] of one matrix.
+// The value of one matrix, and `count` vectors, [m, count]: those of the tail or of all others.
 template <typename T>
-double tail(const Matrix<const T>& matrix, int64_t k, double* vectors, bool threads) {
+double tail(const Matrix<const T>& matrix, int64_t count, bool others, double* vectors, bool threads) {
   const int64_t m = matrix.m, size = round_up(m, kTile);
   const int64_t elements = threads ? m * m * matrix.n / kOperationsPerElement : 0;
   const Pieces pieces(matrix.n);
-  std::vector<double> grams(pieces.count * size * size), tau(m), rows(k * m);
-  for_each_task(pieces.count, elements, [&](int64_t piece) {
-    pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
-      add_gram(columns, stride, width, grams.data() + piece * size * size, size);
+  std::vector<double> rows(count * m);
+  if (count > 0) {
+    std::vector<double> grams(pieces.count * size * size), tau(m);
+    for_each_task(pieces.count, elements, [&](int64_t piece) {
+      pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
+        add_gram(columns, stride, width, grams.data() + piece * size * size, size);
+      });
     });
-  });
-  double* gram = grams.data();
-  for (int64_t piece = 1; piece < pieces.count; ++piece)
-    for (int64_t i = 0; i < size * size; ++i) gram[i] += grams[piece * size * size + i];
-  double trace = 0;
-  for (int64_t i = 0; i < m; ++i) trace += gram[i * size + i];
-  if (!std::isfinite(trace)) {
-    std::fill_n(vectors, m * k, std::numeric_limits<double>::quiet_NaN());
-    return std::numeric_limits<double>::quiet_NaN();
+    double* gram = grams.data();
+    for (int64_t piece = 1; piece < pieces.count; ++piece)
+      for (int64_t i = 0; i < size * size; ++i) gram[i] += grams[piece * size * size + i];
+    double trace = 0;
+    for (int64_t i = 0; i < m; ++i) trace += gram[i * size + i];
+    if (!std::isfinite(trace)) {
+      std::fill_n(vectors, m * count, kNotANumber);
+      return kNotANumber;
+    }
+    if (trace == 0) {
+      for (int64_t i = 0; i < m * count; ++i) vectors[i] = i / count == i % count;
+      return 0;
+    }
+    const double scale = others ? -trace : trace;  // the others' eigenvalues are the smallest with the other sign
+    for (int64_t i = 0; i < size * size; ++i) gram[i] /= scale;
+    const Tridiagonal tridiagonal = tridiagonalize(gram, m, size, tau.data());
+    eigenvectors(tridiagonal, smallest_eigenvalues(tridiagonal, count), rows.data());
+    reflect_back(gram, m, size, tau.data(), count, rows.data());
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t index = 0; index < count; ++index) vectors[i * count + index] = rows[index * m + i];
   }
-  if (trace == 0) {
-    for (int64_t i = 0; i < m * k; ++i) vectors[i] = i / k == i % k;
-    return 0;
-  }
-  for (int64_t i = 0; i < size * size; ++i) gram[i] /= trace;
-  const Tridiagonal tridiagonal = tridiagonalize(gram, m, size, tau.data());
-  eigenvectors(tridiagonal, smallest_eigenvalues(tridiagonal, k), rows.data());
-  reflect_back(gram, m, size, tau.data(), k, rows.data());
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t index = 0; index < k; ++index) vectors[i * k + index] = rows[index * m + i];
   // from the matrix, not from the eigenvalues: that keeps the digits that squaring lost
+  const Basis basis{vectors, rows.data(), m, count, others};
   std::vector<double> values(pieces.count);
   for_each_task(pieces.count, elements, [&](int64_t piece) {
-    std::vector<double> projected;
     pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
-      projected.resize(k * width);
-      project(rows.data(), k, m, columns, stride, width, projected.data());
-      values[piece] += squared_norm(projected.data(), k * width);
+      values[piece] += basis.tail_square(columns, stride, width);
     });
   });
-  return std::accumulate(values.begin(), values.end(), 0.0);
+  const double value = std::accumulate(values.begin(), values.end(), 0.0);
+  return std::isfinite(value) ? value : kNotANumber;
 }
 
 // A matrix of a list of tensors of matrices: the tensor's number in the list, and its own in the tensor.
@@ -458,52 +493,53 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
     work += call.matrices.count * call.matrices.m * call.matrices.m * call.matrices.n / kOperationsPerElement;
   for_each_task(all.size(), work, [&](int64_t task) {
     const TailCall& call = calls[all[task].tensor];
-    const int64_t index = all[task].index, k = call.k;
-    double* vectors = static_cast<double*>(call.vectors.mutable_data_ptr()) + index * call.matrices.m * k;
+    const int64_t index = all[task].index, count = vector_count(call.matrices, call.k);
+    const bool others = by_the_others(call.matrices, call.k);
+    double* vectors = static_cast<double*>(call.vectors.mutable_data_ptr()) + index * call.matrices.m * count;
     dispatch(float_type(call.input), [&](auto zero) {
       using T = decltype(zero);
       const auto matrix = matrix_at<const T>(call.matrices, call.input.const_data_ptr(), index);
-      const double value = k == 0 ? 0 : tail(matrix, k, vectors, all.size() == 1);
+      const double value = call.k == 0 ? 0 : tail(matrix, count, others, vectors, all.size() == 1);
       static_cast<acc_t<T>*>(call.value.mutable_data_ptr())[index] = static_cast<acc_t<T>>(value);
     });
   });
   return results(calls);
 }
 
-// The gradient of one matrix in columns [begin, end). `by_vector` is `vectors`, [m, k], transposed.
+// The gradient of one matrix in columns [begin, end).
 template <typename T>
-void write_gradient(const Matrix<const T>& matrix, const Matrix<T>& gradient, double factor, const double* vectors,
-                    const double* by_vector, int64_t k, int64_t begin, int64_t end) {
+void write_gradient(const Matrix<const T>& matrix, const Matrix<T>& gradient, const Basis& basis, double factor,
+                    int64_t begin, int64_t end) {
   const int64_t width = round_up(end - begin, kDoubles);
-  std::vector<double> block(matrix.m * width), projected(k * width);
+  std::vector<double> block(matrix.m * width);
   pack(matrix, begin, end, block.data(), width);
-  project(by_vector, k, matrix.m, block.data(), width, width, projected.data());
-  for (double& value : projected) value *= factor;
-  project(vectors, matrix.m, k, projected.data(), width, width, block.data());
-  unpack(block.data(), width, begin, end, gradient);
+  std::vector<double> part = basis.tail_part(block.data(), width, width);
+  for (double& value : part) value *= factor;
+  unpack(part.data(), width, begin, end, gradient);
 }
 
 std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& inputs,
-                                           const std::vector<Tensor>& vectors) {
+                                           const std::vector<Tensor>& vectors, const std::vector<int64_t>& k) {
   constexpr int64_t kWidth = 64;
   if (inputs.empty()) return {};
-  const std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors);
+  const std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors, k);
   for (const TailGradientCall& call : calls) {
-    const auto [count, m, n, stride, row_stride, column_stride] = call.matrices;
-    const Matrices outputs = matrices(call.gradient);
-    const int64_t k = call.k, blocks = ceil_div(n, kWidth);
+    const Matrices &shape = call.matrices, outputs = matrices(call.gradient);
+    const int64_t m = shape.m, count = vector_count(shape, call.k), blocks = ceil_div(shape.n, kWidth);
     const double* by_row = static_cast<const double*>(call.vectors.const_data_ptr());
-    std::vector<double> by_vector(count * k * m);
-    for (int64_t index = 0; index < count; ++index)
-      for (int64_t i = 0; i < m * k; ++i) by_vector[(index * k + i % k) * m + i / k] = by_row[index * m * k + i];
+    std::vector<double> by_vector(shape.count * count * m);
+    for (int64_t index = 0; index < shape.count; ++index)
+      for (int64_t i = 0; i < m * count; ++i)
+        by_vector[(index * count + i % count) * m + i / count] = by_row[index * m * count + i];
     dispatch(float_type(call.input), [&](auto zero) {
       using T = decltype(zero);
-      for_each_task(count * blocks, count * n * m, [&](int64_t task) {
-        const int64_t index = task / blocks, begin = task % blocks * kWidth, end = std::min(n, begin + kWidth);
+      for_each_task(shape.count * blocks, shape.count * shape.n * m, [&](int64_t task) {
+        const int64_t index = task / blocks, begin = task % blocks * kWidth, end = std::min(shape.n, begin + kWidth);
+        const int64_t at = index * m * count;
+        const Basis basis{by_row + at, by_vector.data() + at, m, count, by_the_others(shape, call.k)};
         const double grad = static_cast<const acc_t<T>*>(call.grad.const_data_ptr())[index];
-        write_gradient(matrix_at<const T>(call.matrices, call.input.const_data_ptr(), index),
-                       matrix_at<T>(outputs, call.gradient.mutable_data_ptr(), index), 2 * grad,
-                       by_row + index * m * k, by_vector.data() + index * m * k, k, begin, end);
+        write_gradient(matrix_at<const T>(shape, call.input.const_data_ptr(), index),
+                       matrix_at<T>(outputs, call.gradient.mutable_data_ptr(), index), basis, 2 * grad, begin, end);
       });
     });
   }

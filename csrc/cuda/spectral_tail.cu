@@ -41,7 +41,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
       operand.vectors = static_cast<double*>(tail.vectors.mutable_data_ptr());
       operand.value = tail.value.mutable_data_ptr();
       operand.matrices = tail.matrices;
-      operand.k = static_cast<int>(tail.k);
+      operand.directions = static_cast<int>(vector_count(tail.matrices, tail.k));
+      operand.others = by_the_others(tail.matrices, tail.k);
       operand.type = float_type(tail.input);
       operands.push_back(operand);
     }
@@ -61,15 +62,15 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
 }
 
 std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& inputs,
-                                           const std::vector<Tensor>& vectors) {
+                                           const std::vector<Tensor>& vectors, const std::vector<int64_t>& k) {
   if (inputs.empty()) return {};
-  std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors);
+  std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors, k);
   const DeviceGuard guard(inputs[0]);
   std::vector<Operand> operands;
   for (TailGradientCall& tail : calls) {
     if (tail.input.numel() == 0) continue;
     if (tail.matrices.m > kMostRows) {
-      tail.gradient = call<1>("talib_fast::spectral_tail_linalg_backward", tail.grad, tail.input, tail.vectors)[0];
+      tail.gradient = call<1>("talib_fast::spectral_tail_linalg_backward", tail.grad, tail.input, tail.vectors, tail.k)[0];
       continue;
     }
     Operand operand{};
@@ -78,7 +79,8 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
     operand.vectors = static_cast<double*>(tail.vectors.mutable_data_ptr());
     operand.value = tail.grad.mutable_data_ptr();
     operand.matrices = tail.matrices, operand.gradients = matrices(tail.gradient);
-    operand.k = static_cast<int>(tail.k);
+    operand.directions = static_cast<int>(vector_count(tail.matrices, tail.k));
+    operand.others = by_the_others(tail.matrices, tail.k);
     operand.type = float_type(tail.input);
     choose_columns(operand);
     operands.push_back(operand);

@@ -3,7 +3,7 @@
 //
 // gram_kernel:   blocks take tiles of the Gram matrices, in double, each over a slice of the columns.
 // solve_kernel:  a block takes one Gram matrix into its shared memory, brings it into tridiagonal form, and finds the k
-//                smallest eigenvalues by bisection and their vectors by inverse iteration.
+//                smallest eigenvalues, or the m - k largest, by bisection and their vectors by inverse iteration.
 // value_kernel:  the value, from the matrix itself: that keeps the digits that squaring lost.
 //
 // gradient_kernel is the backward pass. All sums are taken in an order that depends on shapes and launch parameters
@@ -30,15 +30,16 @@ constexpr int kColumnThreads = 256, kVectors = 4;  // of value_kernel and gradie
 struct Operand {
   const void* input;
   void* gradient;      // of the input's dtype; null in the forward pass
-  double* vectors;     // [count, m, k]
+  double* vectors;     // [count, m, directions]
   void* value;         // [count] of the accumulation dtype; in the backward pass the value's gradient
   double* grams;       // [count, slices, pairs of tiles, kTile, kTile]
   double* spilled;     // [count, spilled_size], the first rows of triangles that shared memory has no room for
-  double* iterations;  // [count, k, iteration_size]; null: they are in shared memory
+  double* iterations;  // [count, directions, iteration_size]; null: they are in shared memory
   double* sums;        // [count, chunks], of value_kernel's blocks
   unsigned* arrived;   // [count]
   Matrices matrices, gradients;
-  int k;
+  int directions;      // that the tail is known by,
+  bool others;         // which span what is not the tail
   int slices;          // of the columns, in gram_kernel
   int spilled_rows;
   int columns;         // that a block of value_kernel or gradient_kernel takes, a power of two
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kGramThreads) gram_kernel(const __grid_constan
     for (int j = 0; j < kEach; ++j) tile[(y + i * kSide) * kTile + x + j * kSide] = sums[i][j];
 }
 
-// ---- The smallest eigenvalues of a symmetric matrix of trace 1, and their vectors: one block
+// ---- The smallest eigenvalues of a symmetric matrix of trace 1 or -1, and their vectors: one block
 
 // The upper triangle of a matrix, by rows. kSpilled: the first ones are in global memory; those are done with first.
 template <bool kSpilled>
@@ -297,7 +298,7 @@ __device__ __forceinline__ int count_below(const Solver& s, double x) {
 }
 
 // The k smallest eigenvalues, ascending: every round cuts each one's interval into as many parts as there are threads
-// for it. The result is their upper bound, by Gershgorin's circles.
+// for it. The result is what no eigenvalue exceeds in magnitude, by Gershgorin's circles.
 __device__ inline double smallest_eigenvalues(const Solver& s) {
   const int m = s.m, k = s.k, threads = blockDim.x, lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x; i < m; i += threads) s.squares[i] = i == 0 ? 0 : s.beside[i - 1] * s.beside[i - 1];
@@ -310,7 +311,7 @@ __device__ inline double smallest_eigenvalues(const Solver& s) {
     lowest = fmin(lowest, __shfl_xor_sync(0xffffffffu, lowest, distance));
     highest = fmax(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
   }
-  const double bound = highest, precision = DBL_EPSILON * fmax(fabs(lowest), fabs(highest));
+  const double bound = fmax(fabs(lowest), fabs(highest)), precision = DBL_EPSILON * bound;
   lowest -= 2 * precision * m, highest += 2 * precision * m;
 
   const int parts = max(1, threads / k), group = min(k, threads);
@@ -484,13 +485,14 @@ __global__ void __launch_bounds__(solver_threads(kColumns), 1) solve_kernel(cons
   SIMT_DYN_SHARED(double, shared);
   const Operand& operand = find_operand(list);
   const unsigned index = blockIdx.x - operand.first_block;
-  const int m = static_cast<int>(operand.matrices.m), k = operand.k;
+  const int m = static_cast<int>(operand.matrices.m), directions = operand.directions;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const Solver s(shared, m, k);
+  if (threadIdx.x == 0) operand.arrived[index] = 0;  // for value_kernel
+  if (directions == 0) return;  // all of the matrix is its tail
+  const Solver s(shared, m, directions);
   const Triangle<kSpilled> a{operand.spilled + static_cast<int64_t>(index) * triangle_start(operand.spilled_rows, m),
                              s.scratch + operand.scratch, m, operand.spilled_rows};
-  double* vectors = operand.vectors + static_cast<int64_t>(index) * m * k;
-  if (threadIdx.x == 0) operand.arrived[index] = 0;  // for value_kernel
+  double* vectors = operand.vectors + static_cast<int64_t>(index) * m * directions;
 
   const int side = (m + kTile - 1) / kTile, pairs = triangle_size(side);
   const double* grams = operand.grams + static_cast<int64_t>(index) * operand.slices * pairs * kTile * kTile;
@@ -510,20 +512,21 @@ __global__ void __launch_bounds__(solver_threads(kColumns), 1) solve_kernel(cons
   for (int i = lane; i < m; i += kWarp) trace += a.at(i, i);
   trace = warp_sum(trace);
   if (trace == 0 || !(trace <= DBL_MAX)) {  // zeros, or not finite
-    for (int i = threadIdx.x; i < m * k; i += blockDim.x)
-      vectors[i] = trace == 0 ? i / k == i % k : std::numeric_limits<double>::quiet_NaN();
+    for (int i = threadIdx.x; i < m * directions; i += blockDim.x)
+      vectors[i] = trace == 0 ? i / directions == i % directions : std::numeric_limits<double>::quiet_NaN();
     return;
   }
   __syncthreads();
+  const double scale = operand.others ? -trace : trace;  // the largest are the smallest with the other sign
   for (int i = warp; i < m; i += warps)
-    for (int j = i + lane; j < m; j += kWarp) a.at(i, j) /= trace;
+    for (int j = i + lane; j < m; j += kWarp) a.at(i, j) /= scale;
   __syncthreads();
 
   tridiagonalize<kColumns>(a, s);
   const double bound = smallest_eigenvalues(s);
   double* iterations = s.scratch;
   if (operand.iterations != nullptr)
-    iterations = operand.iterations + static_cast<int64_t>(index) * k * iteration_size(m);
+    iterations = operand.iterations + static_cast<int64_t>(index) * directions * iteration_size(m);
   eigenvectors(s, bound, iterations);
   reflect_back<kColumns>(a, s, iterations, vectors);
 }
@@ -531,46 +534,66 @@ __global__ void __launch_bounds__(solver_threads(kColumns), 1) solve_kernel(cons
 // ---- Value and gradient
 
 // What a block needs in shared memory for its columns, in bytes.
-constexpr int64_t column_bytes(int64_t m, int k, int columns, int64_t element_bytes) {
-  return (static_cast<int64_t>(k) * columns + kColumnThreads * kVectors) * static_cast<int64_t>(sizeof(double)) +
+constexpr int64_t column_bytes(int64_t m, int directions, int columns, int64_t element_bytes) {
+  return (static_cast<int64_t>(directions) * columns + kColumnThreads * kVectors) *
+             static_cast<int64_t>(sizeof(double)) +
          m * (columns + 1) * element_bytes;
 }
 
-// Leaves factor times the columns' products with all vectors in projected, [k, columns].
+// Columns of a matrix in shared memory, and what tells their part in the tail from the rest.
+template <typename A>
+struct Columns {
+  const A* tile;            // [m, columns + 1]
+  const double* projected;  // [directions, columns]
+  const double* vectors;    // [m, directions]
+  int columns, directions;
+  bool others;
+
+  __device__ __forceinline__ double tail_part(int row, int column) const {
+    double sum = 0;
+    for (int l = 0; l < directions; ++l) sum += vectors[row * directions + l] * projected[l * columns + column];
+    return others ? static_cast<double>(tile[row * (columns + 1) + column]) - sum : sum;
+  }
+};
+
+// Columns from the first one on, and their products with all vectors, for the whole block.
 template <typename T>
-__device__ __forceinline__ void project(const Operand& operand, unsigned index, int64_t first, double factor,
-                                        double* projected) {
+__device__ __forceinline__ Columns<acc_t<T>> load_and_project(const Operand& operand, unsigned index, int64_t first,
+                                                              double* projected) {
   const Matrices& shape = operand.matrices;
-  const int m = static_cast<int>(shape.m), k = operand.k, columns = operand.columns, pitch = columns + 1;
-  double* partial = projected + k * columns;  // [parts of the rows, kVectors, columns]
+  const int m = static_cast<int>(shape.m), directions = operand.directions, columns = operand.columns;
+  const int pitch = columns + 1;
+  double* partial = projected + directions * columns;  // [parts of the rows, kVectors, columns]
   acc_t<T>* tile = reinterpret_cast<acc_t<T>*>(partial + kColumnThreads * kVectors);
-  const double* vectors = operand.vectors + static_cast<int64_t>(index) * m * k;
+  const double* vectors = operand.vectors + static_cast<int64_t>(index) * m * directions;
   load_columns(static_cast<const T*>(operand.input) + index * shape.stride, shape, 0, m, first, shape.n, columns, tile,
                pitch);
   __syncthreads();
   const int column = threadIdx.x & (columns - 1), part = threadIdx.x / columns, parts = kColumnThreads / columns;
-  for (int begin = 0; begin < k; begin += kVectors) {
+  for (int begin = 0; begin < directions; begin += kVectors) {
     double sums[kVectors] = {};
     for (int i = part; i < m; i += parts) {
       const double element = static_cast<double>(tile[i * pitch + column]);
 #pragma unroll
       for (int l = 0; l < kVectors; ++l)
-        if (begin + l < k) sums[l] += vectors[i * k + begin + l] * element;
+        if (begin + l < directions) sums[l] += vectors[i * directions + begin + l] * element;
     }
 #pragma unroll
     for (int l = 0; l < kVectors; ++l) partial[(part * kVectors + l) * columns + column] = sums[l];
     __syncthreads();
-    for (int e = threadIdx.x; e < kVectors * columns && begin * columns + e < k * columns; e += kColumnThreads) {
+    const int here = min(kVectors, directions - begin) * columns;
+    for (int e = threadIdx.x; e < here; e += kColumnThreads) {
       double sum = 0;
       for (int other = 0; other < parts; ++other) sum += partial[other * kVectors * columns + e];
-      projected[begin * columns + e] = factor * sum;
+      projected[begin * columns + e] = sum;
     }
     __syncthreads();
   }
+  return {tile, projected, vectors, columns, directions, operand.others};
 }
 
 __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_constant__ List list) {
-  SIMT_DYN_SHARED(double, projected);
+  SIMT_DYN_SHARED(double, shared);
   SIMT_SHARED(double, warp_sums, kColumnThreads / kWarp);
   SIMT_SHARED(unsigned, ticket, 1);
   const Operand& operand = find_operand(list);
@@ -585,11 +608,20 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
       for (int warp = 0; warp < kColumnThreads / kWarp; ++warp) total += warp_sums[warp];
     return total;
   };
-  with_type(operand.type, [&](auto zero) {
-    project<decltype(zero)>(operand, index, static_cast<int64_t>(chunk) * operand.columns, 1, projected);
-  });
+  const int m = static_cast<int>(operand.matrices.m), columns = operand.columns;
   double sum = 0;
-  for (int e = threadIdx.x; e < operand.k * operand.columns; e += kColumnThreads) sum += projected[e] * projected[e];
+  with_type(operand.type, [&](auto zero) {
+    const auto ours = load_and_project<decltype(zero)>(operand, index, static_cast<int64_t>(chunk) * columns, shared);
+    if (operand.others) {
+      for (int e = threadIdx.x; e < m * columns; e += kColumnThreads) {
+        const double part = ours.tail_part(e / columns, e & (columns - 1));
+        sum += part * part;
+      }
+    } else {
+      for (int e = threadIdx.x; e < operand.directions * columns; e += kColumnThreads)
+        sum += ours.projected[e] * ours.projected[e];
+    }
+  });
   sum = block_sum(sum);
   double* sums = operand.sums + static_cast<int64_t>(index) * count;
   if (threadIdx.x == 0) {
@@ -602,32 +634,30 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
   for (unsigned i = threadIdx.x; i < count; i += kColumnThreads) sum += sums[i];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
+  if (!(sum <= DBL_MAX)) sum = std::numeric_limits<double>::quiet_NaN();
   if (operand.type == FloatType::kDouble) static_cast<double*>(operand.value)[index] = sum;
   else static_cast<float*>(operand.value)[index] = static_cast<float>(sum);
 }
 
 __global__ void __launch_bounds__(kColumnThreads) gradient_kernel(const __grid_constant__ List list) {
-  SIMT_DYN_SHARED(double, projected);
+  SIMT_DYN_SHARED(double, shared);
   const Operand& operand = find_operand(list);
   const unsigned block = blockIdx.x - operand.first_block, count = static_cast<unsigned>(chunks(operand));
   const unsigned index = block / count;
   const int64_t first = static_cast<int64_t>(block % count) * operand.columns;
   const Matrices& shape = operand.gradients;
-  const int m = static_cast<int>(shape.m), k = operand.k, columns = operand.columns;
-  const double* vectors = operand.vectors + static_cast<int64_t>(index) * m * k;
+  const int m = static_cast<int>(shape.m), columns = operand.columns;
   with_type(operand.type, [&](auto zero) {
     using T = decltype(zero);
-    const double grad = static_cast<const acc_t<T>*>(operand.value)[index];
-    project<T>(operand, index, first, 2 * grad, projected);
+    const double factor = 2 * static_cast<double>(static_cast<const acc_t<T>*>(operand.value)[index]);
+    const auto ours = load_and_project<T>(operand, index, first, shared);
     T* gradient = static_cast<T*>(operand.gradient) + index * shape.stride;
     const bool by_rows = shape.row_stride < shape.column_stride;
     for (int e = threadIdx.x; e < m * columns; e += kColumnThreads) {
       const int row = by_rows ? e % m : e / columns, column = by_rows ? e / m : e & (columns - 1);
       if (first + column >= shape.n) continue;
-      double sum = 0;
-      for (int l = 0; l < k; ++l) sum += vectors[row * k + l] * projected[l * columns + column];
       gradient[row * shape.row_stride + (first + column) * shape.column_stride] =
-          from_acc<T>(static_cast<acc_t<T>>(sum));
+          from_acc<T>(static_cast<acc_t<T>>(factor * ours.tail_part(row, column)));
     }
   });
 }
@@ -667,14 +697,15 @@ inline int64_t solver_bytes(const Operand& operand) {
 inline void choose_columns(Operand& operand) {
   const int64_t element_bytes = operand.type == FloatType::kDouble ? sizeof(double) : sizeof(float);
   for (operand.columns = 32; operand.columns > 8; operand.columns /= 2)
-    if (column_bytes(operand.matrices.m, operand.k, operand.columns, element_bytes) <= kAlwaysAllowed) break;
+    if (column_bytes(operand.matrices.m, operand.directions, operand.columns, element_bytes) <= kAlwaysAllowed) break;
 }
 
 // The one place that decides how the forward pass of an operand looks; `operands` is how many share the launches.
 inline void plan_forward(Operand& operand, size_t operands, const Device& device, Workspace& workspace) {
   constexpr int64_t kLeastSlice = 2 * kPanel;
   const int64_t count = operand.matrices.count;
-  const int m = static_cast<int>(operand.matrices.m), k = operand.k, warps = solver_threads(operand, device) / kWarp;
+  const int m = static_cast<int>(operand.matrices.m), warps = solver_threads(operand, device) / kWarp;
+  const int iterations = operand.directions * iteration_size(m);
   const int64_t pairs = triangle_size(static_cast<int>(ceil_div(m, kTile)));
   // a block for each multiprocessor, or more if the matrices are many
   operand.slices = static_cast<int>(
@@ -683,18 +714,16 @@ inline void plan_forward(Operand& operand, size_t operands, const Device& device
 
   // the iterations after the sums by warp, in their place; then the triangle, whose first rows may spill
   const bool roomy = [&] {
-    operand.spilled_rows = 0, operand.scratch = std::max(warps * m, k * iteration_size(m));
+    operand.spilled_rows = 0, operand.scratch = std::max(warps * m, iterations);
     return solver_bytes(operand) <= device.shared_bytes;
   }();
   if (!roomy) operand.scratch = warps * m;
   while (solver_bytes(operand) > device.shared_bytes) ++operand.spilled_rows;
-  const bool global_iterations = k * iteration_size(m) > operand.scratch;
   choose_columns(operand);
 
   operand.grams = workspace.take<double>(count * operand.slices * pairs * kTile * kTile);
   operand.spilled = workspace.take<double>(count * triangle_start(operand.spilled_rows, m));
-  operand.iterations = workspace.take<double>(global_iterations ? count * k * iteration_size(m) : 0);
-  if (!global_iterations) operand.iterations = nullptr;
+  operand.iterations = iterations > operand.scratch ? workspace.take<double>(count * iterations) : nullptr;
   operand.sums = workspace.take<double>(count * chunks(operand));
   operand.arrived = workspace.take<unsigned>(count);
 }
@@ -711,7 +740,7 @@ void in_lists(const std::vector<Operand>& operands, const Blocks& blocks, const 
       sum += blocks(operands[i]);
     }
     if (sum > std::numeric_limits<int>::max()) throw std::runtime_error("spectral_tail: too many matrices");
-    f(list, static_cast<unsigned>(sum));
+    if (sum > 0) f(list, static_cast<unsigned>(sum));
   }
 }
 
@@ -747,7 +776,7 @@ void launch_over_columns(Kernel* kernel, const std::vector<Operand>& operands, c
              for (int i = 0; i < list.count; ++i) {
                const Operand& operand = list.operands[i];
                const int64_t element_bytes = operand.type == FloatType::kDouble ? sizeof(double) : sizeof(float);
-               bytes = std::max(bytes, column_bytes(operand.matrices.m, operand.k, operand.columns, element_bytes));
+               bytes = std::max(bytes, column_bytes(operand.matrices.m, operand.directions, operand.columns, element_bytes));
              }
              SIMT_LAUNCH(kernel, dim3(blocks), dim3(kColumnThreads), bytes, stream, list);
            });
@@ -755,9 +784,9 @@ void launch_over_columns(Kernel* kernel, const std::vector<Operand>& operands, c
 
 inline void launch_forward(const std::vector<Operand>& operands, const Device& device, cudaStream_t stream) {
   in_lists(operands,
-           [](const Operand& operand) {
+           [](const Operand& operand) -> int64_t {
              const int pairs = triangle_size(static_cast<int>(ceil_div(operand.matrices.m, kTile)));
-             return operand.matrices.count * operand.slices * pairs;
+             return operand.directions == 0 ? 0 : operand.matrices.count * operand.slices * pairs;
            },
            [&](const List& list, unsigned blocks) {
              SIMT_LAUNCH(gram_kernel, dim3(blocks), dim3(kGramThreads), 0, stream, list);

@@ -1,12 +1,13 @@
 """The sum of the k smallest squared singular values, as Batch Spectral Shrinkage needs it.
 
 With F of shape [b, f] and U the orthonormal basis of the singular subspace that the k smallest singular values
-span on the smaller side, the value is ‖UᵀF‖² and its gradient 2·U·Uᵀ·F (b ≤ f; F·U·Uᵀ otherwise). Squaring the
-condition number is harmless only with digits to spare: the Gram matrix of a float32 F is formed and solved in
-float64, and a float64 F is reduced by a QR factorisation instead.
+span on the smaller side, the value is ‖UᵀF‖² and its gradient 2·U·Uᵀ·F (b ≤ f; F·U·Uᵀ otherwise). Where the other
+singular directions V are fewer, they do as well: U·Uᵀ = I - V·Vᵀ. Squaring the condition number is harmless only with
+digits to spare: the Gram matrix of a float32 F is formed and solved in float64, and a float64 F is reduced by a QR
+factorisation instead.
 
-The compiled kernel looks for no other eigenvectors of the Gram matrix than U: Householder's tridiagonal form,
-bisection, inverse iteration. It takes the value from F itself, which gives back the digits that squaring lost.
+The compiled kernels look for no other eigenvectors of the Gram matrix: Householder's tridiagonal form, bisection,
+inverse iteration. They take the value from F itself, which gives back the digits that squaring lost.
 
 The operators take lists of matrices ``[b, f]`` or batches of them ``[count, b, f]``.
 """
@@ -41,20 +42,28 @@ def _by_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return singular_values.square().flip(-1), vectors_h.mT.flip(-1)
 
 
+def _by_the_others(short_side: int, k: int) -> bool:
+    """Whether the vectors span the other singular directions, which are fewer, and not the tail's."""
+    return 2 * k > short_side
+
+
 def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """``spectrum`` gives squared singular values, ascending, and the singular vectors of the shorter side."""
     matrix = _short_side_first(_in_float64(input))
     finite = torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
     values, vectors = spectrum(torch.where(finite, matrix, 0))
-    values = torch.where(finite[..., 0], values, torch.nan)[..., :k]
-    vectors = torch.where(finite, vectors, torch.nan)[..., :k]
-    return values.sum(-1).to(device=input.device, dtype=accumulation_dtype(input)), vectors.contiguous()
+    value = torch.where(finite[..., 0], values, torch.nan)[..., :k].sum(-1)
+    vectors = torch.where(finite, vectors, torch.nan)
+    vectors = vectors[..., k:] if _by_the_others(vectors.size(-1), k) else vectors[..., :k]
+    value = value.to(device=input.device, dtype=accumulation_dtype(input))
+    return value, vectors.clone(memory_format=torch.contiguous_format)
 
 
-def _apply_projector(vectors: Tensor, input: Tensor) -> Tensor:
-    if vectors.size(-2) == input.size(-2):
-        return vectors @ (vectors.mT @ input)
-    return (input @ vectors) @ vectors.mT
+def _tail_part(input: Tensor, vectors: Tensor, k: int) -> Tensor:
+    short_side = vectors.size(-2)
+    wide = short_side == input.size(-2)
+    part = vectors @ (vectors.mT @ input) if wide else (input @ vectors) @ vectors.mT
+    return input - part if _by_the_others(short_side, k) else part
 
 
 def _forward_by_gram(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -70,20 +79,21 @@ def _forward(inputs: list[Tensor], k: list[int]) -> tuple[list[Tensor], list[Ten
     return [value for value, _ in tails], [vectors for _, vectors in tails]
 
 
-def _gradient(grad: Tensor, input: Tensor, vectors: Tensor) -> Tensor:
-    projection = _apply_projector(vectors, _in_float64(input))
-    return torch.empty_like(input).copy_(projection * (2 * grad.to(projection)[..., None, None]))
+def _gradient(grad: Tensor, input: Tensor, vectors: Tensor, k: int) -> Tensor:
+    part = _tail_part(_in_float64(input), vectors, k)
+    return torch.empty_like(input).copy_(part * (2 * grad.to(part)[..., None, None]))
 
 
-def _backward(grads: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-    return [_gradient(*tensors) for tensors in zip(grads, inputs, vectors, strict=True)]
+def _backward(grads: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], k: list[int]) -> list[Tensor]:
+    return [_gradient(*arguments) for arguments in zip(grads, inputs, vectors, k, strict=True)]
 
 
 def _tail_fake(input, k):
     device = torch.device("cpu") if input.device.type == "mps" else input.device
     short_side = min(input.size(-2), input.size(-1))
     value = input.new_empty(input.shape[:-2], dtype=accumulation_dtype(input))
-    return value, input.new_empty((*input.shape[:-2], short_side, k), dtype=torch.float64, device=device)
+    vectors = min(k, short_side - k)
+    return value, input.new_empty((*input.shape[:-2], short_side, vectors), dtype=torch.float64, device=device)
 
 
 def _forward_fake(inputs, k):
@@ -91,7 +101,7 @@ def _forward_fake(inputs, k):
     return [value for value, _ in tails], [vectors for _, vectors in tails]
 
 
-def _backward_fake(grads, inputs, vectors):
+def _backward_fake(grads, inputs, vectors, k):
     return [torch.empty_like(input) for input in inputs]
 
 
@@ -99,7 +109,9 @@ _forward_op = define(
     "spectral_tail_forward(Tensor[] inputs, int[] k) -> (Tensor[] values, Tensor[] vectors)", _forward, _forward_fake
 )
 _backward_op = define(
-    "spectral_tail_backward(Tensor[] grads, Tensor[] inputs, Tensor[] vectors) -> Tensor[]", _backward, _backward_fake
+    "spectral_tail_backward(Tensor[] grads, Tensor[] inputs, Tensor[] vectors, int[] k) -> Tensor[]",
+    _backward,
+    _backward_fake,
 )
 # LAPACK's work on every device; no kernel of our own would be faster
 _forward_by_qr_op = define(
@@ -110,9 +122,9 @@ define(
     "spectral_tail_linalg_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_gram, _tail_fake
 )
 define(
-    "spectral_tail_linalg_backward(Tensor grad, Tensor input, Tensor vectors) -> Tensor",
+    "spectral_tail_linalg_backward(Tensor grad, Tensor input, Tensor vectors, int k) -> Tensor",
     _gradient,
-    lambda grad, input, vectors: torch.empty_like(input),
+    lambda grad, input, vectors, k: torch.empty_like(input),
 )
 
 
@@ -159,10 +171,10 @@ class _SpectralTail(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *map(_differentiable_gradient, grads, inputs, ctx.k))
         if all(ctx.needs_input_grad[1:]):
-            return (None, *_backward_op(grads, inputs, vectors))
+            return (None, *_backward_op(grads, inputs, vectors, ctx.k))
         gradients: list[Tensor | None] = [None] * (1 + count)
         wanted = [j for j in range(count) if ctx.needs_input_grad[1 + j]]
-        chosen = ([tensors[j] for j in wanted] for tensors in (grads, inputs, vectors))
+        chosen = ([tensors[j] for j in wanted] for tensors in (grads, inputs, vectors, ctx.k))
         for j, gradient in zip(wanted, _backward_op(*chosen), strict=True):
             gradients[1 + j] = gradient
         return tuple(gradients)
