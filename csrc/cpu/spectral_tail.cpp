@@ -382,32 +382,40 @@ SIMD_CLONES void project(const double* vectors, int64_t k, int64_t m, const doub
 
 SIMD_CLONES double squared_norm(const double* values, int64_t n) { return dot(values, values, n); }
 
+SIMD_CLONES void subtract_product(const double* rows, int64_t m, int64_t k, const double* columns, int64_t width,
+                                  double* from, int64_t stride) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t l = 0; l < k; ++l) add_multiple(from + i * stride, -rows[i * k + l], columns + l * width, width);
+}
+
 // The directions that a tail is known by: vectors [m, count] and, transposed, [count, m].
 struct Basis {
   const double *by_row, *by_vector;
   int64_t m, count;
   bool others;  // they span what is not the tail
 
-  // Columns [m, stride] become their part in the tail, [m, width].
-  std::vector<double> tail_part(const double* columns, int64_t stride, int64_t width) const {
-    std::vector<double> projected(count * width), part(m * width);
-    project(by_vector, count, m, columns, stride, width, projected.data());
-    project(by_row, m, count, projected.data(), width, width, part.data());
-    if (!others) return part;
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < width; ++j) part[i * width + j] = columns[i * stride + j] - part[i * width + j];
-    return part;
+  // [count, width], of columns [m, stride]
+  std::vector<double> projected(const double* columns, int64_t stride, int64_t width) const {
+    std::vector<double> products(count * width);
+    project(by_vector, count, m, columns, stride, width, products.data());
+    return products;
   }
 
-  // the squared norm of that part, by a shorter way if there is one
-  double tail_square(const double* columns, int64_t stride, int64_t width) const {
-    if (others) {
-      const std::vector<double> part = tail_part(columns, stride, width);
-      return squared_norm(part.data(), m * width);
-    }
-    std::vector<double> projected(count * width);
-    project(by_vector, count, m, columns, stride, width, projected.data());
-    return squared_norm(projected.data(), count * width);
+  // Replaces columns [m, width] by their part in the tail.
+  void keep_tail(double* columns, int64_t width) const {
+    const std::vector<double> products = projected(columns, width, width);
+    if (others) subtract_product(by_row, m, count, products.data(), width, columns, width);
+    else project(by_row, m, count, products.data(), width, width, columns);
+  }
+
+  // The squared norm of that part of columns [m, stride], which are overwritten.
+  double tail_square(double* columns, int64_t stride, int64_t width) const {
+    const std::vector<double> products = projected(columns, stride, width);
+    if (!others) return squared_norm(products.data(), products.size());
+    subtract_product(by_row, m, count, products.data(), width, columns, stride);
+    double sum = 0;
+    for (int64_t i = 0; i < m; ++i) sum += squared_norm(columns + i * stride, width);
+    return sum;
   }
 };
 
@@ -462,7 +470,7 @@ double tail(const Matrix<const T>& matrix, int64_t count, bool others, double* v
   const Basis basis{vectors, rows.data(), m, count, others};
   std::vector<double> values(pieces.count);
   for_each_task(pieces.count, elements, [&](int64_t piece) {
-    pieces.for_each_panel(piece, matrix, [&](const double* columns, int64_t stride, int64_t width) {
+    pieces.for_each_panel(piece, matrix, [&](double* columns, int64_t stride, int64_t width) {
       values[piece] += basis.tail_square(columns, stride, width);
     });
   });
@@ -513,9 +521,9 @@ void write_gradient(const Matrix<const T>& matrix, const Matrix<T>& gradient, co
   const int64_t width = round_up(end - begin, kDoubles);
   std::vector<double> block(matrix.m * width);
   pack(matrix, begin, end, block.data(), width);
-  std::vector<double> part = basis.tail_part(block.data(), width, width);
-  for (double& value : part) value *= factor;
-  unpack(part.data(), width, begin, end, gradient);
+  basis.keep_tail(block.data(), width);
+  for (double& value : block) value *= factor;
+  unpack(block.data(), width, begin, end, gradient);
 }
 
 std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& inputs,
