@@ -200,6 +200,19 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
+// The sum over a block of kThreads, for its first thread alone. Another call needs a barrier first.
+template <int kThreads>
+__device__ __forceinline__ double block_sum(double value, double* warp_sums) {
+  constexpr int kWarps = kThreads / kWarp;
+  value = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0)
+    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
+  return sum;
+}
+
 // The operand of a launch's list that this block works on. The blocks of all stand in their order.
 template <typename List>
 __device__ __forceinline__ const auto& find_operand(const List& list) {

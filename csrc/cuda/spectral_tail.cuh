@@ -599,15 +599,6 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
   const Operand& operand = find_operand(list);
   const unsigned block = blockIdx.x - operand.first_block, count = static_cast<unsigned>(chunks(operand));
   const unsigned index = block / count, chunk = block % count;
-  const auto block_sum = [&](double sum) {  // for the first thread alone
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    double total = 0;
-    if (threadIdx.x == 0)
-      for (int warp = 0; warp < kColumnThreads / kWarp; ++warp) total += warp_sums[warp];
-    return total;
-  };
   const int m = static_cast<int>(operand.matrices.m), columns = operand.columns;
   double sum = 0;
   with_type(operand.type, [&](auto zero) {
@@ -622,7 +613,7 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
         sum += ours.projected[e] * ours.projected[e];
     }
   });
-  sum = block_sum(sum);
+  sum = block_sum<kColumnThreads>(sum, warp_sums);
   double* sums = operand.sums + static_cast<int64_t>(index) * count;
   if (threadIdx.x == 0) {
     sums[chunk] = sum;
@@ -632,7 +623,7 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
   if (ticket[0] != count - 1) return;  // the last to arrive goes on; which block that is makes no difference
   sum = 0;
   for (unsigned i = threadIdx.x; i < count; i += kColumnThreads) sum += sums[i];
-  sum = block_sum(sum);
+  sum = block_sum<kColumnThreads>(sum, warp_sums);
   if (threadIdx.x != 0) return;
   if (!(sum <= DBL_MAX)) sum = std::numeric_limits<double>::quiet_NaN();
   if (operand.type == FloatType::kDouble) static_cast<double*>(operand.value)[index] = sum;

@@ -286,20 +286,11 @@ __global__ void __launch_bounds__(kThreads)
   SIMT_SHARED(double, warp_sums, kWarps);
   SIMT_SHARED(unsigned, ticket, 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto block_sum = [&](double value) {  // for the first thread alone
-    value = warp_sum(value);
-    if (lane == 0) warp_sums[warp] = value;
-    __syncthreads();
-    double sum = 0;
-    if (threadIdx.x == 0)
-      for (int i = 0; i < kWarps; ++i) sum += warp_sums[i];
-    return sum;
-  };
 
   if (blockIdx.x < list.blocks) {
     double sum = 0;
     with_chunk(list, [&](const Operand& operand, int64_t begin, int64_t end) { sum = sum_chunk(operand, begin, end); });
-    sum = block_sum(sum);
+    sum = block_sum<kThreads>(sum, warp_sums);
     if (threadIdx.x == 0) results.chunks[blockIdx.x] = sum;
   }
   if (threadIdx.x == 0) ticket[0] = add_acquire_release(results.arrived, 1);
@@ -317,7 +308,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (results.total == nullptr) return;
   for (int j = threadIdx.x; j < results.first_term; j += kThreads) sum += read(results.terms, results.wide, j);
-  sum = block_sum(sum);
+  sum = block_sum<kThreads>(sum, warp_sums);
   if (threadIdx.x == 0) write(results.total, results.wide, 0, sum);
 }
 
