@@ -141,9 +141,12 @@ class TestKernels:
 
     @pytest.mark.parametrize("k", [1, 3])
     def test_every_size_class(self, k, device):
-        """Of the CUDA kernels, the first that is left to PyTorch among them."""
-        for m in (33, 64, 65, 128, 129, 256, 257):
+        """Of the CUDA kernels."""
+        for m in (33, 64, 65, 128, 129, 256):
             self.check(torch.randn(m, 300), k, device)
+
+    def test_what_the_cuda_kernels_leave_to_pytorch(self, device):
+        self.check(torch.randn(300, 257), 2, device)
 
     SEVERAL = ((3, 7), (48, 100), (7, 3), (2, 5, 8), (4, 0), (100, 70), (0, 3, 4), (2, 2, 3, 4), (150, 160), (300, 290))
 
