@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from report import progress
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from talib_fast.training.memory import PeakMemory, release_memory
 
@@ -249,6 +250,30 @@ def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
     output = candidate.forward(*feed.arguments)
     candidate.backward(output, feed)
     return round((peak.mib() - before) * 2**20)
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Records the names of the operators that are called, but for those inside some modules' forward passes."""
+
+    def __init__(self, *excluded: nn.Module) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._inside = False
+        self._hooks = [module.register_forward_pre_hook(self._switch(True)) for module in excluded]
+        self._hooks += [module.register_forward_hook(self._switch(False)) for module in excluded]
+
+    def _switch(self, inside: bool) -> Callable[..., None]:
+        return lambda *_: setattr(self, "_inside", inside)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._inside:
+            self.names.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
 
 
 def _start_worker(threads: int) -> None:

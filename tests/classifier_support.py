@@ -1,7 +1,11 @@
 """Small parts that the classifiers' tests share."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Backbone(nn.Module):
@@ -31,3 +35,35 @@ def images(batch=4, device="cpu", dtype=torch.float32):
 
 def bottleneck():
     return nn.Sequential(nn.Linear(6, 2), nn.ReLU())
+
+
+def with_workers(test):
+    """Let a test use a data loader with worker processes."""
+    test = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")(test)
+    return pytest.mark.filterwarnings("ignore:No data was collected")(test)  # by coverage in a worker without our code
+
+
+def assert_trains_alike_in_low_precision(model, device, columns, loss_of):
+    """Two epochs with a loader of two workers, channels_last and bfloat16 autocast follow those in plain float32.
+
+    ``loss_of(model, *batch)`` is the loss, of ``columns`` in batches.
+    """
+    losses = []
+    for low in (False, True):
+        layout = torch.channels_last if low else torch.contiguous_format
+        trained = copy.deepcopy(model).to(device, memory_format=layout)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+        loader = DataLoader(TensorDataset(*columns), 4, num_workers=2 if low else 0)
+        losses.append([])
+        for _ in range(2):
+            for batch in loader:
+                batch = [x.to(device, memory_format=layout) if x.dim() == 4 else x.to(device) for x in batch]
+                with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                    loss = loss_of(trained, *batch)
+                assert loss.dtype == torch.float32 and loss.dim() == 0
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.detach())
+        assert all(p.isfinite().all() for p in trained.parameters())
+    torch.testing.assert_close(*map(torch.stack, losses), rtol=0.05, atol=0.05)

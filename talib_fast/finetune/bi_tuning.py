@@ -5,9 +5,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.snapshot import snapshot
 from .classifier import Classifier as ClassifierBase
 from .classifier import ParameterGroup
 from .knowledge_distillation import at_least_float32
+from .labels import check_range, integer_labels
 
 __all__ = ["BiTuning", "Bituning", "Classifier"]
 
@@ -75,7 +77,8 @@ class BiTuning(nn.Module):
     <https://arxiv.org/abs/2011.06182>`_.
 
     Under ``torch.distributed`` every rank enqueues the keys of all ranks, in rank order, so that the queues stay
-    alike; the ranks' batches must be of one size.
+    alike; the ranks' batches must be of one size. Give DistributedDataParallel ``broadcast_buffers=False``, or it sends
+    the queues of rank 0 to the others at every step.
 
     Args:
         encoder_q: query encoder, trained.
@@ -88,8 +91,9 @@ class BiTuning(nn.Module):
         key_buffers: what becomes of the key encoder's buffers, BatchNorm's statistics above all: ``own`` leaves them
             to its own forward passes, ``copy`` copies the query encoder's at each step, ``average`` moves the
             floating-point ones by momentum and copies the others.
-        check_labels: check the labels' range on accelerators too, which costs a synchronisation per step; on the CPU
-            it is always checked.
+        check_labels: check labels on an accelerator before anything is done with them, which costs a synchronisation
+            per step. Without it those out of range end in a kernel's own bounds check, as cross entropy's do. Labels on
+            the CPU are always checked (compiled: by the kernels).
 
     Inputs:
         im_q, im_k: two views of the same b samples.
@@ -159,53 +163,61 @@ class BiTuning(nn.Module):
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
         if self.key_buffers == "own":
             return
-        for buffer_q, buffer_k in zip(self.encoder_q.buffers(), self.encoder_k.buffers(), strict=True):
-            if self.key_buffers == "average" and buffer_k.is_floating_point():
-                buffer_k.lerp_(buffer_q, 1 - self.m)
-            else:
-                buffer_k.copy_(buffer_q)
-
-    @torch.no_grad()
-    def _enqueue(self, h: Tensor, z: Tensor, labels: Tensor) -> None:
-        """Write the keys in batch order, each to its class's next slot; past K of one class the last writer wins."""
-        if not len(labels):
-            return
-        position = torch.arange(len(labels), device=labels.device)
-        same_class = labels[:, None] == labels
-        place_in_class = (same_class & (position < position[:, None])).sum(1)
-        slot = labels * self.K + (self.queue_ptr[labels] + place_in_class) % self.K
-        # several keys of one slot are all replaced by the last of them, so that the order of the writes is no matter
-        last = torch.where(slot[:, None] == slot, position, -1).amax(1)
-        self.queue_h.view(len(self.queue_h), -1).index_copy_(1, slot, h[last].T.to(self.queue_h.dtype))
-        self.queue_z.view(len(self.queue_z), -1).index_copy_(1, slot, z[last].T.to(self.queue_z.dtype))
-        self.queue_ptr.index_add_(0, labels, torch.ones_like(labels)).remainder_(self.K)
+        averaged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for pair in zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True):
+            (averaged if self.key_buffers == "average" and pair[0].is_floating_point() else copied).append(pair)
+        if averaged:
+            torch._foreach_lerp_([k for k, _ in averaged], [q for _, q in averaged], 1 - self.m)
+        if copied:
+            torch._foreach_copy_([k for k, _ in copied], [q for _, q in copied])
 
     def _own_class_first(self, labels: Tensor) -> Tensor:
-        """The columns ``[b, C·K]`` of the queue in each sample's order: its own class, then the others ascending."""
-        place = torch.arange(self.num_classes, device=labels.device)
-        own = labels[:, None]
-        order = torch.where(place == 0, own, place - (place <= own).to(place.dtype))
-        return (order[:, :, None] * self.K + torch.arange(self.K, device=labels.device)).flatten(1)
+        """The keys ``[b, C·K]`` of a queue in each sample's order: its own class's, then the others' ascending."""
+        start = labels[:, None] * self.K
+        own = start + torch.arange(self.K, device=labels.device)
+        others = torch.arange((self.num_classes - 1) * self.K, device=labels.device)
+        return torch.cat([own, torch.add(others, others >= start, alpha=self.K)], dim=1)
 
-    def _log_probabilities(self, current: Tensor, queue: Tensor, columns: Tensor) -> Tensor:
-        logits = torch.cat([current[:, None], queue.gather(1, columns)], dim=1)
-        return F.log_softmax(at_least_float32(logits) / self.T, dim=1)
+    @torch.no_grad()
+    def _class_weights(self, labels: Tensor) -> Tensor:
+        """The normalised weight and bias of each sample's class in the head, over the temperature: ``[b, F + 1]``."""
+        head = self.encoder_q.head
+        weight = torch.cat([head.weight, head.bias[:, None]], dim=1)[labels]  # type: ignore[list-item, index]
+        return weight / (weight.norm(dim=1, keepdim=True) * self.T).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def _enqueue(self, queue_h: Tensor, queue_z: Tensor, h: Tensor, z: Tensor, labels: Tensor) -> None:
+        """Write the keys in batch order, each to its class's next slot; past K of one class the last writer wins.
+
+        ``queue_h [C·K, F + 1]`` and ``queue_z [C·K, D]`` are views of the queues, a slot a row.
+        """
+        if not len(labels):
+            return
+        place_in_class = (labels[:, None] == labels).tril(-1).sum(1)
+        slot = torch.add((self.queue_ptr[labels] + place_in_class) % self.K, labels, alpha=self.K)
+        if len(labels) > self.K:
+            # Several keys of one slot are all replaced by the last of them, so that the order of the writes is no
+            # matter: argmax takes the first of the largest, the place where the count of the slot's keys ends.
+            last = (slot[:, None] == slot).cumsum(1).argmax(1)
+            h, z = h.index_select(0, last), z.index_select(0, last)
+        queue_h.index_copy_(0, slot, h.to(queue_h.dtype))
+        queue_z.index_copy_(0, slot, z.to(queue_z.dtype))
+        self.queue_ptr.index_add_(0, labels, torch.ones_like(labels)).remainder_(self.K)
 
     def _check(self, im_k: Tensor | None, labels: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         if im_k is None or labels is None:
             raise ValueError("expected im_q, im_k and labels in training mode, got im_q alone")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"expected labels to be a tensor of integers, got {got}")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"expected labels to be a tensor of integers, got {type(labels).__name__}")
+        labels = integer_labels(labels)
         if labels.shape != (batch,) or len(im_k) != batch:
             raise ValueError(
                 f"expected im_q, im_k and labels of one batch size, got {batch}, {len(im_k)} and {list(labels.shape)}"
             )
-        if batch and (labels.device.type == "cpu" or self.check_labels):
-            low, high = (int(label) for label in torch.stack(torch.aminmax(labels)))
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"expected labels in [0, {self.num_classes}), got labels from {low} to {high}")
-        return im_k, labels.long()
+        if (labels.device.type == "cpu" or self.check_labels) and not torch.compiler.is_compiling():
+            check_range(labels, self.num_classes)
+        return im_k, labels
 
     def forward(
         self, im_q: Tensor, im_k: Tensor | None = None, labels: Tensor | None = None
@@ -213,27 +225,35 @@ class BiTuning(nn.Module):
         if not self.training:
             return self.encoder_q(im_q)
         im_k, labels = self._check(im_k, labels, len(im_q))
-        labels = labels.to(self.queue_ptr.device)
+        # from the host without waiting; to the host a copy has to be waited for
+        labels = labels.to(self.queue_ptr.device, non_blocking=labels.device.type == "cpu")
         y_q, z_q, h_q = self.encoder_q(im_q)
         self._update_key_encoder()
         with torch.no_grad():
             _, z_k, h_k = self.encoder_k(im_k)
 
-        columns = self._own_class_first(labels)
+        order = self._own_class_first(labels)
+        queue_h, queue_z = self.queue_h.flatten(1).T, self.queue_z.flatten(1)
+        query = z_q / self.T
         # a copy, because autograd needs the queue as it was when the batch is enqueued
-        queue_z = self.queue_z.flatten(1).clone()
-        logits_z = self._log_probabilities((z_q * z_k).sum(1), z_q @ queue_z.to(z_q.dtype), columns)
+        similarities = query @ snapshot(queue_z).to(query.dtype)
+        logits_z = _log_probabilities((query * z_k).sum(1, keepdim=True), similarities, order)
 
-        self._enqueue(*_gather(h_k, z_k, labels))
-        head = self.encoder_q.head
-        weight = F.normalize(torch.cat([head.weight, head.bias[:, None]], dim=1).detach(), dim=1)  # type: ignore[index, list-item]
-        weight = weight[labels].to(h_q.dtype)
-        queue_similarity = weight @ self.queue_h.flatten(1).to(weight.dtype)
-        logits_y = self._log_probabilities((h_q * weight).sum(1), queue_similarity, columns)
+        self._enqueue(queue_h, queue_z.T, *_gather(h_k, z_k, labels))
+        query = self._class_weights(labels)
+        # BLAS libraries for CPUs take a third less for this product than for its transpose
+        similarities = (queue_h.to(query.dtype) @ query.T).T
+        logits_y = _log_probabilities((query * h_q).sum(1, keepdim=True), similarities, order)
 
-        labels_c = torch.zeros_like(logits_z, requires_grad=False)
-        labels_c[:, : self.K + 1] = 1 / (self.K + 1)
+        even = logits_z.new_full((len(labels), self.K + 1), 1 / (self.K + 1))
+        labels_c = F.pad(even, (0, (self.num_classes - 1) * self.K))
         return y_q, logits_z, logits_y, labels_c
+
+
+def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> Tensor:
+    """Log-softmax ``[b, 1 + C·K]`` over the sample's own key and the queue's in the sample's order."""
+    logits = torch.cat([current, similarities.gather(1, order)], dim=1)
+    return F.log_softmax(at_least_float32(logits), dim=1)
 
 
 def _gather(*tensors: Tensor) -> list[Tensor]:
@@ -242,9 +262,8 @@ def _gather(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     joined = []
     for tensor in tensors:
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        joined.append(torch.cat(parts))
+        joined.append(tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:]))
+        dist.all_gather_into_tensor(joined[-1], tensor.contiguous())
     return joined
 
 
