@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from classifier_support import assert_trains_alike_in_low_precision, images, with_workers
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
@@ -87,7 +88,7 @@ def test_signatures_are_the_contracts():
         ("absent", "error"),
         ("method", "direct"),
         ("temperature", 1.0),
-        ("C", 1.0),
+        ("C", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)),
     ]
     parameters = inspect.signature(Classifier).parameters
     assert [(name, p.default) for name, p in parameters.items() if name != "kwargs"] == [
@@ -344,8 +345,7 @@ def test_loaders_of_every_kind(loader):
     np.testing.assert_allclose(relationship.relationship, table(x, labels, classifier), rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:No data was collected")  # coverage, of a worker that runs none of our code
+@with_workers
 def test_data_loader_with_workers_and_a_cache(tmp_path):
     x, labels = samples()
     classifier, dataset = source_classifier(), TensorDataset(x, labels)
@@ -387,6 +387,30 @@ def test_fault_every_batch_was_copied_to_the_host(monkeypatch):
         )
     Relationship(batches(*samples(), size=1), source_classifier(), "cpu")
     assert 1 <= len(copied) <= 2 and set(copied) == {(3, SOURCE_CLASSES)}
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_relationship_of_a_classifier_on_the_device(device, method):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+    x, labels = noisy_samples()
+    classifier = source_classifier()
+    expected = Relationship(batches(x, labels), classifier, "cpu", method=method).relationship
+    relationship = Relationship(batches(x, labels), classifier.to(device), device, method=method).relationship
+    np.testing.assert_allclose(relationship, expected, atol=1e-4)
+
+
+@with_workers
+def test_training_with_workers_autocast_and_channels_last(device):
+    model, x, labels = make(), images(12), torch.arange(12) % 4
+    source = nn.Sequential(model.backbone, model.pool_layer, model.head_source)
+    relationship = Relationship(DataLoader(TensorDataset(x, labels), 4, num_workers=2), source, "cpu")
+
+    def loss_of(model, x, labels):
+        y_s, y_t = model(x)
+        return nn.functional.cross_entropy(y_t, labels) + 2.3 * CoTuningLoss()(y_s, relationship.lookup(labels))
+
+    assert_trains_alike_in_low_precision(model, device, (x, labels), loss_of)
 
 
 # --- absent classes
@@ -436,61 +460,113 @@ def test_absent_is_ignored_where_every_class_has_samples():
 
 
 def logistic_regression(features, labels, C):
-    """Newton's method for C·Σ cross entropy + ½‖W‖² with an unpenalised intercept; gives p(label | feature)."""
-    n, f = features.shape
-    classes = int(labels.max()) + 1
-    design, targets = np.hstack([features, np.ones((n, 1))]), np.eye(classes)[labels]
-    penalty = np.append(np.ones(f), 0)
-
-    def predict(design, weights):
-        scores = np.exp(design @ weights.T)
-        return scores / scores.sum(1, keepdims=True)
-
-    weights = np.zeros((classes, f + 1))
+    """Newton's method for C·Σ cross entropy + ½‖W‖²; gives the logits of a feature."""
+    f, classes = features.shape[1], int(labels.max()) + 1
+    targets, weights = np.eye(classes)[labels], np.zeros((classes, f))
     for _ in range(50):
-        p = predict(design, weights)
-        gradient = C * (p - targets).T @ design + weights * penalty
-        hessian = np.zeros((classes, f + 1, classes, f + 1))
+        scores = np.exp(features @ weights.T)
+        p = scores / scores.sum(1, keepdims=True)
+        gradient = C * (p - targets).T @ features + weights
+        hessian = np.zeros((classes, f, classes, f))
         for a in range(classes):
             for b in range(classes):
                 curvature = p[:, a] * ((a == b) - p[:, b])
-                hessian[a, :, b, :] = C * (design * curvature[:, None]).T @ design + (a == b) * np.diag(penalty)
-        size = classes * (f + 1)
-        weights -= (np.linalg.pinv(hessian.reshape(size, size)) @ gradient.ravel()).reshape(weights.shape)
-    return lambda x: predict(np.hstack([x, np.ones((len(x), 1))]), weights)
+                hessian[a, :, b, :] = C * (features * curvature[:, None]).T @ features + (a == b) * np.eye(f)
+        size = classes * f
+        weights -= np.linalg.solve(hessian.reshape(size, size), gradient.ravel()).reshape(weights.shape)
+    return lambda x: x @ weights.T
 
 
-@pytest.mark.parametrize("C, temperature", [(1.0, 1.0), (0.3, 2.0)])
-def test_reverse_relationship_is_a_logistic_regression_turned_round(C, temperature):
-    pytest.importorskip("sklearn")
-    x = torch.randn(60, 3) * 2
-    labels = x.argmax(1)
+def noisy_samples(size=60, noise=0.8):
+    x = torch.randn(size, 3) * 2
+    return x, (x + noise * torch.randn(size, 3)).argmax(1)
+
+
+def source_probabilities(classifier, x, temperature=1.0):
+    return np.array([softmax(row, temperature) for row in copy.deepcopy(classifier).eval()(x).tolist()])
+
+
+def turned_round(p_target, p_source):
+    """p(y_s | y_t) of every target class from p(y_t | y_s) ``[N_p, N_t]``, in plain loops."""
+    rows = [[p_target[s, t] * p_source[s] for s in range(len(p_source))] for t in range(p_target.shape[1])]
+    return np.array([[joint / sum(row) for joint in row] for row in rows])
+
+
+@pytest.mark.parametrize("C, temperature", [(1.0, 1.0), (0.3, 2.0), ([0.001, 1e4, 3.0], 1.0)])
+def test_reverse_relationship_is_a_calibrated_logistic_regression_turned_round(C, temperature):
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    x, labels = noisy_samples()
     classifier = source_classifier()
     relationship = Relationship(
         batches(x, labels), classifier, "cpu", method="reverse", C=C, temperature=temperature
     ).relationship
 
-    logits = copy.deepcopy(classifier).eval()(x).tolist()
-    probabilities = np.array([softmax(row, temperature) for row in logits])
-    p_target = logistic_regression(probabilities, labels.numpy(), C)(np.eye(SOURCE_CLASSES))
-    p_source = probabilities.mean(0)
-    for t in range(3):
-        joint = [p_target[s, t] * p_source[s] for s in range(SOURCE_CLASSES)]
-        np.testing.assert_allclose(relationship[t], np.array(joint) / sum(joint), atol=5e-4)
+    probabilities, labels = source_probabilities(classifier, x, temperature), labels.numpy()
+    folds = model_selection.StratifiedKFold(5, shuffle=True, random_state=0)
+    smoothed = np.eye(3)[labels] * (1 - 1 / 62) + 1 / 62 / 3
+    found = []
+    for strength in np.atleast_1d(C):
+        logits = np.empty((60, 3))
+        for rest, fold in folds.split(probabilities, labels):
+            logits[fold] = logistic_regression(probabilities[rest], labels[rest], strength)(probabilities[fold])
+        for t in np.geomspace(0.02, 20, 2000):
+            log_p = torch.log_softmax(torch.from_numpy(logits / t), 1).numpy()
+            found.append((-(smoothed * log_p).sum(), strength, t))
+    _, strength, t = min(found)
+    logits = logistic_regression(probabilities, labels, strength)(np.eye(SOURCE_CLASSES))
+    p_target = np.array([softmax(row, t) for row in logits])
+    np.testing.assert_allclose(relationship, turned_round(p_target, probabilities.mean(0)), atol=3e-3)
     assert relationship.dtype == np.float32
+    assert strength == (1e4 if np.ndim(C) else C)
 
 
 def test_reverse_relationship_of_two_classes():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x = torch.randn(40, 3) * 2
-    labels = (x[:, 0] > 0).long()
+    labels = (x[:, 0] + torch.randn(40) > 0).long()
     classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse", C=2.0).relationship
+    probabilities = source_probabilities(classifier, x)
+    regression = linear_model.LogisticRegression(C=2.0, fit_intercept=False).fit(probabilities, labels.numpy())
+    score = regression.decision_function(np.eye(SOURCE_CLASSES))
+    distances = []
+    for t in np.geomspace(0.02, 50, 500):  # some temperature explains both rows
+        positive = 1 / (1 + np.exp(-score / t))
+        expected = turned_round(np.stack([1 - positive, positive], 1), probabilities.mean(0))
+        distances.append(np.abs(relationship - expected).max())
+    assert min(distances) < 3e-3 < max(distances)
+
+
+def test_reverse_relationship_is_not_certain_where_few_samples_are_all_predicted():
+    pytest.importorskip("sklearn")
+    x, labels = 5 * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    classifier = nn.Linear(3, SOURCE_CLASSES)
     relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse").relationship
-    probabilities = copy.deepcopy(classifier).eval()(x).double().softmax(1).detach().numpy()
-    regression = linear_model.LogisticRegression().fit(probabilities, labels.numpy())
-    for t in range(2):
-        joint = regression.predict_proba(np.eye(SOURCE_CLASSES))[:, t] * probabilities.mean(0)
-        np.testing.assert_allclose(relationship[t], joint / joint.sum(), atol=1e-5)
+    assert (relationship > 0).all() and np.allclose(relationship.sum(1), 1)
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2), (0, 0, 0, 1, 2), (0, 0, 1, 1, 1, 2)])
+def test_reverse_relationship_of_classes_with_one_sample(labels):
+    pytest.importorskip("sklearn")
+    x, labels = samples(labels)
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse", C=2.0).relationship
+    assert relationship.shape == (3, SOURCE_CLASSES) and np.isfinite(relationship).all()
+    if labels.bincount().gt(1).sum() < 2:  # nothing to calibrate with
+        probabilities = source_probabilities(classifier, x)
+        logits = logistic_regression(probabilities, labels.numpy(), 2.0)(np.eye(SOURCE_CLASSES))
+        p_target = np.array([softmax(row) for row in logits])
+        np.testing.assert_allclose(relationship, turned_round(p_target, probabilities.mean(0)), atol=1e-3)
+
+
+def test_reverse_relationship_where_a_source_class_is_never_seen():
+    pytest.importorskip("sklearn")
+    x, labels = noisy_samples()
+    classifier = nn.Linear(3, 3)
+    nn.init.eye_(classifier.weight)
+    classifier.bias = nn.Parameter(torch.tensor([0.0, 0.0, -1e4]))
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method="reverse").relationship
+    assert np.isfinite(relationship).all() and not relationship[:, 2].any()
 
 
 def test_reverse_relationship_of_one_class():
@@ -503,8 +579,9 @@ def test_reverse_relationship_of_one_class():
 
 def test_reverse_needs_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    unused = Uncalled(source_classifier())  # it is said before the data is gone through
     with pytest.raises(ImportError, match="needs scikit-learn: pip install scikit-learn"):
-        Relationship(batches(*samples()), source_classifier(), "cpu", method="reverse")
+        Relationship(batches(*samples()), unused, "cpu", method="reverse")
 
 
 # --- indexing
@@ -543,6 +620,36 @@ def test_lookup_gives_rows_on_the_labels_device(device, dtype):
         rows = relationship.lookup(labels)
         assert rows.dtype == torch.float32 and rows.device == labels.device
         np.testing.assert_array_equal(rows.cpu(), relationship.relationship[[2, 0, 1, 1]])
+
+
+def test_lookup_takes_labels_of_any_shape():
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    for labels in (torch.tensor(2), torch.tensor([[0, 1, 2], [2, 2, 0]]), torch.zeros(0, dtype=torch.long)):
+        np.testing.assert_array_equal(relationship.lookup(labels), relationship.relationship[labels.numpy()])
+
+
+@pytest.mark.parametrize(
+    "labels, error, message",
+    [
+        ([0, 3], ValueError, r"labels in \[0, 3\), got labels from 0 to 3"),
+        ([0, -1], ValueError, r"labels in \[0, 3\), got labels from -1 to 0"),
+        ([0.0, 1.0], TypeError, r"expected integer labels, got torch.float32"),
+        ([True, False, False], TypeError, r"expected integer labels, got torch.bool"),
+    ],
+)
+def test_bad_labels_for_rows(labels, error, message):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    for rows in (relationship.lookup, relationship.__getitem__):
+        with pytest.raises(error, match=message):
+            rows(torch.tensor(labels))
+
+
+def test_lookup_compiles_without_a_graph_break():
+    relationship, labels = Relationship(batches(*samples()), source_classifier(), "cpu"), torch.tensor([2, 0])
+    expected = relationship.lookup(labels)
+    assert torch.equal(torch.compile(relationship.lookup, backend="aot_eager", fullgraph=True)(labels), expected)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        torch.compile(relationship.lookup, backend="aot_eager", fullgraph=True)(torch.tensor([2, -1]))
 
 
 def test_lookup_keeps_a_table_for_every_device():
@@ -824,6 +931,9 @@ def test_failed_computation_leaves_no_file(tmp_path):
         ({"temperature": 0}, r"temperature > 0, got 0"),
         ({"temperature": math.nan}, r"temperature > 0, got nan"),
         ({"num_classes": 0}, r"num_classes >= 1, got 0"),
+        ({"C": 0}, r"C > 0, or several of them, got 0"),
+        ({"C": (1.0, math.nan)}, r"C > 0, or several of them, got \(1.0, nan\)"),
+        ({"C": []}, r"C > 0, or several of them, got \[\]"),
     ],
 )
 def test_bad_options(options, message):
@@ -896,6 +1006,29 @@ def test_calibrated_temperature_is_the_best_of_a_grid(scale, dtype):
         assert mean_cross_entropy(logits, labels, temperature) < mean_cross_entropy(
             logits, labels, temperature * nearby
         )
+
+
+@pytest.mark.parametrize("smoothing", [0.01, 0.3])
+def test_calibrated_temperature_of_smoothed_labels_is_the_best_of_a_grid(smoothing):
+    logits = torch.randn(50, 4, dtype=torch.float64) * 3
+    labels = logits.argmax(1)  # without smoothing the best temperature were 0
+    grid = np.geomspace(0.01, 100, 2001)
+    losses = [nn.functional.cross_entropy(logits / t, labels, label_smoothing=smoothing).item() for t in grid]
+    temperature = calibrate_temperature(logits, labels, smoothing)
+    assert temperature == pytest.approx(grid[int(np.argmin(losses))], rel=0.01)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1, math.nan])
+def test_calibration_with_a_bad_label_smoothing(smoothing):
+    with pytest.raises(ValueError, match=rf"label_smoothing in \[0, 1\), got {smoothing}"):
+        calibrate_temperature(torch.zeros(2, 3), torch.tensor([0, 1]), smoothing)
+
+
+def test_calibration_with_bad_labels():
+    with pytest.raises(ValueError, match=r"labels in \[0, 3\), got labels from 0 to 3"):
+        calibrate_temperature(torch.zeros(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(TypeError, match=r"expected integer labels, got torch\.float32"):
+        calibrate_temperature(torch.zeros(2, 3), torch.zeros(2))
 
 
 def test_calibration_undoes_a_scale():

@@ -4,7 +4,14 @@ import sys
 
 import pytest
 import torch
-from classifier_support import Backbone, Vectors, bottleneck, images
+from classifier_support import (
+    Backbone,
+    Vectors,
+    assert_trains_alike_in_low_precision,
+    bottleneck,
+    images,
+    with_workers,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,6 +178,30 @@ def test_fault_source_head_gradient_accumulated_for_ever():
     assert frozen.head_source.weight.requires_grad and min(train(frozen, 1)) > 0
 
 
+@with_workers
+def test_training_with_workers_autocast_and_channels_last(device):
+    model, x, labels = make(), images(12), torch.randint(5, (12,))
+    source = nn.Sequential(model.backbone, model.pool_layer, model.head_source)
+    remembered = collect_pretrain_labels(DataLoader(TensorDataset(x, labels), 4, num_workers=2), source, "cpu")
+    distillation = KnowledgeDistillationLoss(T=3)
+
+    def loss_of(model, x, labels, remembered):
+        y_s, y_t = model(x)
+        return nn.functional.cross_entropy(y_t, labels) + 4 * distillation(y_s, remembered)
+
+    assert_trains_alike_in_low_precision(model, device, (x, labels, remembered), loss_of)
+
+
+def test_source_head_trains_in_a_group_of_its_own():
+    model = make()
+    optimizer = torch.optim.SGD(model.get_parameters(0.1), lr=0.1)
+    optimizer.add_param_group({"params": model.head_source.parameters(), "lr": 0.01})
+    before = copy.deepcopy(model.head_source.weight)
+    model(images())[0].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.head_source.weight, before)
+
+
 def test_distillation_brings_the_source_predictions_back():
     model, x = make(), images(8)
     model.freeze_head_source()
@@ -232,8 +263,7 @@ def test_batches_of_any_length(batch):
     assert torch.equal(collect_pretrain_labels([batch(x)], classifier, "cpu"), classifier(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:No data was collected")  # coverage, of a worker that runs none of our code
+@with_workers
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_loader(workers):
     classifier, x = source_classifier(), images(9)[..., :2, :2]

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import ClassifierBase, ParameterGroup, check_linear
-from .prediction import predictions
+from .prediction import OnHost, predictions
 
 __all__ = ["Classifier", "collect_pretrain_labels"]
 
 
 def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device: torch.device | str) -> Tensor:
     """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
+
+    From a GPU they come through pinned memory, each batch while the next one is computed.
 
     Args:
         data_loader: batches ``x`` or ``(x, ...)``; without shuffling, or the order is lost.
@@ -26,17 +28,21 @@ def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device
         TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
             loader is empty.
     """
-    logits = [y.cpu() for _, y in predictions(data_loader, classifier, device, "Collecting pretrain labels")]
-    if not logits:
+    collected = OnHost()
+    for _, logits in predictions(data_loader, classifier, device, "Collecting pretrain labels"):
+        collected.append(logits)
+    if not len(collected):
         raise ValueError("expected a data loader with at least one batch, got an empty one")
-    return torch.cat(logits)
+    return collected.joined()
 
 
 class Classifier(ClassifierBase):
     """A backbone with two heads: the source's, on the pooled features, and the target's, after the bottleneck.
 
     No parameter group holds the source head: it is not trained, but its gradients accumulate unless they are cleared
-    with the model's own ``zero_grad()`` or the head is frozen with :meth:`freeze_head_source`.
+    with the model's own ``zero_grad()`` or the head is frozen with :meth:`freeze_head_source`. To train it too, as the
+    paper does, give the optimizer a group of its own:
+    ``optimizer.add_param_group({"params": classifier.head_source.parameters(), "lr": ...})``.
 
     Args:
         backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
