@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talib_fast.finetune.bi_tuning import BiTuning
 from talib_fast.finetune.stochnorm import StochNorm2d
 from talib_fast.ops.spectral_tail import _forward_by_gram as tail_forward
 from talib_fast.ops.spectral_tail import _gradient as tail_backward
@@ -203,3 +204,87 @@ class _TailInPyTorch(torch.autograd.Function):
 def spectral_tail_in_pytorch(features: Tensor, k: int) -> Tensor:
     """``spectral_tail`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
     return _TailInPyTorch.apply(features, k)
+
+
+class UpstreamBiTuning(BiTuning):
+    """Bi-Tuning's training step as the Transfer-Learning-Library composes it, written from what it computes.
+
+    In its order: the key encoder's parameters are replaced; sample by sample the queue's columns are put in the
+    sample's order and compared with its projection, and its key is written into the queues; every class's weight is
+    compared with every feature in the queue; sample by sample its class's similarities are put in its order.
+    """
+
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        batch, device = len(im_q), im_q.device
+        y_q, z_q, h_q = self.encoder_q(im_q)
+        with torch.no_grad():
+            for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
+                key.data = key.data * self.m + query.data * (1 - self.m)
+            _, z_k, h_k = self.encoder_k(im_k)
+
+        current = torch.einsum("bd,bd->b", z_q, z_k).unsqueeze(-1)
+        queue = self.queue_z.clone().detach().to(device)
+        positive, negative = torch.Tensor([]).to(device), torch.Tensor([]).to(device)
+        for i in range(batch):
+            c = labels[i]
+            own = queue[:, c, :]
+            others = torch.cat([queue[:, 0:c, :], queue[:, c + 1 :, :]], dim=1).flatten(start_dim=1)
+            own = torch.einsum("bd,dk->bk", z_q[i : i + 1], own)
+            others = torch.einsum("bd,dk->bk", z_q[i : i + 1], others)
+            positive, negative = torch.cat((positive, own)), torch.cat((negative, others))
+            self._enqueue_one(h_k[i : i + 1], z_k[i : i + 1], labels[i : i + 1])
+        logits_z = torch.cat([current, positive, negative], dim=1) / self.T
+        logits_z = nn.LogSoftmax(dim=1)(logits_z)
+
+        head = self.encoder_q.head
+        weight = torch.cat([head.weight.data, head.bias.data.unsqueeze(-1)], dim=1)  # type: ignore[list-item, operator]
+        weight = F.normalize(weight, dim=1)
+        current = torch.einsum("bf,fc->bc", h_q, weight.T)
+        features = self.queue_h.clone().detach().to(device).flatten(start_dim=1).T
+        similarities = torch.einsum("nf,fc->nc", features, weight.T).reshape(self.num_classes, -1, self.num_classes)
+        logits_y = torch.Tensor([]).to(device)
+        for i in range(batch):
+            c = labels[i]
+            others = torch.cat([similarities[0:c, :, c], similarities[c + 1 :, :, c]], dim=0).view(-1)
+            row = torch.cat([current[i : i + 1, c], similarities[c, :, c], others])
+            logits_y = torch.cat([logits_y, row.unsqueeze(0)], dim=0)
+        logits_y = nn.LogSoftmax(dim=1)(logits_y / self.T)
+
+        labels_c = torch.zeros([batch, self.K * self.num_classes + 1]).to(device)
+        labels_c[:, 0 : self.K + 1].fill_(1 / (self.K + 1))
+        return y_q, logits_z, logits_y, labels_c
+
+    @torch.no_grad()
+    def _enqueue_one(self, h: Tensor, z: Tensor, labels: Tensor) -> None:
+        for i in range(len(h)):
+            c = int(labels[i])
+            slot = int(self.queue_ptr[c])
+            self.queue_h[:, c, slot] = h[i]
+            self.queue_z[:, c, slot] = z[i]
+            self.queue_ptr[c] = (slot + 1) % self.K
+
+
+def upstream_co_tuning(logits: Tensor, target: Tensor) -> Tensor:
+    """Co-Tuning's loss as the Transfer-Learning-Library composes it, written from the formula."""
+    return torch.mean(torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1))
+
+
+def upstream_distillation(student: Tensor, teacher: Tensor, T: float) -> Tensor:
+    """Knowledge distillation as the Transfer-Learning-Library composes it, written from the formula."""
+    return nn.KLDivLoss(reduction="batchmean")(F.log_softmax(student / T, dim=1), F.softmax(teacher / T, dim=1))
+
+
+def upstream_relationship(batches: Sequence[tuple[Tensor, Tensor]], classifier: nn.Module, device: torch.device) -> Any:
+    """Co-Tuning's direct relationship as the Transfer-Learning-Library composes it, written from the formula."""
+    collected, collected_labels = [], []
+    classifier.eval()
+    with torch.no_grad():
+        for x, labels in batches:
+            collected.append(classifier(x.to(device)).cpu().numpy())
+            collected_labels.append(labels)
+    logits, all_labels = np.concatenate(collected), torch.cat(collected_labels, dim=0).numpy()
+    logits = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = logits / logits.sum(axis=1, keepdims=True)
+    return np.concatenate(
+        [probabilities[all_labels == c].mean(axis=0, keepdims=True) for c in range(all_labels.max() + 1)]
+    )

@@ -8,15 +8,16 @@
 # inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
 #
 #   PYTHON   the interpreter, python3
-#   OUT      a folder for each operation's results.json and all logs; without it results go to benchmarks/results
+#   OUT      a folder for each benchmark's results.json and all logs; without it results go to benchmarks/results
 #   COMMIT   what the results name as their commit where this is no git checkout
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-benchmarks=(stoch_norm squared_distance spectral_tail)  # benchmarks/bench_NAME.py, each with an operation and tests of that name
+operations=(stoch_norm squared_distance spectral_tail)  # each with tests/test_NAME.py and benchmarks/bench_NAME.py
+benchmarks=("${operations[@]}" bi_tuning co_tuning)
 small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
 small_cases+=" and not gradcheck and not opcheck and not elements"
-small_tests=("${benchmarks[@]/#/tests/test_}")
+small_tests=("${operations[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)
 whole_run=580                        # seconds; no step gets more than what is left of them
@@ -108,7 +109,7 @@ PYTHON
 export -f build
 export python
 
-step build 170 nvcc bash -c 'build "$@"' build "${benchmarks[@]}"
+step build 170 nvcc bash -c 'build "$@"' build "${operations[@]}"
 collect
 
 # Correctness needs no quiet GPU: the suite and the sanitizers run side by side.

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import bench_bi_tuning as bi_tuning
 import bench_channel_attention as attention
+import bench_co_tuning as co_tuning
 import bench_spectral_tail as tail
 import bench_squared_distance as distances
 import bench_stoch_norm as bench
@@ -530,6 +532,118 @@ class TestSpectralTail:
         assert tail.parse(["--dtype", "float32"]).out == command.QUICK_RESULTS / "spectral_tail-cpu"
 
 
+class TestBiTuning:
+    @pytest.mark.parametrize("sizes", [(5, 4, 3), (3, 7, 2), (1, 3, 1)])
+    def test_upstreams_loop_computes_the_same(self, sizes, device):
+        setting = bi_tuning.Setting(*sizes, device.type)
+        feed = setting.feed()
+        ours, upstream = (setting.model(kind) for kind in (bi_tuning.BiTuning, baselines.UpstreamBiTuning))
+        for _ in range(3):
+            expected = ours(*feed.arguments)
+            for got, value in zip(upstream(*feed.arguments), expected, strict=True):
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
+        for name, buffer in ours.named_buffers():
+            torch.testing.assert_close(upstream.get_buffer(name), buffer)
+        one, other, _ = setting.candidates()
+        gradients = [candidate.backward(candidate.forward(*feed.arguments), feed) for candidate in (one, other)]
+        for got, value in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-4)
+
+    def test_upstream_calls_as_many_operators_as_the_original(self):
+        setting = bi_tuning.Setting(200, 48, 40, "cpu")
+        model, feed = setting.model(baselines.UpstreamBiTuning), setting.feed()
+        with harness.OperatorCalls() as called:
+            model(*feed.arguments)
+        assert len(called.names) == pytest.approx(3955, rel=0.01)
+        outside = bi_tuning.calls(setting)
+        assert outside[bi_tuning.UPSTREAM]["operators"] < len(called.names)
+        assert outside[bi_tuning.OURS]["operators"] < 60 and outside[bi_tuning.OURS]["values asked for"] == 0
+
+    def test_goals(self):
+        def verdicts(ours, operators, asked, device="cpu"):
+            times = {bi_tuning.OURS: ours, bi_tuning.UPSTREAM: 1.0, bi_tuning.LIMIT: 0.01}
+            samples = {name: {"forward": [time], "backward": [time]} for name, time in times.items()}
+            case = {"label": "", "classes": 200, "batch": 48, "K": 40, "samples": samples}
+            calls = {bi_tuning.OURS: {"operators": operators, "values asked for": asked}}
+            found = bi_tuning.goals({**results(case, device=device), "calls": calls})
+            return [goal.passed for goal in found]
+
+        assert verdicts(1 / 12.1, 59, 0) == [True, True, True]
+        assert verdicts(1 / 11.9, 60, 1) == [False, False, False]
+        assert verdicts(1 / 19, 59, 0, "cuda") == [False, True, True]
+
+    def test_runs_end_to_end(self, tmp_path, capsys, device, monkeypatch):
+        sizes = ((4, 3, 2), (5, 3, 2), (4, 2, 2), (4, 3, 1))
+        for name, chosen in (
+            ("SIZES", sizes), ("OVER_C", sizes[:2]), ("OVER_B", sizes[::2]), ("OVER_K", sizes[::3])
+        ):  # fmt: skip
+            monkeypatch.setattr(bi_tuning, name, chosen)
+        bi_tuning.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        for case in written["cases"]:
+            assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
+        said = (tmp_path / "table.md").read_text()
+        assert "| C=4, b=3, K=2 |" in said and f"{written['calls'][bi_tuning.OURS]['operators']} against" in said
+        assert "no value asked for on the host" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert bi_tuning.parse([]).out == command.RESULTS / "bi_tuning-cpu"
+        assert bi_tuning.parse(["--rounds", "2"]).out == command.QUICK_RESULTS / "bi_tuning-cpu"
+
+
+class TestCoTuning:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        for name, size in (("SAMPLES", 60), ("SOURCE_CLASSES", 7), ("TARGET_CLASSES", 5), ("BATCH", 4)):
+            monkeypatch.setattr(co_tuning, name, size)
+        monkeypatch.setattr(co_tuning, "LOSS_SHAPES", ((4, 7), (3, 9)))
+
+    def test_all_candidates_compute_the_same(self, device):
+        for label, candidates, (feed,) in (*co_tuning.losses(device), *co_tuning.preparations(device)):
+            outputs = []
+            for candidate in candidates:
+                output = candidate.forward(*feed.arguments)
+                if candidate.parameters is not None:
+                    outputs.append((output, *candidate.backward(output, feed)))
+                else:
+                    output = getattr(output, "relationship", output)
+                    outputs.append((torch.as_tensor(output),))
+            assert len(outputs) >= 2, label
+            for other in outputs[1:]:
+                torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-6)
+        assert co_tuning.error(device) < 1e-6
+
+    def test_goals(self):
+        def measured(label, ours, **others):
+            samples = {co_tuning.OURS: {"forward": [ours], "backward": [ours]}}
+            return {"label": label, "samples": samples | {k: {"forward": [1], "backward": [1]} for k in others}}
+
+        def verdicts(error, *times):
+            loss = measured("a loss", times[0], **{co_tuning.UPSTREAM: 1, co_tuning.CROSS_ENTROPY: 1})
+            remembered = measured(co_tuning.PRETRAIN_LABELS, times[1], **{co_tuning.UPSTREAM: 1})
+            found = co_tuning.goals({**results(loss, remembered), "error": error})
+            return [goal.passed for goal in found]
+
+        assert verdicts(1e-7, 1.1, 2) == [True, True, True]
+        assert verdicts(1e-5, 1.2, 1) == [False, False, False]
+
+    def test_runs_end_to_end(self, tmp_path, capsys, device):
+        co_tuning.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        for case in written["cases"]:
+            assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
+        assert "| Co-Tuning's loss, 4×7 |" in (tmp_path / "table.md").read_text()
+        assert "no loss and no relationship slower" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert co_tuning.parse([]).out == command.RESULTS / "co_tuning-cpu"
+        assert co_tuning.parse(["--quick"]).out == command.QUICK_RESULTS / "co_tuning-cpu"
+
+
 STUB = """#!/usr/bin/env bash
 # stands in for python3 on a machine with a GPU
 case "$*" in
@@ -569,13 +683,14 @@ class TestGpuScript:
         done = self.run(tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-        names = [f"{operation}-cuda/results.json" for operation in ("spectral_tail", "squared_distance", "stoch_norm")]
-        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", *names]
+        names = ("bi_tuning", "co_tuning", "spectral_tail", "squared_distance", "stoch_norm")
+        names = [f"{name}-cuda/results.json" for name in names]
+        assert files == sorted(["gpu-logs.tar.gz", "gpu-summary.txt", *names])
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
         assert [line.split()[0] for line in summary] == [
             "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck",
-            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail",
+            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail", "bench_bi_tuning", "bench_co_tuning",
         ]  # fmt: skip
         assert all(line.endswith(" pass") for line in summary)
         assert done.stdout.endswith("\n".join([first, *summary]) + "\n")
