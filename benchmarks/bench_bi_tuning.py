@@ -208,7 +208,8 @@ def draw(results: dict[str, Any]) -> Any:
                 fmt=f"{marker}-", color=colour, ms=4.5, lw=1.2, label=label,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([1, 2, 4, 8, 16, 32], ["1×", "2×", "4×", "8×", "16×", "32×"])
         axes.set_xlabel(name)
         axes.set_title(rest, fontsize=10)
         axes.set_xticks([case[name] for case in cases], [str(case[name]) for case in cases])

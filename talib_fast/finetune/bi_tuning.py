@@ -241,7 +241,7 @@ class BiTuning(nn.Module):
 
         self._enqueue(queue_h, queue_z.T, *_gather(h_k, z_k, labels))
         query = self._class_weights(labels)
-        # BLAS libraries for CPUs take a third less for this product than for its transpose
+        # with the long side first, for which BLAS libraries on CPUs take less time than for the transpose
         similarities = (queue_h.to(query.dtype) @ query.T).T
         logits_y = _log_probabilities((query * h_q).sum(1, keepdim=True), similarities, order)
 
