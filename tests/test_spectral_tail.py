@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from cuda_support import capture, kernels, no_synchronisation
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jacrev, vmap
 
 from talib_fast.finetune.bss import BatchSpectralShrinkage
 from talib_fast.ops import backends, spectral_tail
@@ -242,6 +243,39 @@ class TestOnAGpu:
                 matrix.normal_()
         graph.replay()
         torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+class TestFunctionTransforms:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("shape", "in_dim"), [((3, 4, 7), 0), ((4, 7, 3), 2), ((2, 3, 7, 4), 1)])
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_vmap_and_grad(self, k, shape, in_dim, dtype, device):
+        matrices = torch.randn(shape, device=device).to(dtype)
+        members = matrices.movedim(in_dim, 0)
+
+        def tail(matrix):
+            return spectral_tail(matrix, k).sum()
+
+        torch.testing.assert_close(vmap(tail, in_dim)(matrices), torch.stack([tail(m) for m in members]))
+        leaf = members.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(spectral_tail(leaf, k).sum(), leaf)
+        torch.testing.assert_close(vmap(grad(tail), in_dim)(matrices), expected)
+
+    def test_several_tensors_of_which_one_is_mapped(self):
+        mapped, alone = torch.randn(3, 4, 7), torch.randn(5, 6)
+
+        def tails(a, b):
+            return spectral_tail([a, b], [2, 1])
+
+        of_mapped, of_alone = vmap(tails, (0, None), out_dims=(0, None))(mapped, alone)
+        torch.testing.assert_close(of_mapped, spectral_tail(mapped, 2))
+        torch.testing.assert_close(of_alone, spectral_tail(alone, 1))
+
+    def test_derivatives_of_derivatives(self):
+        matrix = torch.randn(4, 7, dtype=torch.float64)
+        hessian = jacrev(grad(lambda m: spectral_tail(m, 2)))(matrix)
+        expected = torch.autograd.functional.hessian(lambda m: spectral_tail(m, 2), matrix)
+        torch.testing.assert_close(hessian, expected)
 
 
 class TestLists:

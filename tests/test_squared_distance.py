@@ -2,6 +2,7 @@ import pytest
 import torch
 from cuda_support import capture, kernels, no_synchronisation
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jacrev, vmap
 
 from talib_fast.ops import squared_distance
 
@@ -158,11 +159,11 @@ class TestKernels:
         torch.testing.assert_close(terms.cpu().double(), expected.detach(), **tolerance)
         torch.testing.assert_close(total.cpu().double(), expected.detach().sum(), **tolerance)
         grads = torch.autograd.grad(-0.75 * total, targets)
-        for target, grad, exact_grad in zip(
+        for target, gradient, exact_grad in zip(
             targets, grads, torch.autograd.grad(-0.75 * expected.sum(), exact), strict=True
         ):
-            assert grad.dtype == target.dtype
-            torch.testing.assert_close(grad.cpu(), exact_grad.to(target.dtype))
+            assert gradient.dtype == target.dtype
+            torch.testing.assert_close(gradient.cpu(), exact_grad.to(target.dtype))
 
     @pytest.mark.parametrize("with_weights", [True, False])
     @pytest.mark.parametrize("source_layout", [*LAYOUTS, None])
@@ -306,6 +307,58 @@ def test_nothing_to_sum():
 def test_scalars_and_zero_size():
     total, terms = squared_distance([torch.tensor(3.0), torch.zeros(0)])
     assert total == 4.5 and terms.tolist() == [4.5, 0.0]
+
+
+class TestFunctionTransforms:
+    """torch.func's, over a batch of members of which each has targets of its own."""
+
+    def arguments(self, device, **options):
+        targets, sources, weights = lists(device=device, **options)
+        return [torch.stack([t, 2 * t, t - 1]) for t in targets], sources, [torch.stack([w, w, 2 * w]) for w in weights]
+
+    def distance(self, targets, sources, weights):
+        return squared_distance(targets, sources, weights)[0]
+
+    @pytest.mark.parametrize("dims", [(0, None, 0), (0, None, None), (0, 0, None)])
+    def test_vmap_and_grad(self, dims, device):
+        targets, sources, weights = self.arguments(device)
+        if dims[1] is not None:
+            sources = [torch.stack([s, s + 1, s]) for s in sources]
+        if dims[2] is None:
+            weights = [weight[0] for weight in weights]
+
+        def member(j):
+            lists = zip((targets, sources, weights), dims, strict=True)
+            return [[x if dim is None else x[j] for x in tensors] for tensors, dim in lists]
+
+        for function in (self.distance, grad(self.distance)):
+            mapped = vmap(function, dims)(targets, sources, weights)
+            expected = [function(*member(j)) for j in range(3)]
+            if isinstance(mapped, list):
+                for got, *members in zip(mapped, *expected, strict=True):
+                    torch.testing.assert_close(got, torch.stack(members))
+            else:
+                torch.testing.assert_close(mapped, torch.stack(expected))
+
+    def test_derivatives_of_derivatives(self):
+        target, source, weight = torch.randn(2, 3), torch.randn(2, 3), torch.rand(3)
+        hessian = jacrev(grad(lambda t: squared_distance([t], [source], [weight])[0]))(target)
+        torch.testing.assert_close(hessian.reshape(6, 6), torch.diag(weight.repeat(2)))
+
+    def test_terms_carry_no_gradient(self):
+        target = torch.randn(3, 2, 3)
+        gradient = vmap(grad(lambda t: squared_distance([t])[1].sum()))(target)
+        assert not gradient.any()
+
+
+def test_compiles_with_the_same_tensor_twice():
+    def distance(a, w):
+        return squared_distance([a, a, a], [a.detach(), a + 1, a + 1], [w, w, w])[0]
+
+    a, w = torch.randn(2, 3, requires_grad=True), torch.rand(3)
+    compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")(a, w)
+    torch.testing.assert_close(compiled, distance(a, w))
+    torch.testing.assert_close(torch.autograd.grad(compiled, a), torch.autograd.grad(distance(a, w), a))
 
 
 def test_compiles_into_one_graph():

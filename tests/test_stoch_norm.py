@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -512,6 +513,92 @@ def small_net(p=None):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
     return net if p is None else convert_model(net, p)
+
+
+class TestFunctionTransforms:
+    """torch.func's: members of a mapped dimension have their own statistics."""
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("mapped", ["all", "input alone beside the statistics", "all but the input"])
+    def test_vmap_and_grad(self, shape, mapped, device):
+        members = [inputs(shape, device=device) for _ in range(3)]
+        dims = dict.fromkeys(members[0], 0)
+        if mapped == "all but the input":
+            dims["input"] = None
+        elif mapped != "all":
+            dims |= dict.fromkeys(("weight", "bias", "mask"))
+        for name, dim in dims.items():
+            if dim is None:
+                for member in members[1:]:
+                    member[name] = members[0][name]
+        stacked = {
+            name: members[0][name] if dim is None else torch.stack([member[name] for member in members])
+            for name, dim in dims.items()
+        }
+        if mapped == "all":  # any dimension may be the mapped one
+            stacked["input"], dims["input"] = stacked["input"].movedim(0, 1).contiguous(), 1
+
+        def loss(weight, arguments):
+            output, _ = stoch_norm(**{**arguments, "weight": weight})
+            return output.pow(3).sum(), output
+
+        function = grad(loss, has_aux=True)
+        weight, weight_dim = stacked.pop("weight"), dims.pop("weight")
+        got, output = vmap(function, (weight_dim, dims))(weight, stacked)
+        for j, member in enumerate(members):
+            weight = member.pop("weight")
+            expected, expected_output = function(weight, member)
+            torch.testing.assert_close((got[j], output[j]), (expected, expected_output))
+            for name in ("running_mean", "running_var"):
+                torch.testing.assert_close(stacked[name][j], member[name])
+
+    def test_running_statistics_for_all_members_together_are_refused(self):
+        arguments = inputs((3, 4, 5))
+        stacked = torch.stack([arguments.pop("input")] * 2)
+        with pytest.raises(ValueError, match="running statistics for every member"):
+            vmap(lambda input: stoch_norm(input, **arguments)[0])(stacked)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("kind", [nn.BatchNorm2d, StochNorm2d])
+    def test_an_ensemble_of_layers_as_of_batch_norms(self, kind, training, device):
+        layers = [kind(4).train(training).to(device) for _ in range(3)]
+        parameters, buffers = stack_module_state(layers)
+        x = torch.randn(6, 4, 3, 3, device=device)
+
+        def loss(parameters, buffers):
+            return functional_call(layers[0], (parameters, buffers), (x,)).pow(3).sum()
+
+        gradients = vmap(grad(loss), randomness="different")(parameters, buffers)
+        assert gradients["weight"].shape == (3, 4) and gradients["weight"].isfinite().all()
+        assert buffers["num_batches_tracked"].tolist() == [int(training)] * 3
+        assert layers[0].num_batches_tracked == 0
+
+    @pytest.mark.parametrize("randomness", ["same", "different"])
+    def test_masks_of_members(self, randomness):
+        layers = [StochNorm1d(50) for _ in range(2)]
+        parameters, buffers = stack_module_state(layers)
+        buffers["running_mean"] += 1
+        x = torch.randn(6, 50)
+        first, second = vmap(lambda *state: functional_call(layers[0], state, (x,)), randomness=randomness)(
+            parameters, buffers
+        )
+        assert torch.allclose(first, second) is (randomness == "same")
+
+    def test_gradients_are_those_of_autograd(self):
+        layer, x = StochNorm2d(4).double(), torch.randn(3, 4, 2, 2, dtype=torch.float64)
+        parameters, buffers = dict(layer.named_parameters()), dict(copy.deepcopy(layer).named_buffers())
+
+        def loss(parameters, buffers):
+            torch.manual_seed(1)
+            return functional_call(layer, (parameters, buffers), (x,)).pow(3).sum()
+
+        torch.manual_seed(1)
+        mask = torch.full((4,), 0.5).bernoulli().bool()
+        gradients = grad(loss)(parameters, buffers)
+        output, _ = stoch_norm(x, layer.running_mean.clone(), layer.running_var.clone(), mask, layer.weight, layer.bias)
+        output.pow(3).sum().backward()
+        torch.testing.assert_close(gradients, {"weight": layer.weight.grad, "bias": layer.bias.grad})
+        assert stochnorm._history.get(layer) is None  # what a transform hands in is gone with it
 
 
 class TestConvertModel:

@@ -23,11 +23,16 @@ _HISTORY_LENGTH = 4
 
 def _recomputing() -> bool:
     """Whether this forward pass runs inside a backward pass, as activation checkpointing runs it a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not _traced() and torch._C._current_graph_task_id() != -1
+
+
+def _traced() -> bool:
+    """Whether tensors stand for others, in torch.compile or a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _remember(layer: nn.Module, mask: Tensor, statistics: Statistics) -> None:
-    if torch.compiler.is_compiling():
+    if _traced():
         return
     history = _history.get(layer)
     if history is None:
@@ -98,6 +103,8 @@ class _StochNorm(_NormBase):
             )
 
     def _draw_mask(self, input: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():  # vmap draws for every member, but not in place
+            return torch.full((self.num_features,), self.p, device=input.device).bernoulli().bool()
         return torch.empty(self.num_features, dtype=torch.bool, device=input.device).bernoulli_(self.p)
 
     def _statistics_to_update(self) -> tuple[Tensor, Tensor, float]:

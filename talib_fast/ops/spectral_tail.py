@@ -135,16 +135,24 @@ class _TailProjector(torch.autograd.Function):
     ones do no harm, as they would in the derivative of the eigenvectors themselves.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, k: int) -> Tensor:
+    def forward(gram: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The projector, and all eigenvalues and eigenvectors, which carry no gradient."""
         values, vectors = torch.linalg.eigh(gram)
+        return vectors[..., :k] @ vectors[..., :k].mT, values, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, ctx.k = inputs
+        _, values, vectors = output
         ctx.save_for_backward(values, vectors)
-        ctx.k = k
-        return vectors[..., :k] @ vectors[..., :k].mT
+        ctx.mark_non_differentiable(values, vectors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         values, vectors = ctx.saved_tensors
         chosen, others = vectors[..., : ctx.k], vectors[..., ctx.k :]
         gaps = values[..., : ctx.k, None] - values[..., None, ctx.k :]
@@ -153,20 +161,28 @@ class _TailProjector(torch.autograd.Function):
 
 
 class _SpectralTail(torch.autograd.Function):
+    """The values of several tensors, and then their vectors, which carry no gradient."""
+
     @staticmethod
-    def forward(ctx: Any, k: list[int], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(k: list[int], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Inputs of float64 alone, or without it."""
         if inputs[0].dtype == torch.float64:
             values, vectors = zip(*map(_forward_by_qr_op, inputs, k), strict=True)
         else:
             values, vectors = _forward_op(inputs, k)
-        ctx.save_for_backward(*inputs, *vectors)
-        ctx.k = k
-        return tuple(values)
+        return (*values, *vectors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.k, *matrices = inputs
+        vectors = output[len(matrices) :]
+        ctx.save_for_backward(*matrices, *vectors)
+        ctx.mark_non_differentiable(*vectors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(grads)
+        count = len(ctx.k)
+        grads = grads[:count]  # those of the vectors are nothing but zeros
         inputs, vectors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if torch.is_grad_enabled():
             return (None, *map(_differentiable_gradient, grads, inputs, ctx.k))
@@ -179,10 +195,24 @@ class _SpectralTail(torch.autograd.Function):
             gradients[1 + j] = gradient
         return tuple(gradients)
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], k: list[int], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        """A mapped dimension is one more of the batch."""
+        dims = in_dims[1:]
+        batches = [input if dim is None else input.movedim(dim, 0) for input, dim in zip(inputs, dims, strict=True)]
+        results = _SpectralTail.apply(k, *(batch.flatten(0, -3) if batch.dim() > 3 else batch for batch in batches))
+        shapes = [batch.shape[:-2] for batch in batches]
+        values = [value.view(shape) for value, shape in zip(results, shapes, strict=False)]
+        vectors = results[len(batches) :]
+        vectors = [vector.view(*shape, *vector.shape[-2:]) for vector, shape in zip(vectors, shapes, strict=True)]
+        return (*values, *vectors), tuple(None if dim is None else 0 for dim in (*dims, *dims))
+
 
 def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     matrix = _short_side_first(_in_float64(input))
-    projection = _TailProjector.apply(matrix @ matrix.mT, k) @ matrix
+    projection = _TailProjector.apply(matrix @ matrix.mT, k)[0] @ matrix
     if input.size(-2) > input.size(-1):
         projection = projection.mT
     return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
@@ -248,5 +278,5 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
         if group:
             flat = (inputs[j].flatten(0, -3) if inputs[j].dim() > 3 else inputs[j] for j in group)
             found = _SpectralTail.apply([numbers[j] for j in group], *flat)
-            values.update((j, value.view(inputs[j].shape[:-2])) for j, value in zip(group, found, strict=True))
+            values.update((j, value.view(inputs[j].shape[:-2])) for j, value in zip(group, found, strict=False))
     return tuple(values[j] for j in range(len(inputs)))

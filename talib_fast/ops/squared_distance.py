@@ -84,37 +84,59 @@ _backward_op = define(
 )
 
 
+def _split(
+    tensors: Sequence[Tensor], num_targets: int, num_sources: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Targets, sources and weights."""
+    sources = num_targets + num_sources
+    return list(tensors[:num_targets]), list(tensors[num_targets:sources]), list(tensors[sources:])
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, none of them twice: torch.compile refuses an autograd function that gets one twice."""
+    return [t.view_as(t) if any(t is other for other in tensors[:j]) else t for j, t in enumerate(tensors)]
+
+
 class _SquaredDistance(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, channel_dim: int, num_targets: int, num_sources: int, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        targets = list(tensors[:num_targets])
-        sources = list(tensors[num_targets : num_targets + num_sources])
-        weights = list(tensors[num_targets + num_sources :])
-        total, terms = _forward_op(targets, sources, weights, channel_dim)
+    def forward(channel_dim: int, num_targets: int, num_sources: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward_op(*_split(tensors, num_targets, num_sources), channel_dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.channel_dim, ctx.num_targets, ctx.num_sources, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        ctx.channel_dim, ctx.num_targets, ctx.num_sources = channel_dim, num_targets, num_sources
-        ctx.mark_non_differentiable(terms)
-        return total, terms
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
         wanted = [j for j in range(ctx.num_targets) if ctx.needs_input_grad[3 + j]]
-        sources = tensors[ctx.num_targets : ctx.num_targets + ctx.num_sources]
-        weights = tensors[ctx.num_targets + ctx.num_sources :]
-        gradients = (_gradients if torch.is_grad_enabled() else _backward_op)(
-            grad,
-            [tensors[j] for j in wanted],
-            [sources[j] for j in wanted] if sources else [],
-            [weights[j] for j in wanted] if weights else [],
-            ctx.channel_dim,
+        targets, sources, weights = (
+            [tensors[j] for j in wanted] if tensors else []
+            for tensors in _split(ctx.saved_tensors, ctx.num_targets, ctx.num_sources)
         )
-        result: list[Tensor | None] = [None] * (3 + len(tensors))
+        gradients = (_gradients if torch.is_grad_enabled() else _backward_op)(
+            grad, targets, sources, weights, ctx.channel_dim
+        )
+        result: list[Tensor | None] = [None] * (3 + len(ctx.saved_tensors))
         for j, gradient in zip(wanted, gradients, strict=True):
             result[3 + j] = gradient
         return tuple(result)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        channel_dim: int,
+        num_targets: int,
+        num_sources: int,
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        def in_pytorch(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            total, terms = _forward(*_split(tensors, num_targets, num_sources), channel_dim)
+            return total, terms.detach()
+
+        return torch.vmap(in_pytorch, in_dims[3:])(*tensors), (0, 0)
 
 
 def squared_distance(
@@ -173,5 +195,7 @@ def squared_distance(
                 )
             if weight.requires_grad:
                 raise ValueError(f"weight {j} requires a gradient, but weights are constants: detach it")
-    detached = [source.detach() for source in sources or ()]
-    return _SquaredDistance.apply(channel_dim, len(targets), len(detached), *targets, *detached, *(weights or ()))
+    tensors = [*targets, *(source.detach() for source in sources or ()), *(weights or ())]
+    if torch.compiler.is_compiling():
+        tensors = _distinct(tensors)
+    return _SquaredDistance.apply(channel_dim, len(targets), len(sources or ()), *tensors)

@@ -111,7 +111,6 @@ _backward_op = define(
 class _StochNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -120,24 +119,27 @@ class _StochNorm(torch.autograd.Function):
         mask: Tensor,
         momentum: float,
         eps: float,
-        statistics: Statistics | None,
+        mean: Tensor | None,
+        invstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if statistics is None:
-            output, mean, invstd = _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps)
-        else:
-            mean, invstd = (statistic.clone() for statistic in statistics)
-            output = _normalize(input, mean, invstd, weight, bias)
+        if mean is None or invstd is None:
+            return _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps)
+        return _normalize(input, mean, invstd, weight, bias), mean.clone(), invstd.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, weight, bias, _, _, mask, _, eps, _, _ = inputs
+        _, mean, invstd = output
         ctx.save_for_backward(input, weight, mean, invstd, mask)
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)  # of the statistics, which have none
-        return output, mean, invstd
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 9
+            return (None,) * 10
         input, weight, mean, invstd, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
             batch_mean, batch_variance = _batch_statistics(input)
@@ -151,8 +153,29 @@ class _StochNorm(torch.autograd.Function):
             dx if ctx.needs_input_grad[0] else None,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-            *[None] * 6,
+            *[None] * 7,
         )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Members of a mapped dimension are so many more channels."""
+        if in_dims[3] is None or in_dims[4] is None:
+            raise ValueError("expected running statistics for every member, but they are not mapped over")
+
+        def members_first(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
+        others = [
+            members_first(value, dim).flatten() if isinstance(value, Tensor) else value
+            for value, dim in zip(args[1:], in_dims[1:], strict=True)
+        ]
+        results = _StochNorm.apply(input, *others)
+        for j in (3, 4):  # the running statistics, which flatten may have copied
+            args[j].movedim(in_dims[j], 0).copy_(others[j - 1].view(info.batch_size, -1))
+        output, mean, invstd = results
+        members = (info.batch_size, -1)
+        return (output.unflatten(1, members), mean.unflatten(0, members), invstd.unflatten(0, members)), (1, 0, 0)
 
 
 def stoch_norm(
@@ -218,6 +241,6 @@ def stoch_norm(
             f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
         )
     output, mean, invstd = _StochNorm.apply(
-        input, weight, bias, running_mean, running_var, mask, momentum, eps, statistics
+        input, weight, bias, running_mean, running_var, mask, momentum, eps, *(statistics or (None, None))
     )
     return output, (mean, invstd)
