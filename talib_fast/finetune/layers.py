@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -91,7 +92,8 @@ class IntermediateLayerGetter:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
         collected: dict[str, list[Any]] = {}
         versions: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.return_layers}
-        handles = []
+        handles: list[RemovableHandle] = []
+        replaced: list[tuple[nn.Module, dict[Any, Any]]] = []
 
         def mode(name: str) -> tuple[str, bool, bool]:
             return name, self._model.training, torch.is_grad_enabled()
@@ -105,12 +107,18 @@ class IntermediateLayerGetter:
 
         try:
             for name in self.return_layers:
-                layer = find_layer(self._model, name)
-                handles.append(layer.register_forward_hook(functools.partial(hook, name=name)))
+                layer, keep = find_layer(self._model, name), functools.partial(hook, name=name)
+                if torch.compiler.is_compiling():  # torch.compile follows a module's attributes, but no handles
+                    replaced.append((layer, layer._forward_hooks))
+                    layer._forward_hooks = OrderedDict([*layer._forward_hooks.items(), (name, keep)])  # type: ignore[list-item]
+                else:
+                    handles.append(layer.register_forward_hook(keep))
             output = self._model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+            for layer, hooks in reversed(replaced):
+                layer._forward_hooks = hooks
         outputs: OrderedDict[str, Any] = OrderedDict()
         for name in self.return_layers:
             if name not in collected:

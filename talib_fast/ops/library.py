@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,17 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"talib_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.talib_fast, name).default
+
+
+class Function(torch.autograd.Function):
+    """An autograd function with a ``setup_context``, which torch.func asks for, at no cost where torch.func is not."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        # past the class above, which takes the signature of ``forward`` apart on every call
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .library import accumulation_dtype, define
+from .library import Function, accumulation_dtype, define
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ define(
 )
 
 
-class _TailProjector(torch.autograd.Function):
+class _TailProjector(Function):
     """The projector on the eigenvectors of the k smallest eigenvalues of a symmetric matrix.
 
     Its derivative needs only the gaps between the chosen eigenvalues and the others, so that ties among the chosen
@@ -160,7 +160,7 @@ class _TailProjector(torch.autograd.Function):
         return 0.5 * (coupling + coupling.mT), None
 
 
-class _SpectralTail(torch.autograd.Function):
+class _SpectralTail(Function):
     """The values of several tensors, and then their vectors, which carry no gradient."""
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import accumulation_dtype, define
+from .library import Function, accumulation_dtype, define
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -97,7 +97,7 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.view_as(t) if any(t is other for other in tensors[:j]) else t for j, t in enumerate(tensors)]
 
 
-class _SquaredDistance(torch.autograd.Function):
+class _SquaredDistance(Function):
     @staticmethod
     def forward(channel_dim: int, num_targets: int, num_sources: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return _forward_op(*_split(tensors, num_targets, num_sources), channel_dim)

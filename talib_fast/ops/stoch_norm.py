@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import accumulation_dtype, define
+from .library import Function, accumulation_dtype, define
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -108,7 +108,7 @@ _backward_op = define(
 )
 
 
-class _StochNorm(torch.autograd.Function):
+class _StochNorm(Function):
     @staticmethod
     def forward(
         input: Tensor,
