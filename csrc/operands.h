@@ -1,6 +1,7 @@
 // What the CPU and the CUDA kernels need of torch's tensors.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,6 +35,32 @@ inline std::optional<std::vector<int64_t>> memory_order(const Tensor& tensor) {
   for (auto dim = order.rbegin(); dim != order.rend(); elements *= sizes[*dim++])
     if (strides[*dim] != elements) return std::nullopt;
   return order;
+}
+
+// New tensors, straight from torch's allocator: the dispatcher's search for an operator by its name takes longer than a
+// kernel on a small tensor.
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            ScalarType type) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), device_type,
+                                                  like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+inline Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {
+  const int64_t stride = 1;
+  return empty_strided(like, 1, &size, &stride, type);
+}
+
+inline Tensor dense_like(const Tensor& tensor) {
+  if (!memory_order(tensor)) return torch::stable::empty_like(tensor);
+  return empty_strided(tensor, tensor.dim(), tensor.sizes().data(), tensor.strides().data(), tensor.scalar_type());
+}
+
+inline Tensor contiguous_vector(const Tensor& vector) {
+  return vector.stride(0) == 1 ? vector : torch::stable::contiguous(vector);
 }
 
 // How the order of `other` differs from that of `tensor`, which has its shape. None if by more than an exchange.
@@ -77,7 +104,7 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 // `tensor` itself if it lies in memory as `like` does, else a copy that does
 inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
   if (same_strides(tensor, like)) return tensor;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = dense_like(like);
   return torch::stable::copy_(copy, tensor);
 }
 

@@ -63,7 +63,7 @@ inline TailGradientCall tail_gradient_call(const Tensor& grad, const Tensor& inp
   STD_TORCH_CHECK(grad.numel() == shape.count && grad.device() == input.device(),
                   "expected one number of grad per matrix, on the input's device");
   return {torch::stable::contiguous(torch::stable::to(grad, sums)), input, torch::stable::contiguous(vectors), shape, k,
-          torch::stable::empty_like(input)};
+          dense_like(input)};
 }
 
 inline std::vector<TailCall> tail_calls(const std::vector<Tensor>& inputs, const std::vector<int64_t>& k) {

@@ -26,9 +26,9 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
   float_type(target);
   const ScalarType sums = accumulation_type(target.scalar_type());
   Term term{};
-  if (with_gradient) term.gradient = torch::stable::empty_like(target);
+  if (with_gradient) term.gradient = dense_like(target);
   if (target.numel() == 0 || memory_order(target)) term.target = target;
-  else term.target = laid_out_as(target, with_gradient ? term.gradient : torch::stable::empty_like(target));
+  else term.target = laid_out_as(target, with_gradient ? term.gradient : dense_like(target));
   if (source != nullptr) {
     STD_TORCH_CHECK(source->device() == target.device(), "expected a source on its target's device");
     STD_TORCH_CHECK(source->dim() == target.dim(), "expected a source of its target's shape");

@@ -38,7 +38,7 @@ struct BackwardCall {
 inline Tensor checked_mask(const Tensor& mask, const Tensor& input) {
   check_channels(mask, input, "mask");
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "expected a bool mask");
-  return torch::stable::contiguous(mask);
+  return contiguous_vector(mask);
 }
 
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
@@ -46,14 +46,14 @@ inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>
                                 const Tensor& running_var, const Tensor& mask, double momentum, double eps) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = dense_like(input);
   const ScalarType sums = accumulation_type(input.scalar_type());
   const Tensor dense = laid_out_as(input, output);
   return {channel_view(dense, 1).value(),
           dense,
           output,
-          torch::stable::new_empty(input, {input.size(1)}, sums),
-          torch::stable::new_empty(input, {input.size(1)}, sums),
+          empty_vector(input, input.size(1), sums),
+          empty_vector(input, input.size(1), sums),
           checked_mask(mask, input),
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias"),
@@ -77,17 +77,17 @@ inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input
     check_channels(*statistic, input, "mean and invstd");
     STD_TORCH_CHECK(statistic->scalar_type() == sums, "expected mean and invstd in the accumulation dtype");
   }
-  Tensor grad_input = torch::stable::empty_like(input);
+  Tensor grad_input = dense_like(input);
   const Tensor dense = laid_out_as(input, grad_input);
   return {channel_view(dense, 1).value(),
           laid_out_as(grad_output, grad_input),
           dense,
-          torch::stable::contiguous(mean),
-          torch::stable::contiguous(invstd),
+          contiguous_vector(mean),
+          contiguous_vector(invstd),
           checked_mask(mask, input),
           grad_input,
-          torch::stable::new_empty(mean, {input.size(1)}),
-          torch::stable::new_empty(mean, {input.size(1)}),
+          empty_vector(input, input.size(1), sums),
+          empty_vector(input, input.size(1), sums),
           channel_vector(weight, input, "weight")};
 }
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .training import options
+from .training import options, parallel
 from .training.common import UserError
 
 
@@ -24,7 +24,8 @@ def build_parser() -> Parser:
         "finetune",
         help="fine-tune a pretrained network with several methods and compare them",
         description="Fine-tune a pretrained network on few labelled images, with each method and seed, and compare\n"
-        "them. The same command continues after an interrupt.",
+        "them. The same command continues after an interrupt. torchrun --nproc-per-node N -m talib_fast finetune ...\n"
+        "shares every batch out among N processes, on a GPU each or on the CPU.",
         epilog=options.describe_methods(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,26 +35,43 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns 0, 1 after a user's error told on stderr, or 130 after an interrupt."""
+    """Run a command line; returns 0, 1 after a user's error told on stderr, or 130 after an interrupt.
+
+    Of torchrun's processes rank 0 tells the errors that all have, and fails for all: if the others did so too,
+    torchrun might end it before it has spoken.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    first = parallel.rank() == 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        parsed = build_parser().parse_args(arguments)
-        if parsed.command == "info":
-            from .info import describe
-
-            print(describe())
-        else:
-            from .training import experiment
-
-            experiment.run(options.parse(parsed), arguments)
+        with parallel.joined():
+            run(arguments)
     except (UserError, OSError) as error:  # an OSError that nobody explained: a full disk, a read-only folder
-        print(f"talib_fast: {error}", file=sys.stderr)
+        if first:
+            print(f"talib_fast: {error}", file=sys.stderr)
+        elif isinstance(error, OSError | parallel.RankError):
+            print(f"talib_fast: rank {parallel.rank()}: {error}", file=sys.stderr)
+        else:
+            return 0
         return 1
     except KeyboardInterrupt:
+        if not first:
+            return 0
         print("talib_fast: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def run(arguments: list[str]) -> None:
+    parsed = build_parser().parse_args(arguments)
+    if parsed.command == "info":
+        from .info import describe
+
+        print(describe())
+    else:
+        from .training import experiment
+
+        experiment.run(options.parse(parsed), arguments)
 
 
 if __name__ == "__main__":

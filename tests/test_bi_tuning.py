@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from classifier_support import assert_trains_alike_in_low_precision, with_workers
 from harness import OperatorCalls
+from rank_support import needs_gloo, spawn_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -696,8 +696,6 @@ def rank_batches(rank):
 
 
 def train_a_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     bare = make(m=0.5, T=0.5).double()
     for inputs in rank_batches(rank):
@@ -706,12 +704,11 @@ def train_a_rank(rank, folder):
     model = make(m=0.5, T=0.5).double()
     train(model, DistributedDataParallel(model), rank_batches(rank))
     torch.save((bare.state_dict(), model.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
+@needs_gloo
 def test_fault_rank_0s_queue_overwrote_the_others(tmp_path):
-    torch.multiprocessing.spawn(train_a_rank, (str(tmp_path),), nprocs=RANKS)
+    spawn_ranks(RANKS, train_a_rank, tmp_path)
     joined = [
         [torch.cat(parts) for parts in zip(*ranks, strict=True)]
         for ranks in zip(*(rank_batches(rank) for rank in range(RANKS)), strict=True)

@@ -1,10 +1,8 @@
-import gc
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cuda_support import capture, kernels, no_synchronisation
+from rank_support import needs_gloo, spawn_ranks
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
@@ -478,23 +476,14 @@ def _train_a_rank(rank, folder, shares, width):
     dist.barrier()
 
 
-def _run_a_rank(rank, folder, shares, width):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(shares))
-    try:
-        _train_a_rank(rank, folder, shares, width)
-    finally:
-        gc.collect()  # nothing else may hold the group: its threads have to end before the interpreter does
-        dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
+@needs_gloo
 class TestRanks:
     @pytest.mark.parametrize("shares", [[4, 4], [5, 1, 2], [8, 0]])
     def test_ranks_equal_one_process_on_the_joined_batch(self, shares, tmp_path):
         x, layer = torch.randn(8, 5, dtype=torch.float64), nn.Linear(5, 6).double()
         torch.save(x, tmp_path / "x.pt")
         torch.save(layer.state_dict(), tmp_path / "layer.pt")
-        mp.spawn(_run_a_rank, (str(tmp_path), shares, [6] * len(shares)), nprocs=len(shares))
+        spawn_ranks(len(shares), _train_a_rank, tmp_path, shares, [6] * len(shares))
         loss = BatchSpectralShrinkage(3)(layer(x))
         loss.backward()
         for rank in range(len(shares)):
@@ -503,4 +492,4 @@ class TestRanks:
 
     def test_features_of_different_width_are_an_error(self, tmp_path):
         torch.save(torch.randn(4, 5, dtype=torch.float64), tmp_path / "x.pt")
-        mp.spawn(_run_a_rank, (str(tmp_path), [2, 2], [6, 7]), nprocs=2)
+        spawn_ranks(2, _train_a_rank, tmp_path, [2, 2], [6, 7])

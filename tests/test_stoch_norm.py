@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from rank_support import needs_gloo, spawn_ranks
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -819,31 +819,25 @@ class TestUpstreamFaults:
         assert layer(torch.randn(3, 4, 2, 2)).shape == (3, 4, 2, 2)
 
 
-def _run_rank(rank, world, path, shares, track, momentum):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=world)
-    try:
-        torch.set_num_threads(1)
-        torch.manual_seed(rank)
-        layer = SyncStochNorm(6, momentum=momentum, track_running_stats=track).double()
-        data = torch.load(f"{path}/data.pt")
-        outputs, grads = [], []
-        for x, target in data:
-            mine = x.split(shares)[rank].clone().requires_grad_()
+def _train_a_rank(rank, folder, shares, track, momentum):
+    torch.manual_seed(rank)
+    layer = SyncStochNorm(6, momentum=momentum, track_running_stats=track).double()
+    outputs, grads = [], []
+    for x, target in torch.load(f"{folder}/data.pt"):
+        mine = x.split(shares)[rank].clone().requires_grad_()
 
-            def step(x, target=target):
-                return (layer(x) * target.split(shares)[rank]).pow(2).sum()
+        def step(x, target=target):
+            return (layer(x) * target.split(shares)[rank]).pow(2).sum()
 
-            loss = step(mine) if not outputs else checkpoint(step, mine, use_reentrant=False)
-            loss.backward()
-            outputs.append(loss.detach()), grads.append(mine.grad)
-        torch.distributed.all_reduce(layer.weight.grad)
-        masks = [mask for mask, *_ in reversed(stochnorm._history.get(layer, []))]
-        torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), masks), f"{path}/{rank}.pt")
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+        loss = step(mine) if not outputs else checkpoint(step, mine, use_reentrant=False)
+        loss.backward()
+        outputs.append(loss.detach()), grads.append(mine.grad)
+    torch.distributed.all_reduce(layer.weight.grad)
+    masks = [mask for mask, *_ in reversed(stochnorm._history.get(layer, []))]
+    torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), masks), f"{folder}/{rank}.pt")
 
 
+@needs_gloo
 @pytest.mark.parametrize(
     ("shares", "track", "momentum"),
     [([5, 3], True, 0.1), ([8, 0], True, 0.1), ([4, 4], True, None), ([5, 3], False, 0.1)],
@@ -853,7 +847,7 @@ def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tm
         (torch.randn(8, 6, 3, dtype=torch.float64) + 2, torch.randn(8, 6, 3, dtype=torch.float64)) for _ in range(2)
     ]
     torch.save(data, tmp_path / "data.pt")
-    mp.spawn(_run_rank, (len(shares), str(tmp_path), shares, track, momentum), nprocs=len(shares))
+    spawn_ranks(len(shares), _train_a_rank, tmp_path, shares, track, momentum)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
     alone = StochNorm1d(6, momentum=momentum, track_running_stats=track).double()
     masks = iter(ranks[0][4])

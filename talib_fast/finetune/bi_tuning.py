@@ -262,9 +262,9 @@ def _gather(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     joined = []
     for tensor in tensors:
-        joined.append(tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(joined[-1], tensor.contiguous())
-    return joined
+        joined.append(tensor.new_empty(dist.get_world_size(), *tensor.shape))
+        dist.all_gather(list(joined[-1]), tensor.contiguous())
+    return [tensor.flatten(0, 1) for tensor in joined]
 
 
 Bituning = BiTuning

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ..ops import stoch_norm
-from ..ops.stoch_norm import Statistics
+from ..ops.stoch_norm import Statistics, check_count, stoch_norm_unchecked
 
-__all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model"]
+__all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model", "convert_sync"]
 
 # What the latest forward passes of each layer normalised with, the newest first: (mask, mean, invstd).
 _history: "weakref.WeakKeyDictionary[nn.Module, deque[tuple[Tensor, Tensor, Tensor]]]" = weakref.WeakKeyDictionary()
@@ -130,15 +129,18 @@ class _StochNorm(_NormBase):
         return self._forward_training(input)
 
     def _forward_training(self, input: Tensor) -> Tensor:
+        check_count(input)
         mask = self._draw_mask(input)
         recalled = _recall(self, mask) if _recomputing() else None
         if recalled is not None:
             mask, statistics = recalled
-            return stoch_norm(
+            return stoch_norm_unchecked(
                 input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, statistics
             )[0]
         mean, variance, momentum = self._statistics_to_update()
-        output, statistics = stoch_norm(input, mean, variance, mask, self.weight, self.bias, momentum, self.eps)
+        output, statistics = stoch_norm_unchecked(
+            input, mean, variance, mask, self.weight, self.bias, momentum, self.eps, None
+        )
         if input.numel():
             self._finish_update(mean, variance)
         _remember(self, mask, statistics)
@@ -212,7 +214,8 @@ class SyncStochNorm(_StochNorm):
 
     The ranks share one mask, drawn by the group's first rank. W ranks compute what one process would on the joined
     batch, of which a rank's share may be of any size, or empty. Without an initialised process group, or in a group
-    of one, and in evaluation, it works alone. Otherwise as :class:`StochNorm1d`.
+    of one, and in evaluation, it works alone. Costs one collective forward and one backward. Otherwise as
+    :class:`StochNorm1d`.
 
     Args:
         process_group: the group to synchronise in; None is the default group.
@@ -241,31 +244,36 @@ class SyncStochNorm(_StochNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
-        uses_batch = self.training or self.running_mean is None
-        if uses_batch and dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+        distributed = self.training and dist.is_available() and dist.is_initialized()
+        if distributed and dist.get_world_size(self.process_group) > 1:
             return self._forward_synchronized(input)
         return super().forward(input)
 
-    def _joined_statistics(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and biased variance per channel of the joined batch, and its number of values per channel."""
-        dims = [0, *range(2, values.dim())]
-        count = values.new_full((1,), values.numel() // self.num_features)
-        sums = _AllReduce.apply(torch.cat([values.sum(dims), count]), self.process_group)
-        total, count = sums.split([self.num_features, 1])
-        count = count.detach().clamp_min(1)
-        mean = total / count
-        centred = values - mean.view(-1, *[1] * (values.dim() - 2))
-        return mean, _AllReduce.apply(centred.square().sum(dims), self.process_group) / count, count
+    def _joined(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's mask.
+
+        All in one collective: a sum over the ranks of tables in which each rank has filled its own row.
+        """
+        dims, shape = [0, *range(2, values.dim())], [-1] + [1] * (values.dim() - 2)
+        count = values.numel() // self.num_features
+        mean = values.sum(dims) / max(count, 1)
+        squares = (values - mean.view(shape)).square().sum(dims)
+        row = torch.cat([mean, squares, mask.to(values.dtype), values.new_full((1,), count)])
+        rank, world_size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+        table = _AllReduce.apply(F.pad(row[None], (0, 0, rank, world_size - 1 - rank)), self.process_group)
+        means, squares, masks, counts = table.split([self.num_features, self.num_features, len(mask), 1], dim=1)
+        counts = counts.detach()
+        total = counts.sum().clamp_min(1)
+        mean = (counts * means).sum(0) / total
+        variance = (squares + counts * (means - mean).square()).sum(0) / total
+        return mean, variance, total, masks[0].bool()
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
         values = input if input.dtype == torch.float64 else input.float()
-        mean, variance, count = self._joined_statistics(values)
+        tracked = self.running_mean is not None
+        mean, variance, count, mask = self._joined(values, self._draw_mask(input) if tracked else values.new_empty(0))
         invstd = (variance + self.eps).rsqrt()
-        if self.running_mean is not None:
-            mask = self._draw_mask(input).to(torch.uint8)
-            first = 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
-            dist.broadcast(mask, first, group=self.process_group)
-            mask = mask.bool()
+        if tracked:
             recalled = _recall(self, mask) if _recomputing() else None
             if recalled is not None:
                 mask, (running_mean, running_invstd) = recalled
@@ -332,4 +340,43 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
         warnings.warn(f"convert_model leaves unknown batch norms as they are: {', '.join(left.values())}", stacklevel=2)
     elif not converted:
         warnings.warn("convert_model found no batch norm to convert", stacklevel=2)
+    return module
+
+
+def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Turn every stochastic norm in ``module`` into a :class:`SyncStochNorm`, in place.
+
+    The layers stay the objects they are and change their class, as with :func:`convert_model`, which comes first.
+    Layers that are synchronised already get the process group. Subclasses may do more than normalise: they are left
+    alone, with a warning.
+
+    Args:
+        module: the model, or a single layer.
+        process_group: the group to synchronise in; None is the default group.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module, or ``process_group`` no process group that this process is in.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        got = type(process_group).__name__
+        raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
+    converted, left = 0, {}
+    for name, layer in module.named_modules():
+        if type(layer) in (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm):
+            layer.__class__ = SyncStochNorm
+            layer.process_group = process_group
+            converted += 1
+        elif isinstance(layer, _StochNorm):
+            left[name] = f"{name or 'module'} ({type(layer).__module__}.{type(layer).__qualname__})"
+    if left:
+        warnings.warn(
+            f"convert_sync leaves unknown stochastic norms as they are: {', '.join(left.values())}", stacklevel=2
+        )
+    elif not converted:
+        warnings.warn("convert_sync found no stochastic norm: convert_model makes them", stacklevel=2)
     return module

@@ -15,7 +15,7 @@ _LIBRARY = torch.library.Library("talib_fast", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Define an operator and return its callable.
+    """Define an operator and return its callable. It has no derivative: that is its :class:`Function`'s.
 
     ``implementation`` serves every device for which no compiled kernel is registered; ``fake`` gives the shapes,
     dtypes and strides of the outputs without computing them.
@@ -23,6 +23,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # else PyTorch goes through the arguments of every call for a derivative that is missing
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"talib_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.talib_fast, name).default
 

@@ -149,10 +149,11 @@ class _StochNorm(Function):
             dx = dx.to(input.dtype)
         else:
             dx, dweight, dbias = _backward_op(grad_output, input, mean, invstd, weight, mask)
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         return (
-            dx if ctx.needs_input_grad[0] else None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            dx if of_input else None,
+            dweight.to(weight.dtype) if of_weight else None,
+            dbias.to(ctx.bias_dtype) if of_bias else None,
             *[None] * 7,
         )
 
@@ -176,6 +177,14 @@ class _StochNorm(Function):
         output, mean, invstd = results
         members = (info.batch_size, -1)
         return (output.unflatten(1, members), mean.unflatten(0, members), invstd.unflatten(0, members)), (1, 0, 0)
+
+
+def check_count(input: Tensor) -> None:
+    """Raise ValueError if a channel has only one value, which has no variance."""
+    if input.numel() == input.size(1) != 0:
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
+        )
 
 
 def stoch_norm(
@@ -236,11 +245,24 @@ def stoch_norm(
             )
         if vector.device != device:
             raise ValueError(f"expected {name} on the input's device {device}, got {vector.device}")
-    if input.numel() == input.size(1) != 0:
-        raise ValueError(
-            f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
-        )
+    check_count(input)
+    return stoch_norm_unchecked(input, running_mean, running_var, mask, weight, bias, momentum, eps, statistics)
+
+
+def stoch_norm_unchecked(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    statistics: Statistics | None,
+) -> tuple[Tensor, Statistics]:
+    """:func:`stoch_norm` for a layer, which knows its vectors: checks take as long as a small map's normalisation."""
+    recalled = (None, None) if statistics is None else statistics
     output, mean, invstd = _StochNorm.apply(
-        input, weight, bias, running_mean, running_var, mask, momentum, eps, *(statistics or (None, None))
+        input, weight, bias, running_mean, running_var, mask, momentum, eps, *recalled
     )
     return output, (mean, invstd)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import parallel
 from .common import INSTALL_COMMAND, UserError, packaged_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -156,16 +157,22 @@ def mixed_seed(seed: int, *purpose: str | int) -> int:
     return zlib.crc32(repr((seed, *purpose)).encode())
 
 
-def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Shift every image (uint8 [B, 3, S, S]) by a few pixels of its own, filling with black; maybe mirror it."""
+def augment(
+    images: Tensor, how: str, generator: torch.Generator, batch_size: int | None = None, part: slice = slice(None)
+) -> Tensor:
+    """Shift every image (uint8 [B, 3, S, S]) by a few pixels of its own, filling with black; maybe mirror it.
+
+    The images may be ``part`` of a batch of ``batch_size``; they are changed as they would be in the whole batch.
+    """
     if how == "none":
         return images
     count, _, size, _ = images.shape
+    batch_size = count if batch_size is None else batch_size
     reach = max(1, round(size * SHIFT))
-    offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
-    rows, columns = offsets + torch.arange(size)
+    offsets = torch.randint(0, 2 * reach + 1, (2, batch_size, 1), generator=generator)
+    rows, columns = offsets[:, part] + torch.arange(size)
     if how == "shift_flip":
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        mirrored = torch.rand(batch_size, 1, generator=generator)[part] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, (reach, reach, reach, reach)).permute(0, 2, 3, 1)
     picked = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
@@ -203,12 +210,20 @@ class InOrder:
         return -(-len(self.labels) // TEST_BATCH)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(self.images.split(TEST_BATCH), self.labels.split(TEST_BATCH), strict=True):
-            yield normalise(images, self.device), labels.to(self.device)
+        for first in range(0, len(self.labels), TEST_BATCH):
+            batch = slice(first, first + TEST_BATCH)
+            yield normalise(self.images[batch], self.device), self.labels[batch].to(self.device)
+
+    def part(self, rows: slice) -> "InOrder":
+        """Some of the images."""
+        return InOrder(self.images[rows], self.labels[rows], self.device)
 
 
 class TaskData:
-    """What the runs of one seed train and are tested on: the split's images, held in memory as bytes."""
+    """What the runs of one seed train and are tested on: the split's images, held in memory as bytes.
+
+    Of several processes each has all of them, and takes its share of every batch.
+    """
 
     def __init__(
         self,
@@ -229,11 +244,12 @@ class TaskData:
         self.test = InOrder(images.load(test, size), images.labels[test], device)
 
     def batch(self, step: int, views: int = 1) -> Batch:
-        """The batch of a step: every image comes once per epoch, shifted anew in every view."""
-        indices = self._indices(step)
+        """The batch of a step, or this rank's share: every image comes once per epoch, shifted anew in every view."""
+        share = parallel.share(self.batch_size)
+        indices = self._indices(step)[share]
         generator = seeded_generator(self.seed, "augment", step)
         images = self.train.images[indices]
-        augmented = [augment(images, self.augmentation, generator) for _ in range(views)]
+        augmented = [augment(images, self.augmentation, generator, self.batch_size, share) for _ in range(views)]
         return Batch(
             tuple(normalise(view, self.device) for view in augmented),
             self.train.labels[indices].to(self.device),

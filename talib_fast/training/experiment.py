@@ -1,9 +1,11 @@
 """All runs of a ``finetune`` command: every method with every seed, each one kept as soon as it is finished."""
 
 import json
+import os
 import platform
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from ..storage import write_atomically
 from ..version import __version__
-from . import networks, report
+from . import networks, parallel, report
 from .common import UserError, differences
 from .data import ImageSet, TaskData, load_image_folder, load_sample
 from .memory import release_memory
@@ -21,7 +23,10 @@ from .trainer import DivergedError, Run
 
 
 class Results:
-    """The finished runs of an output folder, ``results.json`` in it; raises UserError if they do not belong here."""
+    """The finished runs of an output folder, ``results.json`` in it; raises UserError if they do not belong here.
+
+    Every rank holds them, and rank 0 writes them.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.path = folder / "results.json"
@@ -55,7 +60,7 @@ class Results:
 
     def write(self) -> None:
         text = json.dumps(self.content, indent=1) + "\n"
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        parallel.from_first(lambda: write_atomically(self.path, lambda file: file.write(text.encode())))
 
 
 def run(options: Options, arguments: list[str]) -> None:
@@ -64,20 +69,29 @@ def run(options: Options, arguments: list[str]) -> None:
     ``arguments`` are the command line's, for the record. Raises UserError, and KeyboardInterrupt when interrupted.
     """
     started = time.monotonic()
-    device = choose_device(options.device)
+    device = parallel.together(lambda: choose_device(options.device))
+    if options.batch_size % parallel.world_size():
+        raise UserError(
+            f"--batch-size {options.batch_size} cannot be shared out evenly among {parallel.world_size()} processes: "
+            "choose a multiple of their number"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run must repeat what an uninterrupted one does
-    images = load_sample() if options.data == "sample" else load_image_folder(options.data)
+    images = parallel.together(lambda: load_sample() if options.data == "sample" else load_image_folder(options.data))
     settings = options.settings() | {"device": device.type, "images": images.digest}
-    folder = make_folder(options.out)
-    results = Results(folder, settings, environment(device, arguments))
+    if parallel.world_size() > 1:
+        settings["processes"] = parallel.world_size()
+    folder = Path(options.out)
+    results = parallel.from_first(lambda: Results(make_folder(options.out), settings, environment(device, arguments)))
     wanted = [(method, seed) for seed in options.seeds for method in options.methods]
     if options.restart and all(results.has(*pair) for pair in wanted):
         results.forget(options.methods, options.seeds)
     todo = [pair for pair in wanted if not results.has(*pair)]
     if todo:
-        network = networks.build(options.network, options.image_size, options.weights, options.delta_layers)
+        network = parallel.together(
+            lambda: networks.build(options.network, options.image_size, options.weights, options.delta_layers)
+        )
         print(header(options, images, device, len(wanted), len(todo)), flush=True)
         results.write()
         failures = train(todo, network, images, options, device, settings, results, folder)
@@ -86,7 +100,7 @@ def run(options: Options, arguments: list[str]) -> None:
         print(f"Everything is finished already in {folder} ({count(len(wanted), 'run')}); --restart trains it again.")
         failures = []
     if results.runs:
-        report.write(results.content, folder)
+        parallel.from_first(lambda: report.write(results.content, folder))
         print(report.text(results.content))
         print(f"\nWritten to {folder}: {', '.join(report.FILES)}")
     if failures:
@@ -108,45 +122,74 @@ def train(
     failures = []
     for number, (method, seed) in enumerate(todo, 1):
         if data is None or data.seed != seed:
-            data = TaskData(
-                images,
-                labels_per_class=options.labels_per_class,
-                test_images=options.test_images,
-                size=options.image_size,
-                seed=seed,
-                batch_size=options.batch_size,
-                augmentation=options.augment,
-                device=device,
-            )
+            data = parallel.together(partial(load_data, images, seed, options, device))
         checkpoint = folder / "checkpoints" / f"{method}-seed{seed}.pt"
         label = f"[{number}/{len(todo)}] {method}, seed {seed}"
         release_memory()
         started = time.monotonic()
         try:
-            record = Run(method, seed, network, data, options, device, settings, checkpoint).finish()
+            record = parallel.together(
+                partial(Run, method, seed, network, data, options, device, settings, checkpoint)
+            ).finish()
         except DivergedError as error:
-            checkpoint.unlink(missing_ok=True)  # continuing it would only diverge again
+            remove(checkpoint)  # continuing it would only diverge again
             failures.append(error)
             print(f"{label}: {error}", flush=True)
             continue
         except torch.OutOfMemoryError as error:
-            raise UserError(f"{label} does not fit into the memory of {device}: lower --batch-size") from error
+            raise parallel.RankError(f"{label} does not fit into the memory of {device}: lower --batch-size") from error
         results.add(record.result())
-        checkpoint.unlink(missing_ok=True)
+        remove(checkpoint)
         print(f"{label}: {record.accuracies[-1][1]:.1f} % after {time.monotonic() - started:.1f} s", flush=True)
     return failures
 
 
+def load_data(images: ImageSet, seed: int, options: Options, device: torch.device) -> TaskData:
+    return TaskData(
+        images,
+        labels_per_class=options.labels_per_class,
+        test_images=options.test_images,
+        size=options.image_size,
+        seed=seed,
+        batch_size=options.batch_size,
+        augmentation=options.augment,
+        device=device,
+    )
+
+
+def remove(checkpoint: Path) -> None:
+    parallel.from_first(lambda: checkpoint.unlink(missing_ok=True))
+
+
 def choose_device(name: str) -> torch.device:
-    """The device that is meant; ``auto`` is the first GPU, else the CPU."""
+    """The device that is meant; ``auto`` is the first GPU, else the CPU. Several processes have a GPU each."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if parallel.world_size() > 1:
+            device = own_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on how torch was built
         reason = networks.first_line(error)
         raise UserError(f"the device {name} cannot be used ({reason}): choose another --device, e.g. cpu") from error
+    return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this one of several processes."""
+    if device.index is not None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"several processes cannot train on the device {device}: choose --device cuda or cpu")
+    if device.type == "cpu":
+        return device
+    gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus < processes:
+        raise UserError(
+            f"{processes} processes on this machine need a GPU each, but it has {gpus}: start fewer of them, or choose "
+            "--device cpu"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -162,9 +205,15 @@ def make_folder(out: str) -> Path:
 def environment(device: torch.device, arguments: list[str]) -> dict[str, Any]:
     """What the figures were measured with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    launcher, times = ["python"], ""
+    if parallel.world_size() > 1:
+        launcher, times = (
+            ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]],
+            f"{parallel.world_size()} × ",
+        )
     return {
-        "command": shlex.join(["python", "-m", "talib_fast", *arguments]),
-        "device": f"{device.type}, {name}",
+        "command": shlex.join([*launcher, "-m", "talib_fast", *arguments]),
+        "device": f"{times}{device.type}, {name}",
         "talib_fast": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -175,13 +224,14 @@ def environment(device: torch.device, arguments: list[str]) -> dict[str, Any]:
 def header(options: Options, images: ImageSet, device: torch.device, wanted: int, todo: int) -> str:
     """What is about to be done, and what it will not show."""
     precision = "mixed precision" if options.amp else "float32"
+    processes = f", shared out among {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines = [
         f"Fine-tuning {options.network} on {images.name}: {len(images.classes)} classes, "
         f"{count(options.labels_per_class, 'label')} per class, tested on at most {options.test_images} others.",
         f"{count(wanted, 'run')} ({count(len(options.methods), 'method')}, {count(len(options.seeds), 'seed')}) of "
         f"{count(options.steps, 'step')} with {options.batch_size} images of {options.image_size} pixels, "
-        f"on {device.type}{threads}, {precision}.",
+        f"on {device.type}{threads}, {precision}{processes}.",
     ]
     if todo < wanted:
         lines.append(f"Finished already: {wanted - todo}.")

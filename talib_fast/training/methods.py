@@ -24,6 +24,7 @@ from ..finetune.delta import (
 )
 from ..finetune.knowledge_distillation import KnowledgeDistillationLoss
 from ..finetune.stochnorm import convert_model
+from . import parallel
 from .common import UserError
 from .data import Batch, InOrder
 from .networks import Network
@@ -69,7 +70,10 @@ class Method(nn.Module):
         self.knowledge = knowledge
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a training step (0-dim) and the logits ``[B, num_classes]``."""
+        """The loss of a training step (0-dim) and the logits ``[B, num_classes]``.
+
+        The mean of the ranks' losses is the loss of their joined batch.
+        """
         logits, features = self.classifier(batch.images)
         return F.cross_entropy(logits, batch.labels) + self.penalty(features), logits
 
@@ -124,7 +128,9 @@ class Delta(Method):
         with torch.no_grad():
             source, _ = self.source_outputs(batch.images)
         target, (logits, _) = self.target_outputs(batch.images)
-        penalty = self.trade_off * self.distance(source, target) + HEAD_DECAY * self.head_norm()
+        # the distance is summed over the batch, and its sum over the ranks is their mean times their number
+        distance = parallel.world_size() * self.distance(source, target)
+        penalty = self.trade_off * distance + HEAD_DECAY * self.head_norm()
         return F.cross_entropy(logits, batch.labels) + penalty, logits
 
 
@@ -141,7 +147,7 @@ class DeltaAttention(Delta):
 
 class BSS(Method):
     def build(self, network: Network, num_classes: int) -> Any:
-        self.shrinkage = BatchSpectralShrinkage(k=1)
+        self.shrinkage = BatchSpectralShrinkage(k=1, all_ranks=True)
         return super().build(network, num_classes)
 
     def penalty(self, features: Tensor) -> Tensor:

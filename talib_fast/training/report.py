@@ -93,6 +93,8 @@ def caption(results: dict[str, Any]) -> str:
     settings = results["settings"]
     data = "MNIST digits" if settings["data"] == "sample" else settings["data"]
     memory = "the GPU's" if settings["device"] == "cuda" else "the whole process's"
+    if "processes" in settings:
+        memory += f" (the first of {settings['processes']})"
     sentences = [
         f"{settings['network']} on {data}: {settings['labels_per_class']} labels per class, {settings['steps']} steps "
         f"of {settings['batch_size']} images, {settings['image_size']} pixels."

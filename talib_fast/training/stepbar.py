@@ -6,12 +6,12 @@ from typing import Any
 
 
 class StepBar:
-    """Use as a context; ``done`` steps of ``total`` are behind already."""
+    """Use as a context; ``done`` steps of ``total`` are behind already, and nothing is seen unless ``show``."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self.title, self.total, self.step = title, total, done
+    def __init__(self, title: str, total: int, done: int = 0, show: bool = True) -> None:
+        self.title, self.total, self.step, self.show = title, total, done, show
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if show and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
@@ -32,5 +32,5 @@ class StepBar:
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}{latest}", refresh=False)
             self.bar.update()
-        elif accuracies and accuracies[-1][0] == self.step:
+        elif self.show and accuracies and accuracies[-1][0] == self.step:
             print(f"  {self.title}: step {self.step}/{self.total}, loss {loss:.3f}{latest}", file=sys.stderr)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..storage import write_atomically
+from . import parallel
 from .common import UserError, differences
 from .data import InOrder, TaskData, mixed_seed
 from .memory import PeakMemory
@@ -76,8 +77,8 @@ class Run:
         settings: what a checkpoint must agree with to be continued.
         checkpoint: file that an interrupted run leaves and the next one continues.
 
-    Everything random is a function of the seed and the step's number, so a continued run ends where an uninterrupted
-    one would have.
+    Everything random is a function of the seed, the step's number and the rank, so a continued run ends where an
+    uninterrupted one would have. Several ranks compute what one would with the whole batches.
     """
 
     def __init__(
@@ -111,14 +112,14 @@ class Run:
     def finish(self) -> Record:
         """Train until the last step; raises KeyboardInterrupt, with everything saved, when the user interrupts."""
         memory = PeakMemory(self.device)
-        resumed = self.checkpoint.exists()
-        if resumed:
-            self._load()
-        else:
+        if not self._load():
             self._prepare()
+        if parallel.world_size() > 1:
+            parallel.synchronise(self.method, self.device)
         title = f"{self.record.method}, seed {self.record.seed}"
         saved_at = time.monotonic()
-        with interrupts_deferred() as interrupted, StepBar(title, self.options.steps, self.record.step) as bar:
+        show = parallel.rank() == 0
+        with interrupts_deferred() as interrupted, StepBar(title, self.options.steps, self.record.step, show) as bar:
             before = self.record.peak_mib
             while self.record.step < self.options.steps:
                 self._step()
@@ -126,9 +127,11 @@ class Run:
                     self._evaluate()
                 bar.update(self.record.losses[-1], self.record.accuracies)
                 self.record.peak_mib = max(before, memory.mib())
-                stop = interrupted.is_set()  # read once: a signal after this is for the next step
-                if stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                    self._save()
+                due = parallel.rank() == 0 and time.monotonic() - saved_at > CHECKPOINT_SECONDS
+                # read once: a signal after this is for the next step
+                stop, save = parallel.summed(interrupted.is_set(), due)
+                if stop or save:
+                    parallel.from_first(self._save)
                     saved_at = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
@@ -136,13 +139,22 @@ class Run:
 
     def _prepare(self) -> None:
         start = time.perf_counter()
-        self.method.use(self.method.prepare(self.data.train))
+        self._use(
+            parallel.from_first(
+                lambda: {name: value.cpu() for name, value in self.method.prepare(self.data.train).items()}
+            )
+        )
         self.record.preparation_seconds = time.perf_counter() - start
+
+    def _use(self, knowledge: dict[str, Tensor]) -> None:
+        self.method.use({name: value.to(self.device) for name, value in knowledge.items()})
 
     def _step(self) -> None:
         start = time.perf_counter()
         step = self.record.step
-        torch.manual_seed(mixed_seed(self.record.seed, "step", step))
+        # rank 0 draws what a single process would; dropout should not be the same for every share of the batch
+        own = (parallel.rank(),) if parallel.rank() else ()
+        torch.manual_seed(mixed_seed(self.record.seed, "step", step, *own))
         decay = DECAY_BY if step >= DECAY_AT * self.options.steps else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay
@@ -151,11 +163,13 @@ class Run:
         with self.autocast:
             loss, logits = self.method(batch)
         cross_entropy = F.cross_entropy(logits.detach().float(), batch.labels)
-        values = torch.stack([loss.detach(), cross_entropy]).tolist()
+        totals = parallel.summed(*torch.stack([loss.detach(), cross_entropy]).tolist())
+        values = [total / parallel.world_size() for total in totals]
         if not math.isfinite(values[0]):
             raise DivergedError(self._divergence(values[0]))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        parallel.average_gradients(self.method.parameters())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.record.losses.append(values[0])
@@ -173,6 +187,7 @@ class Run:
         return f"{method} with seed {self.record.seed} diverged, its loss is {loss} {where}: {', '.join(remedies)}"
 
     def _evaluate(self) -> None:
+        parallel.share_statistics(self.method.classifier)
         with self.autocast:
             self.record.accuracies.append((self.record.step, accuracy(self.method.classifier, self.data.test)))
 
@@ -187,31 +202,47 @@ class Run:
         }
         write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Continue from the checkpoint; False if there is none."""
+        state = parallel.from_first(self._read)
+        if state is None:
+            return False
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            self.method.load_state_dict(state["method"])
+            self._use(state["knowledge"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.record = Record(**state["record"])
+        except Exception as error:  # each part has its own errors for a state that does not fit
+            raise self._damaged() from error
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.checkpoint.exists():
+            return None
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             difference = differences(state["settings"], self.settings)
-            if not difference:
-                self.method.load_state_dict(state["method"])
-                self.method.use(state["knowledge"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
-                self.record = Record(**state["record"])
         except Exception as error:  # zip, pickle and torch each have their own errors for a broken file
-            raise UserError(f"the checkpoint {self.checkpoint} is damaged: remove it to start that run anew") from error
+            raise self._damaged() from error
         if difference:
             raise UserError(
                 f"the checkpoint {self.checkpoint} was made with other settings ({difference}): "
                 "remove it or choose another --out"
             )
+        return state
+
+    def _damaged(self) -> UserError:
+        return UserError(f"the checkpoint {self.checkpoint} is damaged: remove it to start that run anew")
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: InOrder) -> float:
     """How many of the images the classifier puts into the right class, in %."""
     classifier.eval()
-    right = sum((classifier(batch).argmax(1) == labels).sum() for batch, labels in images)
-    return 100 * int(right) / len(images.labels)
+    mine = images.part(slice(parallel.rank(), None, parallel.world_size()))
+    right = sum((classifier(batch).argmax(1) == labels).sum() for batch, labels in mine)
+    return 100 * parallel.summed(int(right))[0] / len(images.labels)
 
 
 @contextmanager

@@ -1,0 +1,164 @@
+"""Data-parallel training under torchrun: its processes, the ranks, each take a share of every batch.
+
+Without torchrun there is rank 0 of 1 and no process group: every function here does its work alone. What the ranks tell
+each other besides tensors on a GPU goes over gloo, which notices when one of them ends.
+"""
+
+import gc
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, convert_model, convert_sync
+from .common import UserError
+
+TIMEOUT = timedelta(days=1)  # rank 0 may prepare for long while the others wait; torchrun ends them when it fails
+
+T = TypeVar("T")
+
+
+class RankError(UserError):
+    """What went wrong on this rank and maybe on no other, so that it has to tell it itself."""
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it the ranks can reach each other, and only rank 0 prints and warns.
+
+    Raises UserError when another rank has ended and can't be reached any more.
+    """
+    if world_size() == 1:
+        yield
+        return
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "cpu:gloo", timeout=TIMEOUT)
+    try:
+        with quiet(rank() > 0):
+            yield
+    except BaseException as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's, when it sees another rank end, would only confuse
+            signal.signal(number, signal.SIG_IGN)
+        if dist.group.WORLD is not None:
+            dist.group.WORLD.abort()  # a goodbye would wait for ranks that have ended
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise UserError(
+                "another process ended too early, and so all of them end; the same command continues"
+            ) from error
+        raise
+    finally:
+        gc.collect()  # nothing else may hold the group: its threads have to end before the interpreter does
+        dist.destroy_process_group()
+
+
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """Within it nothing is printed to stdout and no warning is shown, if ``silent``."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def together(work: Callable[[], T]) -> T:
+    """What ``work`` returns, done on every rank; a UserError or OSError of one becomes every rank's UserError."""
+    if world_size() == 1:
+        return work()
+    result, mine = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        mine = error
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, None if mine is None else str(mine))
+    failed = [number for number, message in enumerate(messages) if message is not None]
+    if failed:
+        where = f"rank {failed[0]}: " if failed[0] else ""
+        raise UserError(f"{where}{messages[failed[0]]}") from mine
+    return result  # type: ignore[return-value]
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, which does it for all: something to pickle, tensors on the CPU."""
+    if world_size() == 1:
+        return work()
+    result: list[Any] = [together(work if rank() == 0 else lambda: None)]
+    dist.broadcast_object_list(result, 0)
+    return result[0]
+
+
+def summed(*numbers: float) -> list[float]:
+    """Each number summed over the ranks."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the ranks, all in one collective."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    joined /= world_size()
+    for gradient, mean in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def synchronise(module: nn.Module, device: torch.device) -> None:
+    """Let every batch norm and stochastic norm of ``module`` take the statistics of the joined batch, in place."""
+    left = []
+    for name, layer in module.named_modules():
+        if type(layer) in (StochNorm1d, StochNorm2d, StochNorm3d):
+            convert_sync(layer)
+        elif type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            if device.type == "cuda":
+                layer.__class__ = nn.SyncBatchNorm
+                layer.process_group = None
+            else:  # SyncBatchNorm is for GPUs; with p = 1 this computes the same anywhere
+                convert_sync(convert_model(layer, 1.0))
+        elif isinstance(layer, _BatchNorm):
+            left.append(f"{name} ({type(layer).__name__})")
+    if left:
+        warnings.warn(f"each process normalises its share of a batch alone in {', '.join(left)}", stacklevel=2)
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Give every rank rank 0's running statistics of the norms that :func:`synchronise` left alone."""
+    if world_size() == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+            for buffer in layer.buffers(recurse=False):
+                dist.broadcast(buffer, 0)
+
+
+def share(length: int) -> slice:
+    """This rank's stretch of a batch of that length, which the ranks divide evenly."""
+    size = length // world_size()
+    return slice(rank() * size, (rank() + 1) * size)
