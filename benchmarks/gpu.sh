@@ -14,11 +14,14 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 operations=(stoch_norm squared_distance spectral_tail)  # each with tests/test_NAME.py and benchmarks/bench_NAME.py
-benchmarks=("${operations[@]}" bi_tuning co_tuning)
+benchmarks=("${operations[@]}" bi_tuning co_tuning host_overhead)
 small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
 small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}")
+host_only=(architectures build build_parts distributed kernels_on_host recipes simt)  # tests that reach no GPU
+ignored=("${host_only[@]/#/--ignore=tests/test_}")
+ignored=("${ignored[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)
 whole_run=580                        # seconds; no step gets more than what is left of them
 python=${PYTHON:-python3}
@@ -117,7 +120,7 @@ parallel=()
 if "$python" -c 'import xdist' 2>/dev/null; then
   parallel=(-n 4 --dist loadfile -p no:benchmark)
 fi
-step tests 230 "$python" "$python" -m pytest tests -p no:cacheprovider "${parallel[@]}" &
+step tests 230 "$python" "$python" -m pytest tests "${ignored[@]}" -p no:cacheprovider "${parallel[@]}" &
 for tool in "${sanitizers[@]}"; do
   settings=(TALIB_FAST_BACKEND=compiled)  # without the library there is nothing to check
   case $tool in  # torch's allocator hands out parts of larger blocks, which would hide what these two look for

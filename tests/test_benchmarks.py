@@ -12,6 +12,7 @@ import baselines
 import bench_bi_tuning as bi_tuning
 import bench_channel_attention as attention
 import bench_co_tuning as co_tuning
+import bench_host_overhead as overhead
 import bench_spectral_tail as tail
 import bench_squared_distance as distances
 import bench_stoch_norm as bench
@@ -593,6 +594,34 @@ class TestBiTuning:
         assert bi_tuning.parse(["--rounds", "2"]).out == command.QUICK_RESULTS / "bi_tuning-cpu"
 
 
+class TestHostOverhead:
+    def test_goal(self):
+        def verdict(ours, device="cpu"):
+            measures = ("forward", "backward", "wall")
+            times = {overhead.OURS: ours, overhead.BATCH_NORM: 1.0, overhead.COMPOSITION: 4.0}
+            samples = {name: {measure: [time] for measure in measures} for name, time in times.items()}
+            (goal,) = overhead.goals(results({"label": "", "samples": samples}, device=device))
+            return goal.passed
+
+        assert verdict(1.3) and not verdict(1.31) and verdict(1.3, "cuda")
+
+    def test_runs_end_to_end(self, tmp_path, capsys, device):
+        overhead.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [case["label"] for case in written["cases"]] == ["2×4×2×2", "4×16×4×4", "8×64×4×4"]
+        for case in written["cases"]:
+            assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
+        assert "| 2×4×2×2 |" in (tmp_path / "table.md").read_text()
+        assert "at most 1.3× BatchNorm" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        full, short = overhead.parse([]), overhead.parse(["--rounds", "2"])
+        assert (full.out, full.rounds) == (command.RESULTS / "host_overhead-cpu", overhead.ROUNDS)
+        assert (short.out, short.rounds) == (command.QUICK_RESULTS / "host_overhead-cpu", 2)
+
+
 class TestCoTuning:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
@@ -683,14 +712,15 @@ class TestGpuScript:
         done = self.run(tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-        names = ("bi_tuning", "co_tuning", "spectral_tail", "squared_distance", "stoch_norm")
+        names = ("bi_tuning", "co_tuning", "host_overhead", "spectral_tail", "squared_distance", "stoch_norm")
         names = [f"{name}-cuda/results.json" for name in names]
         assert files == sorted(["gpu-logs.tar.gz", "gpu-summary.txt", *names])
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
         assert [line.split()[0] for line in summary] == [
             "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck",
-            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail", "bench_bi_tuning", "bench_co_tuning",
+            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail",
+            "bench_bi_tuning", "bench_co_tuning", "bench_host_overhead",
         ]  # fmt: skip
         assert all(line.endswith(" pass") for line in summary)
         assert done.stdout.endswith("\n".join([first, *summary]) + "\n")

@@ -207,15 +207,11 @@ def test_compiles_into_one_graph(make, inputs):
     model = make()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True)
-    with torch.compiler.set_stance("default"):
-        for seed in range(2):
-            arguments = inputs()
-            assert_alike(
-                step(model, compiled, arguments, seed), step(twin, twin, arguments, seed), rtol=1e-4, atol=1e-5
-            )
-        with torch.compiler.set_stance("fail_on_recompile"):
-            step(model, compiled, inputs())
-            step(twin, twin, inputs())
+    for seed, stance in ((0, "default"), (1, "default"), (2, "fail_on_recompile")):
+        arguments = inputs()
+        with torch.compiler.set_stance(stance):
+            got = step(model, compiled, arguments, seed)
+        assert_alike(got, step(twin, twin, arguments, seed), rtol=1e-4, atol=1e-5)
     if type(model) not in (Regularized, Distance, BatchSpectralShrinkage, CoTuningLoss, KnowledgeDistillationLoss):
         twin.load_state_dict(model.state_dict())
         model.eval()
@@ -315,16 +311,14 @@ def test_activation_checkpointing(make, inputs, reentrant):
 
 @subjects
 def test_double_backward(make, inputs):
-    model, arguments = make().double(), [x.double() if x.is_floating_point() else x for x in inputs()]
+    model, (x, *others) = make().double(), [x.double() if x.is_floating_point() else x for x in inputs()]
 
     def outputs(x):
         torch.manual_seed(1)  # the same mask for every difference
-        given = tensors(copy.deepcopy(model)(x, *arguments[1:]))
+        given = tensors(copy.deepcopy(model)(x, *others))
         return tuple(output for output in given if output.requires_grad)
 
-    assert gradgradcheck(
-        outputs, (arguments[0][:4].requires_grad_(),) if len(arguments) == 1 else (arguments[0].requires_grad_(),)
-    )
+    assert gradgradcheck(outputs, (x.requires_grad_(),))
 
 
 @subjects
@@ -341,12 +335,11 @@ def test_function_transforms(make, inputs):
     of_parameters, of_input = torch.func.grad(loss, (0, 2))(parameters, buffers, arguments[0])
     x = arguments[0].clone().requires_grad_()
 
-    def masks_as_in_a_transform(module, _):
-        if isinstance(module, (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm)):
-            module._draw_mask = lambda input: torch.full((module.num_features,), module.p).bernoulli().bool()
-
     for module in twin.modules():
-        masks_as_in_a_transform(module, None)
+        if isinstance(
+            module, (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm)
+        ):  # the mask that a transform draws
+            module._draw_mask = lambda _, m=module: torch.full((m.num_features,), m.p).bernoulli().bool()
     torch.manual_seed(1)
     loss_of(twin(x, *arguments[1:])).backward()
     torch.testing.assert_close(of_input, x.grad)

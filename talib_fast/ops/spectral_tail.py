@@ -241,7 +241,8 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
     """The sum of the ``k`` smallest squared singular values of each matrix.
 
     Computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN and a
-    non-finite gradient. Differentiable twice; where σ_k = σ_(k+1) the gradient is one of several subgradients.
+    non-finite gradient. Differentiable twice; where σ_k = σ_(k+1) the gradient is one of several subgradients. Under
+    :func:`torch.vmap` a mapped dimension is one more of the batch.
 
     On a GPU float64 input, and matrices with both sides longer than 256, are decomposed by ``torch.linalg``, which
     waits for the device; all others are served without, and can be captured in a CUDA graph.

@@ -150,7 +150,8 @@ def squared_distance(
     Sums are taken in float32 (float64 for float64 targets). Differentiable, also twice, in ``targets``; ``sources``
     are detached and ``weights`` are constants. The compiled kernels read every tensor once and store no difference;
     they copy a target that is not dense, and a source whose order in memory differs from its target's by more than the
-    exchange of two neighbouring groups of dimensions (NCHW and NHWC differ by one).
+    exchange of two neighbouring groups of dimensions (NCHW and NHWC differ by one). Under :func:`torch.vmap` PyTorch's
+    implementation serves.
 
     Args:
         targets: J tensors.

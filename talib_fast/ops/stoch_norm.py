@@ -203,6 +203,7 @@ def stoch_norm(
     The running statistics are read as they are before the call and then moved, for every channel, by ``momentum``
     towards the batch's mean and unbiased variance, in place. An input without elements leaves them alone. Statistics
     are taken in float32 (float64 for float64 input). Differentiable, also twice, in ``input``, ``weight`` and ``bias``.
+    Under :func:`torch.vmap` every member needs running statistics of its own.
 
     Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html).
 
@@ -221,7 +222,8 @@ def stoch_norm(
 
     Raises:
         TypeError: ``input`` is not floating point, or ``mask`` is not bool.
-        ValueError: a shape or device does not fit, or a channel has only one value.
+        ValueError: a shape or device does not fit, a channel has only one value, or running statistics are not mapped
+            over where other operands are.
     """
     accumulation_dtype(input)
     if input.dim() < 2:
