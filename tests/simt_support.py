@@ -7,11 +7,13 @@
 The process ends with another code than 0 if the sanitizer found something.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -61,13 +63,25 @@ def build(kind: str) -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists() else []
     options = [f"-DSIMT_SANITIZER={kind}", f"-DPython_EXECUTABLE={sys.executable}"]
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
-    for command in (
-        ["cmake", "-S", ROOT / "tests" / "simt", "-B", folder, *generator, *options],
-        ["cmake", "--build", folder],
-    ):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
-        if "warning: " in done.stdout:
-            raise RuntimeError(f"the compiler warns:\n{done.stdout}")
+    with one_process(folder):
+        for command in (
+            ["cmake", "-S", ROOT / "tests" / "simt", "-B", folder, *generator, *options],
+            ["cmake", "--build", folder],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
+            if "warning: " in done.stdout:
+                raise RuntimeError(f"the compiler warns:\n{done.stdout}")
     return folder
+
+
+@contextlib.contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in ``folder``."""
+    import fcntl  # not everywhere, but on Linux, where the harness is
+
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
