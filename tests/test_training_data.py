@@ -49,7 +49,11 @@ def test_missing_package_and_file_are_named(package, monkeypatch):
         packaged_file("no_such_package", "some/file")
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"1,2,x\n"), gzip.compress(b"1,2,3\n" * 5)[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"1,2,x\n"), gzip.compress(b"1,2,3\n" * 5)[:-9]],
+    ids=["not gzip", "no number", "cut off"],
+)
 def test_damaged_sample_is_named(package, content):
     (package / "data" / "data" / "mnist_5k.csv.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"mnist_5k\.csv\.gz is damaged .*--force-reinstall"):
