@@ -216,11 +216,8 @@ def draw(results: dict[str, Any]) -> Any:
         axes.minorticks_off()
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.suptitle(
-        "Bi-Tuning: speed over upstream's loop, forward + backward of a step without its networks\n"
-        f"{results['environment']['device']}, median and quartiles of {results['settings']['rounds']} rounds",
-        fontsize=11,
-    )
+    title = "Bi-Tuning: speed over upstream's loop, forward + backward of a step without its networks"
+    report.entitle(figure, title, results)
     return figure
 
 

@@ -290,11 +290,9 @@ def draw(results: dict[str, Any]) -> Any:
             axes.plot(
                 [fewer(row, LIMIT) for row in shown], places, "|", color="0.3", ms=14, label="limit of an exact way"
             )
-        axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
+        report.label_rows(axes, [f"{row['label']} ({row['channels']})" for row in shown])
         axes.set_title(title.format(shown[0]["network"]), fontsize=10)
         axes.set_xscale("log")
-        axes.set_yticks(places, [f"{row['label']} ({row['channels']})" for row in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(

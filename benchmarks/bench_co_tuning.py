@@ -66,13 +66,20 @@ def losses(device: torch.device) -> list[tuple[str, list[Candidate], list[Feed]]
     return [*found, (f"LWF's distillation, {BATCH}×{SOURCE_CLASSES}", candidates, [feed])]
 
 
+def source_logits() -> tuple[Tensor, Tensor]:
+    """Logits and labels of all samples."""
+    torch.manual_seed(0)
+    return 3 * torch.randn(SAMPLES, SOURCE_CLASSES), torch.arange(SAMPLES) % TARGET_CLASSES
+
+
+def in_batches(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(logits.split(BATCH), labels.split(BATCH), strict=True))
+
+
 def preparations(device: torch.device) -> list[tuple[str, list[Candidate], list[Feed]]]:
     """The same of what has no backward pass."""
-    torch.manual_seed(0)
-    labels = torch.arange(SAMPLES) % TARGET_CLASSES
-    logits = 3 * torch.randn(SAMPLES, SOURCE_CLASSES)
-    batches = list(zip(logits.split(BATCH), labels.split(BATCH), strict=True))
-    given = nn.Identity()
+    logits, labels = source_logits()
+    batches, given = in_batches(logits, labels), nn.Identity()
     relationship = Relationship(batches, given, device)
     # upstream's script looks rows up on the host, for labels that have not gone to the device yet
     wanted = torch.randint(TARGET_CLASSES, (BATCH,))
@@ -100,9 +107,8 @@ def preparations(device: torch.device) -> list[tuple[str, list[Candidate], list[
 
 def error(device: torch.device) -> float:
     """The largest relative error of a relationship against its formula in float64."""
-    torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(SAMPLES, SOURCE_CLASSES), torch.arange(SAMPLES) % TARGET_CLASSES
-    batches = list(zip(logits.split(BATCH), labels.split(BATCH), strict=True))
+    logits, labels = source_logits()
+    batches = in_batches(logits, labels)
     rows = logits.double().softmax(1).numpy()
     expected = np.stack([rows[labels == c].mean(0) for c in range(TARGET_CLASSES)])
     return float(np.abs(Relationship(batches, nn.Identity(), device).relationship / expected - 1).max())
@@ -165,15 +171,9 @@ def draw(results: dict[str, Any]) -> Any:
     spreads = [speedup(case, UPSTREAM, OURS, parts_of(case)[-1]) for case in cases]
     colour, marker = LOOKS[0]
     axes.errorbar([s.median for s in spreads], range(len(cases)), xerr=error_bars(spreads), fmt=marker, color=colour)
-    axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
+    report.label_rows(axes, [case["label"] for case in cases])
     axes.set_xlim(left=0)
-    axes.set_yticks(range(len(cases)), [case["label"] for case in cases])
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    figure.suptitle(
-        "Co-Tuning and LWF: speed over upstream, losses forward + backward\n"
-        f"{results['environment']['device']}, median and quartiles of {results['settings']['rounds']} rounds",
-        fontsize=11,
-    )
+    report.entitle(figure, "Co-Tuning and LWF: speed over upstream, losses forward + backward", results)
     return figure
 
 

@@ -92,16 +92,10 @@ def draw(results: dict[str, Any]) -> Any:
         middles = [spread.median for spread in spreads]
         bars = error_bars(spreads)
         axes.errorbar(middles, range(len(cases)), xerr=bars, fmt=marker, color=colour, label=name)
-    axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
+    report.label_rows(axes, [case["label"] for case in cases])
     axes.set_xlim(left=0)
-    axes.set_yticks(range(len(cases)), [case["label"] for case in cases])
-    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.legend(frameon=False)
-    figure.suptitle(
-        "Tiny maps: time over BatchNorm's, forward + backward\n"
-        f"{results['environment']['device']}, median and quartiles of {results['settings']['rounds']} rounds",
-        fontsize=11,
-    )
+    report.entitle(figure, "Tiny maps: time over BatchNorm's, forward + backward", results)
     return figure
 
 
@@ -112,10 +106,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = command.parser(__doc__, dtypes=False, layouts=False, batch=False)
-    options = command.parse(made, arguments, OPERATION)
-    if options.out.parent == command.RESULTS:
-        options.rounds = ROUNDS
-    return options
+    return command.parse(made, arguments, OPERATION, rounds={"cpu": ROUNDS, "cuda": ROUNDS})
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -239,12 +239,7 @@ def draw(results: dict[str, Any]) -> Any:
     axes.set_title(f"relative error of the value, float32, {B}×{F}, k={K}", fontsize=10)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    where = results["environment"]
-    figure.suptitle(
-        f"{OPERATION}, forward + backward, {dtype}\n"
-        f"{where['device']}, median and quartiles of {results['settings']['rounds']} rounds",
-        fontsize=11,
-    )
+    report.entitle(figure, f"{OPERATION}, forward + backward, {dtype}", results)
     return figure
 
 

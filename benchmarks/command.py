@@ -45,8 +45,12 @@ def parse(
     batches: Mapping[str, int] | None = None,
     fewest: int = 1,
     full: Callable[[argparse.Namespace], bool] = lambda options: True,
+    rounds: Mapping[str, int] = DEFAULT_ROUNDS,
 ) -> argparse.Namespace:
-    """The options with their defaults: ``batches`` by device, if any; only a full run writes beside the benchmarks."""
+    """The options with their defaults: ``batches``, if any, and ``rounds`` by device.
+
+    Only a full run writes beside the benchmarks.
+    """
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available() and options.from_json is None:
         made.error("there is no GPU that this torch can use")
@@ -63,6 +67,6 @@ def parse(
             made.error(f"expected a batch of at least {fewest}")
         whole = whole and not options.batch
         options.batch = options.batch or (QUICK_BATCH if options.quick else batches[options.device])
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS[options.device])
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else rounds[options.device])
     options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / f"{operation}-{options.device}"
     return options

@@ -281,6 +281,19 @@ def _write_plot(folder: Path, draw: Callable[[], Any]) -> None:
         write_atomically(folder / "plot.png", partial(draw().savefig, format="png"))
 
 
+def entitle(figure: Any, title: str, results: dict[str, Any]) -> None:
+    """Give a figure its title, and below it where and how often its samples were taken."""
+    where, rounds = results["environment"]["device"], results["settings"]["rounds"]
+    figure.suptitle(f"{title}\n{where}, median and quartiles of {rounds} rounds", fontsize=11)
+
+
+def label_rows(axes: Any, labels: Sequence[str]) -> None:
+    """A row for each label, the first one on top, and a line where two candidates take the same time."""
+    axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
 def draw_speedups(results: dict[str, Any], baseline: str) -> Any:
     """A figure of each candidate's speed over the baseline's by case, a panel per layout and dtype."""
     from matplotlib.figure import Figure
@@ -303,20 +316,13 @@ def draw_speedups(results: dict[str, Any], baseline: str) -> Any:
                 [s.median for s in spreads], [place + offset for place in range(len(cases))],
                 xerr=error_bars(spreads), fmt=marker, color=colour, ms=4.5, lw=1.2, label=candidate,
             )  # fmt: skip
-        axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}×"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
+        label_rows(axes, labels)
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    where = results["environment"]
-    figure.suptitle(
-        f"{results['operation']}: speed over {baseline}, forward + backward\n"
-        f"{where['device']}, median and quartiles of {results['settings']['rounds']} rounds",
-        fontsize=11,
-    )
+    entitle(figure, f"{results['operation']}: speed over {baseline}, forward + backward", results)
     return figure

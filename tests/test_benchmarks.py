@@ -620,6 +620,7 @@ class TestHostOverhead:
         full, short = overhead.parse([]), overhead.parse(["--rounds", "2"])
         assert (full.out, full.rounds) == (command.RESULTS / "host_overhead-cpu", overhead.ROUNDS)
         assert (short.out, short.rounds) == (command.QUICK_RESULTS / "host_overhead-cpu", 2)
+        assert overhead.parse(["--rounds", "2", "--out", str(command.RESULTS / "elsewhere")]).rounds == 2
 
 
 class TestCoTuning:
