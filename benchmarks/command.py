@@ -68,5 +68,5 @@ def parse(
         whole = whole and not options.batch
         options.batch = options.batch or (QUICK_BATCH if options.quick else batches[options.device])
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else rounds[options.device])
-    options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / f"{operation}-{options.device}"
+    options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / options.device / operation
     return options

@@ -88,9 +88,9 @@ collect() {
     done
   } >"$out/gpu-summary.txt"
   for name in "${benchmarks[@]}"; do
-    if [[ $results != "$out" && -f $results/$name-cuda/results.json ]]; then
-      mkdir -p "$out/$name-cuda"
-      cp "$results/$name-cuda/results.json" "$out/$name-cuda/"
+    if [[ $results != "$out" && -f $results/cuda/$name/results.json ]]; then
+      mkdir -p "$out/cuda/$name"
+      cp "$results/cuda/$name/results.json" "$out/cuda/$name/"
     fi
   done
   local packed=(logs)
@@ -134,7 +134,7 @@ collect
 
 for name in "${benchmarks[@]}"; do
   step "bench_$name" 180 "$python" env TALIB_FAST_BACKEND=compiled "$python" "benchmarks/bench_$name.py" \
-    --device cuda --out "$results/$name-cuda" && tail -n 90 "$logs/bench_$name.log"
+    --device cuda --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
   collect
 done
 

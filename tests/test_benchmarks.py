@@ -321,7 +321,7 @@ class TestCommand:
         ],
     )
     def test_only_a_full_run_takes_the_place_of_the_results(self, arguments, folder):
-        assert bench.parse(arguments).out == folder / "stoch_norm-cpu"
+        assert bench.parse(arguments).out == folder / "cpu" / "stoch_norm"
 
     @pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rounds", "-1"], ["--shapes", "1@1"]])
     def test_bad_arguments_are_errors(self, arguments):
@@ -403,8 +403,8 @@ class TestSquaredDistance:
         assert "L2-SP: forward + backward at least" in capsys.readouterr().out
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
-        assert distances.parse([]).out == command.RESULTS / "squared_distance-cpu"
-        assert distances.parse(["--layouts", "contiguous"]).out == command.QUICK_RESULTS / "squared_distance-cpu"
+        assert distances.parse([]).out == command.RESULTS / "cpu" / "squared_distance"
+        assert distances.parse(["--layouts", "contiguous"]).out == command.QUICK_RESULTS / "cpu" / "squared_distance"
 
 
 class TestChannelAttention:
@@ -467,8 +467,8 @@ class TestChannelAttention:
         assert "at least 8× faster than brute force" in capsys.readouterr().out
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
-        assert attention.parse([]).out == command.RESULTS / "channel_attention-cpu"
-        assert attention.parse(["--quick"]).out == command.QUICK_RESULTS / "channel_attention-cpu"
+        assert attention.parse([]).out == command.RESULTS / "cpu" / "channel_attention"
+        assert attention.parse(["--quick"]).out == command.QUICK_RESULTS / "cpu" / "channel_attention"
 
 
 class TestSpectralTail:
@@ -529,8 +529,8 @@ class TestSpectralTail:
         assert (tmp_path / "plot.png").exists()
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
-        assert tail.parse([]).out == command.RESULTS / "spectral_tail-cpu"
-        assert tail.parse(["--dtype", "float32"]).out == command.QUICK_RESULTS / "spectral_tail-cpu"
+        assert tail.parse([]).out == command.RESULTS / "cpu" / "spectral_tail"
+        assert tail.parse(["--dtype", "float32"]).out == command.QUICK_RESULTS / "cpu" / "spectral_tail"
 
 
 class TestBiTuning:
@@ -590,8 +590,8 @@ class TestBiTuning:
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
-        assert bi_tuning.parse([]).out == command.RESULTS / "bi_tuning-cpu"
-        assert bi_tuning.parse(["--rounds", "2"]).out == command.QUICK_RESULTS / "bi_tuning-cpu"
+        assert bi_tuning.parse([]).out == command.RESULTS / "cpu" / "bi_tuning"
+        assert bi_tuning.parse(["--rounds", "2"]).out == command.QUICK_RESULTS / "cpu" / "bi_tuning"
 
 
 class TestHostOverhead:
@@ -618,8 +618,8 @@ class TestHostOverhead:
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
         full, short = overhead.parse([]), overhead.parse(["--rounds", "2"])
-        assert (full.out, full.rounds) == (command.RESULTS / "host_overhead-cpu", overhead.ROUNDS)
-        assert (short.out, short.rounds) == (command.QUICK_RESULTS / "host_overhead-cpu", 2)
+        assert (full.out, full.rounds) == (command.RESULTS / "cpu" / "host_overhead", overhead.ROUNDS)
+        assert (short.out, short.rounds) == (command.QUICK_RESULTS / "cpu" / "host_overhead", 2)
         assert overhead.parse(["--rounds", "2", "--out", str(command.RESULTS / "elsewhere")]).rounds == 2
 
 
@@ -670,8 +670,8 @@ class TestCoTuning:
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
-        assert co_tuning.parse([]).out == command.RESULTS / "co_tuning-cpu"
-        assert co_tuning.parse(["--quick"]).out == command.QUICK_RESULTS / "co_tuning-cpu"
+        assert co_tuning.parse([]).out == command.RESULTS / "cpu" / "co_tuning"
+        assert co_tuning.parse(["--quick"]).out == command.QUICK_RESULTS / "cpu" / "co_tuning"
 
 
 STUB = """#!/usr/bin/env bash
@@ -714,7 +714,7 @@ class TestGpuScript:
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
         names = ("bi_tuning", "co_tuning", "host_overhead", "spectral_tail", "squared_distance", "stoch_norm")
-        names = [f"{name}-cuda/results.json" for name in names]
+        names = [f"cuda/{name}/results.json" for name in names]
         assert files == sorted(["gpu-logs.tar.gz", "gpu-summary.txt", *names])
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
