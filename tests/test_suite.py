@@ -1,0 +1,266 @@
+"""The benchmark suite as a whole: running it, comparing runs, whole steps, and what the profiler tells of kernels."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import bench_step as step
+import command
+import compare
+import kernels
+import pytest
+import suite
+import torch
+
+from talib_fast.training.networks import Network
+
+
+def run_of(*ours, baseline=1.0, operation="stoch_norm", label="64@56"):
+    """A run in which ours takes these seconds, one a round, and the baseline as many as given in every round."""
+    samples = {"talib_fast": {"forward": list(ours)}, "upstream": {"forward": [baseline] * len(ours)}}
+    return {"operation": operation, "cases": [{"label": label, "shape": [1], "samples": samples}]}
+
+
+def write(path, *runs):
+    for run in runs:
+        (path / run["operation"]).mkdir(parents=True)
+        (path / run["operation"] / "results.json").write_text(json.dumps(run))
+    return path
+
+
+class TestCompare:
+    def verdict(self, before, after):
+        (change,) = compare.changes(before, after)
+        return change.verdict
+
+    def test_a_regression_is_beyond_both_spreads(self):
+        steady = run_of(1.0, 1.0, 1.0, 1.0)
+        assert self.verdict(steady, run_of(1.5, 1.5, 1.5, 1.5)) == "SLOWER"
+        assert self.verdict(run_of(1.5, 1.5, 1.5, 1.5), steady) == "faster"
+        assert self.verdict(steady, run_of(0.9, 1.0, 1.5, 1.6)) == ""
+        assert self.verdict(run_of(0.9, 1.0, 1.5, 1.6), run_of(1.5, 1.5, 1.5, 1.5)) == ""
+
+    def test_a_small_change_is_none(self):
+        assert self.verdict(run_of(1.0, 1.0, 1.0), run_of(1.04, 1.04, 1.04)) == ""
+
+    def test_a_slower_machine_is_no_regression(self):
+        assert self.verdict(run_of(1.0, 1.0, 1.0), run_of(3.0, 3.0, 3.0, baseline=3.0)) == ""
+
+    def test_forward_and_backward_are_one_where_both_were_measured(self):
+        def run(forward, backward):
+            passes = {"forward": [forward] * 3, "backward": [backward] * 3}
+            samples = {"talib_fast": passes, "upstream": {"forward": [1.0] * 3, "backward": [1.0] * 3}}
+            return {"cases": [{"label": "", "samples": samples}]}
+
+        assert self.verdict(run(1.0, 1.0), run(0.5, 2.5)) == "SLOWER"
+
+    def test_our_own_variants_are_no_baselines(self):
+        run = run_of(1.0, 1.0)
+        run["cases"][0]["samples"]["talib_fast in PyTorch"] = {"forward": [1.0, 1.0]}
+        assert [change.name for change in compare.changes(run, run)] == ["64@56: talib_fast over upstream"]
+
+    def test_exit_codes_and_what_is_said(self, tmp_path, capsys):
+        before = write(tmp_path / "a", run_of(1.0, 1.0), run_of(1.0, 1.0, operation="other"))
+        after = write(tmp_path / "b", run_of(2.0, 2.0))
+        for arguments, code in (([before, before], 0), ([before, after], 1), ([after, before], 0)):
+            with pytest.raises(SystemExit) as left:
+                suite.main(["--compare", *map(str, arguments)])
+            assert left.value.code == code
+        said = capsys.readouterr().out
+        assert "2 ratios, 0 slower and 0 faster" in said and "1 ratios, 1 slower" in said
+        assert "stoch_norm: 64@56: talib_fast over upstream  1.00 (1.00–1.00)  0.50 (0.50–0.50)  SLOWER" in said
+
+    def test_a_file_or_its_folder_will_do(self, tmp_path):
+        folder = write(tmp_path, run_of(1.0)) / "stoch_norm"
+        assert compare.load(folder) == compare.load(folder / "results.json") == compare.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("text", "message"), [("{", "cannot be read as results"), ("[]", "no benchmark's"), (None, "no benchmark's")]
+    )
+    def test_what_cannot_be_compared_is_one_sentence(self, tmp_path, text, message):
+        good = write(tmp_path / "good", run_of(1.0))
+        bad = tmp_path / "bad"
+        bad.mkdir()
+        if text is not None:
+            (bad / "results.json").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            suite.main(["--compare", str(good), str(bad)])
+
+    def test_no_case_in_common(self, tmp_path):
+        paths = write(tmp_path / "a", run_of(1.0)), write(tmp_path / "b", run_of(1.0, label="another"))
+        with pytest.raises(SystemExit, match="have no case in common"):
+            suite.main(["--compare", *map(str, paths)])
+
+    def test_the_committed_results_are_readable(self):
+        found = compare.load(command.RESULTS / "cpu")
+        assert set(found) >= {"stoch_norm", "squared_distance", "spectral_tail"}
+        for results in found.values():
+            assert all(not change.verdict for change in compare.changes(results, results))
+
+
+class TestSuite:
+    def test_knows_every_benchmark(self):
+        assert {"stoch_norm", "squared_distance", "spectral_tail", "step", "bi_tuning"} <= set(suite.NAMES)
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        assert suite.parse([]).out == command.RESULTS / "cpu"
+        assert suite.parse(["--quick"]).out == command.QUICK_RESULTS / "cpu"
+
+    def test_runs_what_it_is_asked_for(self, tmp_path, capfd):
+        with pytest.raises(SystemExit) as left:
+            suite.main(["--quick", "--only", "host_overhead", "--out", str(tmp_path)])
+        assert left.value.code == 0
+        said = capfd.readouterr().out
+        assert "== host_overhead" in said and "measured" in said and " of 1" in said
+        assert (tmp_path / "host_overhead" / "table.md").exists()
+
+    def test_a_failure_is_seen_and_the_others_run(self, monkeypatch, tmp_path, capsys):
+        codes = {"bench_stoch_norm.py": 3, "bench_step.py": 0}
+
+        def run(command):
+            folder = tmp_path / command[1].rpartition("bench_")[2].removesuffix(".py")
+            folder.mkdir()
+            goals = [{"goal": "", "passed": passed} for passed in (True, False, None)]
+            (folder / "results.json").write_text(json.dumps({"goals": goals}))
+            return SimpleNamespace(returncode=codes[command[1].rpartition("/")[2]])
+
+        monkeypatch.setattr(suite.subprocess, "run", run)
+        with pytest.raises(SystemExit) as left:
+            suite.main(["--only", "stoch_norm", "step", "--out", str(tmp_path)])
+        assert left.value.code == 1
+        rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[-2:]]
+        assert rows == [["stoch_norm", "FAILED", "0", "s"], ["step", "measured", "1", "of", "2"]]
+
+
+class Tiny(torch.nn.Module):
+    out_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def tiny_network():
+    torch.manual_seed(1)
+    return Network("tiny", Tiny(), torch.nn.Linear(8, 1000), None, ("layers.0",))
+
+
+class TestStep:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        work = replace(step.WORKLOADS["mobilenet_v2"], build=tiny_network, size=8, keys=3)
+        monkeypatch.setitem(step.WORKLOADS, "mobilenet_v2", work)
+
+    def setting(self, way, device):
+        return step.Setting("mobilenet_v2", way, "channels_last", "float32", device.type, 6, 3)
+
+    @pytest.mark.parametrize("way", step.WAYS)
+    def test_upstreams_step_and_ours_train_alike(self, way, device, monkeypatch):
+        monkeypatch.setitem(step.RECIPES, "stochnorm", replace(step.RECIPES["stochnorm"], trade_off=1.0))  # no chance
+        setting = self.setting(way, device)
+        arguments = step.feed_of(setting).arguments
+        losses = {}
+        for name, make in step.sides(setting).items():
+            taken = make()
+            losses[name] = [taken(*arguments).item() for _ in range(3)]
+        assert losses[step.OURS] == pytest.approx(losses[step.UPSTREAM], rel=1e-4)
+        assert len(set(losses[step.OURS])) == 3
+        if way not in ("stochnorm",):  # at p = 1 it is batch normalisation
+            assert losses[step.OURS] != pytest.approx(losses[step.PLAIN], rel=1e-6)
+
+    def test_runs_end_to_end(self, tmp_path, capsys, device):
+        arguments = ["--quick", "--networks", "mobilenet_v2", "--ways", "l2_sp", step.BOTH, "--dtype", "float32"]
+        step.main([*arguments, "--device", device.type, "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [case["label"] for case in written["cases"]] == ["mobilenet_v2, l2_sp", "mobilenet_v2, stochnorm + bss"]
+        for case in written["cases"]:
+            assert set(case["samples"]) == set(case["peak_bytes"]) == {step.OURS, step.PLAIN, step.UPSTREAM}
+            assert all(len(own["forward"]) == 3 for own in case["samples"].values())
+        assert "| mobilenet_v2, l2_sp | channels_last | float32 |" in (tmp_path / "table.md").read_text()
+        assert "StochNorm" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_goals(self):
+        def case(way, seconds):
+            samples = {step.OURS: {"forward": [seconds]}, step.PLAIN: {"forward": [1.0]}}
+            return {"label": way, "way": way, "layout": "", "dtype": "", "samples": samples}
+
+        def verdict(device, *cases):
+            (goal,) = step.goals({"settings": {"device": device}, "cases": cases})
+            return goal.passed
+
+        assert verdict("cpu", case("stochnorm", 0.99), case("bss", 2.0))
+        assert verdict("cpu", case("stochnorm", 1.01)) is False
+        assert verdict("cuda", case(step.BOTH, 1.02), case("stochnorm", 2.0))
+        assert verdict("cuda", case(step.BOTH, 1.03)) is False
+
+    def test_settings_by_device(self):
+        def networks(*arguments):
+            return {(setting.network, setting.layout) for setting in step.settings(step.parse(arguments))}
+
+        resnet = {("resnet50", "contiguous"), ("resnet50", "channels_last")}
+        assert networks() == {("mobilenet_v2", "channels_last"), *resnet}
+        assert step.parse([]).out == command.RESULTS / "cpu" / "step"
+        for arguments in (["--batch", "2"], ["--ways", "bss"], ["--networks", "resnet50"], ["--rounds", "3"]):
+            assert step.parse(arguments).out == command.QUICK_RESULTS / "cpu" / "step"
+        assert {(s.batch, s.rounds) for s in step.settings(step.parse(["--networks", "resnet50"]))} == {(16, 5)}
+
+
+KERNEL = "void talib_fast::stoch_norm::(anonymous namespace)::forward_kernel<float, 4>(Map, float (*)(int))"
+TRACE = {
+    "traceEvents": [
+        {"cat": "cpu_op", "name": "aten::add", "dur": 9},
+        *(
+            {
+                "cat": "kernel", "name": KERNEL, "dur": dur,
+                "args": {
+                    "grid": [64, 2, 1], "block": [512, 1, 1], "registers per thread": 40, "shared memory": 2048,
+                    "est. achieved occupancy %": 75,
+                },
+            }
+            for dur in (10, 14)
+        ),
+        {"cat": "gpu_memset", "name": "Memset (Device)", "dur": 1, "args": {"bytes": 4}},
+    ]
+}  # fmt: skip
+
+
+class TestKernels:
+    def test_reads_a_trace(self):
+        norm, fill = kernels.read(TRACE, repetitions=2)
+        assert norm == kernels.Kernel("forward_kernel<float, 4>", 1, 12.0, (64, 2, 1), (512, 1, 1), 40, 2048, 75)
+        assert (fill.name, fill.launches, fill.microseconds) == ("Memset (Device)", 0.5, 1.0)
+
+    def test_the_table_counts_the_floors_bytes(self):
+        own = [kernel.__dict__ for kernel in kernels.read(TRACE, 2)]
+        cases = [
+            {"label": "copy_", "floor_bytes": 2e6, "microseconds": 1.0, "kernels": []},
+            {"label": "stoch_norm, forward", "floor_bytes": 12e6, "microseconds": 12.0, "kernels": own},
+        ]
+        _, copied, one, kernel, _ = kernels.table(cases)
+        assert copied[1:4] == ["1.0", "2000", "100"] and one[1:4] == ["12.0", "1000", "50"]
+        assert kernel == ["– forward_kernel<float, 4>", "12.0", "", "", "1", "64×2×1", "512×1×1", "40", "2.0", "75"]
+
+    def test_profiles_both_passes_of_every_operation(self, monkeypatch, device):
+        monkeypatch.setattr(kernels, "MAPS", ((8, 4),))
+        monkeypatch.setattr(kernels, "MATRICES", ((4, 16),))
+        monkeypatch.setattr(kernels, "COPIED_BYTES", 1024)
+        labels = []
+        for group in kernels.passes(device.type, ["float32"], batch=2):
+            for one in group:
+                one.work()
+                one.work()
+                assert one.floor_bytes > 0
+                labels.append(one.label)
+        assert labels[0] == "copy_" and len(labels) == 1 + 2 * (2 + 4 + 1)
+        assert {label.partition(" ")[0] for label in labels[1:]} == {"stoch_norm", "squared_distance", "spectral_tail"}
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu_is_one_sentence(self, capsys):
+        with pytest.raises(SystemExit):
+            kernels.main([])
+        assert "there is no GPU that this torch can use" in capsys.readouterr().err
