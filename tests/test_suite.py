@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import accuracy
 import bench_step as step
 import command
 import compare
 import kernels
 import pytest
+import report
 import suite
 import torch
 
@@ -124,7 +126,7 @@ class TestSuite:
             (folder / "results.json").write_text(json.dumps({"goals": goals}))
             return SimpleNamespace(returncode=codes[command[1].rpartition("/")[2]])
 
-        monkeypatch.setattr(suite.subprocess, "run", run)
+        monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=run))
         with pytest.raises(SystemExit) as left:
             suite.main(["--only", "stoch_norm", "step", "--out", str(tmp_path)])
         assert left.value.code == 1
@@ -264,3 +266,80 @@ class TestKernels:
         with pytest.raises(SystemExit):
             kernels.main([])
         assert "there is no GPU that this torch can use" in capsys.readouterr().err
+
+
+class TestAccuracy:
+    def results(self, gained=2.0, labels=(2, 5)):
+        """Plain fine-tuning reaches 50 to 52 %; the others gain as many points, one more or fewer by seed."""
+        runs = [
+            {
+                "labels_per_class": count, "method": method, "seed": seed,
+                "accuracy": 50.0 + seed + (0 if method == "plain" else gained + seed - 1),
+            }
+            for count in labels
+            for method in accuracy.RECIPES
+            for seed in (2, 0, 1)
+        ]  # fmt: skip
+        settings = {
+            "data": "sample", "test_images": 10, "network": "net", "steps": 3, "batch_size": 2, "image_size": 8,
+            "device": "cpu",
+        }  # fmt: skip
+        return {"environment": report.environment(torch.device("cpu")), "settings": settings, "runs": runs}
+
+    def test_gains_are_taken_seed_by_seed(self):
+        assert accuracy.accuracies(self.results(), "plain", 2) == [50.0, 51.0, 52.0]
+        assert accuracy.gains(self.results(), "bss", 5) == [1.0, 2.0, 3.0]
+        assert accuracy.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5)
+
+    def test_only_what_is_beyond_chance_is_bold(self):
+        assert accuracy.tables(self.results(2.0))[1][1] == ["l2", "+2.0 ± 2.5", "+2.0 ± 2.5"]
+        assert accuracy.tables(self.results(-3.0))[1][1] == ["l2", "**-3.0 ± 2.5**", "**-3.0 ± 2.5**"]
+        assert accuracy.tables(self.results())[0][:2] == [
+            ["method", "2 labels per class", "5 labels per class"], ["plain", "51.0 ± 1.0", "51.0 ± 1.0"]
+        ]  # fmt: skip
+
+    def test_runs_the_main_job_for_each_number_of_labels(self, monkeypatch, tmp_path, capsys):
+        commands = []
+
+        def run(command):
+            commands.append([str(part) for part in command[1:]])
+            labels = int(command[command.index("--labels-per-class") + 1])
+            folder = tmp_path / "runs" / f"labels-{labels}"
+            folder.mkdir(parents=True)
+            results = self.results(labels=(labels,))
+            content = {"settings": results["settings"] | {"labels_per_class": labels}, "runs": results["runs"]}
+            (folder / "results.json").write_text(json.dumps(content))
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=run))
+        arguments = ["--labels", "2", "5", "--seeds", "3", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+        accuracy.main([*arguments, "--", "--threads", "1"])
+        assert [command[-4:] for command in commands] == [
+            ["--out", str(tmp_path / "runs" / f"labels-{n}"), "--threads", "1"] for n in (2, 5)
+        ]
+        assert "| stochnorm | +2.0 ± 2.5 | +2.0 ± 2.5 |" in (tmp_path / "table.md").read_text()
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert sorted(map(str, written["runs"])) == sorted(map(str, self.results()["runs"]))
+        first = capsys.readouterr().out
+        accuracy.main(["--from-json", str(tmp_path)])
+        assert capsys.readouterr().out == first
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_failed_run_ends_it(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2)))
+        with pytest.raises(SystemExit, match="no results for 2 labels per class"):
+            accuracy.main(["--runs", str(tmp_path)])
+
+    def test_only_a_full_run_takes_the_place_of_the_results(self):
+        def place(*arguments):
+            return accuracy.place(accuracy.parse(arguments), "cpu")
+
+        assert place() == place("--seeds", "7") == command.RESULTS / "cpu" / "accuracy"
+        assert place("--labels", "2").name == place("--seeds", "2").name == "accuracy" != command.RESULTS.name
+        assert command.RESULTS not in place("--labels", "2").parents
+
+    def test_too_few_seeds(self, capsys):
+        with pytest.raises(SystemExit):
+            accuracy.parse(["--seeds", "1"])
+        assert "expected 2 to 10 seeds, got 1" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Trains all methods with few and with more labels: which one helps when, over seeds, against plain fine-tuning.
+
+    python benchmarks/accuracy.py [--labels N ...] [--seeds N] [-- FINETUNE OPTIONS]
+
+runs ``python -m talib_fast finetune --method all`` for each number of labels per class, in folders of its own below
+``runs/``, and writes ``results.json``, ``table.md`` and ``plot.png``. It goes on where an earlier run of the same
+command stopped. An hour and a half on two CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import command
+import report
+import torch
+from report import align, markdown
+
+from talib_fast.storage import write_atomically
+from talib_fast.training.options import RECIPES
+from talib_fast.training.report import STYLE, method_colour
+
+LABELS, SEEDS = (2, 5, 10, 20), 5
+# the two-sided 95 % quantile of Student's t by degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def finetune(labels: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The main job's results with that many labels per class."""
+    folder = options.runs / f"labels-{labels}"
+    arguments = ["--method", "all", "--seeds", str(options.seeds), "--labels-per-class", str(labels)]
+    command = [sys.executable, "-m", "talib_fast", "finetune", *arguments, "--out", str(folder), *options.finetune]
+    if subprocess.run(command).returncode:
+        sys.exit(f"accuracy.py: no results for {labels} labels per class: see above")
+    return json.loads((folder / "results.json").read_text())
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs' accuracies, and what they share."""
+    found = {labels: finetune(labels, options) for labels in options.labels}
+    settings = next(iter(found.values()))["settings"]
+    return {
+        "environment": report.environment(torch.device(settings["device"])),
+        "settings": {name: value for name, value in settings.items() if name != "labels_per_class"},
+        "runs": [
+            {"labels_per_class": labels, **{name: run[name] for name in ("method", "seed", "accuracy")}}
+            for labels, results in found.items()
+            for run in results["runs"]
+        ],
+    }
+
+
+def accuracies(results: dict[str, Any], method: str, labels: int) -> list[float]:
+    """One for each seed, in the seeds' order."""
+    runs = [run for run in results["runs"] if (run["method"], run["labels_per_class"]) == (method, labels)]
+    return [run["accuracy"] for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def gains(results: dict[str, Any], method: str, labels: int) -> list[float]:
+    """Points above plain fine-tuning with the same seed, its images and its order."""
+    pairs = zip(accuracies(results, method, labels), accuracies(results, "plain", labels), strict=True)
+    return [own - plain for own, plain in pairs]
+
+
+def interval(figures: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean, by Student's t."""
+    return T95[len(figures) - 2] * statistics.stdev(figures) / len(figures) ** 0.5
+
+
+def counts(results: dict[str, Any]) -> list[int]:
+    return sorted({run["labels_per_class"] for run in results["runs"]})
+
+
+def tables(results: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    """Accuracy, and what is gained over plain fine-tuning: bold where the interval is on one side of zero."""
+    header = ["method", *(f"{labels} labels per class" for labels in counts(results))]
+    absolute, gained = [header], [header]
+    for method in RECIPES:
+        own = [accuracies(results, method, labels) for labels in counts(results)]
+        absolute.append([method, *(f"{statistics.fmean(a):.1f} ± {statistics.stdev(a):.1f}" for a in own)])
+        if method != "plain":
+            cells = []
+            for labels in counts(results):
+                points = gains(results, method, labels)
+                mean, half = statistics.fmean(points), interval(points)
+                text = f"{mean:+.1f} ± {half:.1f}"
+                cells.append(f"**{text}**" if abs(mean) > half else text)
+            gained.append([method, *cells])
+    return absolute, gained
+
+
+def captions(results: dict[str, Any]) -> tuple[str, str]:
+    settings = results["settings"]
+    seeds = len(accuracies(results, "plain", counts(results)[0]))
+    data = "MNIST digits" if settings["data"] == "sample" else settings["data"]
+    return (
+        f"Accuracy on {settings['test_images']} test images, %, mean ± sample standard deviation over {seeds} seeds: "
+        f"{settings['network']} on {data}, {settings['steps']} steps of {settings['batch_size']} images, "
+        f"{settings['image_size']} pixels.",
+        "Points above plain fine-tuning with the same seed, mean ± half the 95 % confidence interval; bold where that "
+        "leaves out zero. With this many comparisons one or two of them do so by chance.",
+    )
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """A panel per method: what each seed gains by number of labels, the mean and its confidence interval."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    methods, labels = [name for name in RECIPES if name != "plain"], counts(results)
+    figure = Figure(figsize=(8.4, 6.6), layout="constrained")
+    grid = figure.subplots(3, 3, sharex=True, sharey=True)
+    for axes, method in zip(grid.flat, methods, strict=True):
+        colour = method_colour(method)
+        points = [gains(results, method, count) for count in labels]
+        for count, own in zip(labels, points, strict=True):
+            axes.plot([count] * len(own), own, "o", color=colour, alpha=0.35, ms=4, mew=0)
+        means, halves = [statistics.fmean(own) for own in points], [interval(own) for own in points]
+        axes.errorbar(labels, means, yerr=halves, fmt="D-", color=colour, ms=4.5, capsize=3, lw=1.4)
+        axes.axhline(0, color="0.35", lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.set_title(method, fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(labels, [str(count) for count in labels])
+    figure.supxlabel("labels per class", fontsize=10)
+    figure.supylabel("points above plain fine-tuning", fontsize=10)
+    seeds = len(accuracies(results, "plain", labels[0]))
+    figure.suptitle(f"Gain over plain fine-tuning: {seeds} seeds, mean and 95 % confidence interval", fontsize=11)
+    return figure
+
+
+def publish(results: dict[str, Any], folder: Path) -> None:
+    """Print both tables, and write them, the plot and the accuracies."""
+    text = json.dumps({**results, "runs": []}, indent=1).removesuffix("[]\n}")
+    runs = ",\n".join(json.dumps(run) for run in results["runs"])
+    content = f"{text}[\n{runs}\n]}}\n"
+    write_atomically(folder / "results.json", lambda file: file.write(content.encode()))
+    parts = []
+    for lines, caption in zip(tables(results), captions(results), strict=True):
+        print(align(lines), caption, sep="\n\n", end="\n\n")
+        parts += [markdown(lines), caption]
+    page = "\n\n".join([*parts, report.origin(results["environment"])]) + "\n"
+    write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        write_atomically(folder / "plot.png", partial(draw(results).savefig, format="png"))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--labels", type=int, nargs="+", default=LABELS, metavar="N", help="per class; %(default)s")
+    made.add_argument("--seeds", type=int, default=SEEDS, help="from 2 to 10 (%(default)s)")
+    made.add_argument("--runs", type=Path, default=Path("runs/accuracy"), metavar="DIR", help="%(default)s")
+    made.add_argument("--out", type=Path, help="folder; results/ beside this file, --runs for anything but a full run")
+    made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write tables and plot anew")
+    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
+    options = made.parse_args(arguments)
+    if not 2 <= options.seeds <= len(T95) + 1:
+        made.error(f"expected 2 to {len(T95) + 1} seeds, got {options.seeds}")
+    return options
+
+
+def place(options: argparse.Namespace, device: str) -> Path:
+    """Only a full run writes beside the benchmarks."""
+    whole = set(options.labels) >= set(LABELS) and options.seeds >= SEEDS
+    return options.out or (command.RESULTS / device / "accuracy" if whole else options.runs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.from_json:
+        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
+    else:
+        results = collect(options)
+        publish(results, place(options, results["settings"]["device"]))
+
+
+if __name__ == "__main__":
+    main()
