@@ -3,10 +3,10 @@
     python benchmarks/suite.py [--device cuda] [--quick] [--only NAME ...] [--out DIR]
     python benchmarks/suite.py --compare BEFORE AFTER
 
-A full run writes ``results/<device>/<name>/`` beside this file: results.json, table.md and plot.png. ``--quick`` takes
-minutes, says whether all works, not how fast it is, and writes below ``runs/``. Exits with 1 if a benchmark fails;
-missed goals are figures, not failures. ``--compare`` takes a results.json or a folder of results on each side and exits
-with 1 if ours became slower against a baseline beyond both runs' own spread.
+A full run writes ``results/<device>/<name>/`` beside this file: results.json, table.md and plot.png, and a summary of
+all. ``--quick`` takes minutes, says whether all works, not how fast it is, and writes below ``runs/``. Exits with 1 if
+a benchmark fails; missed goals are figures, not failures. ``--compare`` takes a results.json or a folder of results on
+each side and exits with 1 if ours became slower against a baseline beyond both runs' own spread.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import compare
+import summary
 from command import QUICK_RESULTS, RESULTS
 from report import align
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except compare.NothingToCompare as error:
             sys.exit(f"suite.py: {error}")
     lines = [run_one(name, options.device, options.quick, options.out / name) for name in options.only]
+    if set(options.only) == set(NAMES):
+        summary.main(options.out)
     print(align([["benchmark", "", "goals passed", "time"], *lines]), flush=True)
     sys.exit(any(line[1] == "FAILED" for line in lines))
 

@@ -1,6 +1,7 @@
 """The benchmark suite as a whole: running it, comparing runs, whole steps, and what the profiler tells of kernels."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import kernels
 import pytest
 import report
 import suite
+import summary
 import torch
 
 from talib_fast.training.networks import Network
@@ -132,6 +134,29 @@ class TestSuite:
         assert left.value.code == 1
         rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[-2:]]
         assert rows == [["stoch_norm", "FAILED", "0", "s"], ["step", "measured", "1", "of", "2"]]
+
+
+class TestSummary:
+    def test_has_a_row_of_each_committed_benchmark(self, tmp_path, capsys):
+        for name in summary.ROWS:
+            if (command.RESULTS / "cpu" / name).exists():
+                shutil.copytree(command.RESULTS / "cpu" / name, tmp_path / name)
+        summary.main(tmp_path)
+        rows = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("| ")][1:]
+        assert {row.split("[")[1].split("]")[0] for row in rows} == {
+            path.name for path in tmp_path.iterdir() if path.is_dir()
+        }
+        assert "StochNorm, all 53 layers of ResNet-50, contiguous" in capsys.readouterr().out
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_committed_summary_is_that_of_the_committed_results(self):
+        rows, _ = summary.collect(command.RESULTS / "cpu")
+        assert report.markdown(summary.table(rows, link=True)) in (command.RESULTS / "cpu" / "summary.md").read_text()
+
+    def test_nothing_measured_is_one_sentence(self, tmp_path):
+        with pytest.raises(SystemExit, match="holds no results of stoch_norm"):
+            summary.main(tmp_path)
 
 
 class Tiny(torch.nn.Module):
