@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -24,13 +25,35 @@ struct ChannelView {
   int64_t per_channel() const { return outer * inner; }
 };
 
+// Some dimensions of a tensor, in some order. An array: on lists of small tensors allocations would be what takes time.
+class Order {
+ public:
+  const int16_t* begin() const { return dims_; }
+  const int16_t* end() const { return dims_ + count_; }
+  auto rbegin() const { return std::make_reverse_iterator(end()); }
+  auto rend() const { return std::make_reverse_iterator(begin()); }
+
+  // before those that `smaller(one of them, dim)` says so of
+  template <typename F>
+  void insert(int64_t dim, const F& smaller) {
+    STD_TORCH_CHECK(count_ < kMost, "expected at most ", kMost, " dimensions longer than one");
+    int at = count_++;
+    for (; at > 0 && smaller(dims_[at - 1], dim); --at) dims_[at] = dims_[at - 1];
+    dims_[at] = static_cast<int16_t>(dim);
+  }
+
+ private:
+  static constexpr int kMost = 64;  // 2^64 elements
+  int16_t dims_[kMost];
+  int count_ = 0;
+};
+
 // The dimensions longer than one, as memory has them: slowest first. None if the elements leave gaps or share memory.
-inline std::optional<std::vector<int64_t>> memory_order(const Tensor& tensor) {
+inline std::optional<Order> memory_order(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  std::vector<int64_t> order;
+  Order order;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim)
-    if (sizes[dim] != 1) order.push_back(dim);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+    if (sizes[dim] != 1) order.insert(dim, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t elements = 1;
   for (auto dim = order.rbegin(); dim != order.rend(); elements *= sizes[*dim++])
     if (strides[*dim] != elements) return std::nullopt;
@@ -54,17 +77,46 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {
   return empty_strided(like, 1, &size, &stride, type);
 }
 
-inline Tensor dense_like(const Tensor& tensor) {
-  if (!memory_order(tensor)) return torch::stable::empty_like(tensor);
-  return empty_strided(tensor, tensor.dim(), tensor.sizes().data(), tensor.strides().data(), tensor.scalar_type());
+inline Tensor empty_number(const Tensor& like, ScalarType type) {
+  return empty_strided(like, 0, nullptr, nullptr, type);
 }
+
+// of the same sizes and strides, which leave no gaps
+inline Tensor empty_alike(const Tensor& tensor, ScalarType type) {
+  return empty_strided(tensor, tensor.dim(), tensor.sizes().data(), tensor.strides().data(), type);
+}
+
+inline Tensor dense_like(const Tensor& tensor) {
+  return memory_order(tensor) ? empty_alike(tensor, tensor.scalar_type()) : torch::stable::empty_like(tensor);
+}
+
+// Memory that a kernel needs beside its results.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t bytes) {
+    if (bytes != 0) memory_ = empty_vector(like, bytes, ScalarType::Byte);
+  }
+  char* data() const { return memory_ ? static_cast<char*>(memory_->mutable_data_ptr()) : nullptr; }
+
+ private:
+  std::optional<Tensor> memory_;
+};
 
 inline Tensor contiguous_vector(const Tensor& vector) {
   return vector.stride(0) == 1 ? vector : torch::stable::contiguous(vector);
 }
 
-// How the order of `other` differs from that of `tensor`, which has its shape. None if by more than an exchange.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  for (int64_t dim = 0; dim < a.dim(); ++dim)
+    if (sizes[dim] != 1 && strides[dim] != others[dim]) return false;
+  return true;
+}
+
+// How the order of `other` differs from that of `tensor`, which is dense and of its shape. None if by more than an
+// exchange.
 inline std::optional<Exchange> exchange(const Tensor& tensor, const Tensor& other) {
+  if (same_strides(tensor, other)) return Exchange{};
   const auto here = memory_order(tensor), there = memory_order(other);
   if (!here || !there) return std::nullopt;
   const auto [begin, other_begin] = std::mismatch(here->begin(), here->end(), there->begin());
@@ -82,30 +134,29 @@ inline std::optional<Exchange> exchange(const Tensor& tensor, const Tensor& othe
   return Exchange{elements(begin, middle), elements(middle, end.base()), elements(end.base(), here->end())};
 }
 
-// The view of `tensor` with its channels along `channel_dim`, whatever the order of its dimensions in memory: a reduction
-// over all but the channels does not care. None if the elements leave gaps or share memory.
+// The view of `tensor` with its channels along `channel_dim`, whatever the order of its dimensions in memory: a
+// reduction over all but the channels does not care. None if the elements leave gaps or share memory.
 inline std::optional<ChannelView> channel_view(const Tensor& tensor, int64_t channel_dim) {
   const int64_t channels = tensor.size(channel_dim);
-  if (tensor.numel() == 0) return ChannelView{0, channels, 1};
+  const int64_t elements = tensor.numel();
+  if (elements == 0) return ChannelView{0, channels, 1};
   const auto order = memory_order(tensor);
   if (!order) return std::nullopt;
+  if (channels == 1) return ChannelView{1, 1, elements};  // one long run
+  const auto sizes = tensor.sizes();
   int64_t inner = 1;
-  if (channels != 1)
-    for (auto dim = order->rbegin(); *dim != channel_dim; ++dim) inner *= tensor.size(*dim);
-  return ChannelView{tensor.numel() / (channels * inner), channels, inner};
+  for (auto dim = order->rbegin(); *dim != channel_dim; ++dim) inner *= sizes[*dim];
+  return ChannelView{elements / (channels * inner), channels, inner};
 }
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t dim = 0; dim < a.dim(); ++dim)
-    if (a.size(dim) != 1 && a.stride(dim) != b.stride(dim)) return false;
-  return true;
-}
-
-// `tensor` itself if it lies in memory as `like` does, else a copy that does
-inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
-  if (same_strides(tensor, like)) return tensor;
-  Tensor copy = dense_like(like);
+// `tensor` itself if it has that dtype and lies in memory as `like` does, which is dense; else a copy that does
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like, ScalarType type) {
+  if (tensor.scalar_type() == type && same_strides(tensor, like)) return tensor;
+  Tensor copy = empty_alike(like, type);
   return torch::stable::copy_(copy, tensor);
+}
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
+  return laid_out_as(tensor, like, tensor.scalar_type());
 }
 
 inline ScalarType accumulation_type(ScalarType type) {

@@ -35,10 +35,11 @@ inline TailCall tail_call(const Tensor& input, int64_t k) {
   float_type(input);
   TailCall call{input, matrices(input), k, {}, {}};
   STD_TORCH_CHECK(k >= 0 && k <= call.matrices.m, "expected 0 <= k <= min(b, f)");
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end() - 2);
-  call.value = torch::stable::new_empty(input, sizes, accumulation_type(input.scalar_type()));
-  sizes.insert(sizes.end(), {call.matrices.m, vector_count(call.matrices, k)});
-  call.vectors = torch::stable::new_empty(input, sizes, ScalarType::Double);
+  const int64_t rows = call.matrices.m, columns = vector_count(call.matrices, k), row = std::max<int64_t>(columns, 1);
+  const int64_t sizes[] = {call.matrices.count, rows, columns}, strides[] = {std::max<int64_t>(rows, 1) * row, row, 1};
+  const int64_t dims = input.dim(), absent = 3 - dims;  // without a count
+  call.value = empty_strided(input, dims - 2, sizes, strides + 2, accumulation_type(input.scalar_type()));
+  call.vectors = empty_strided(input, dims, sizes + absent, strides + absent, ScalarType::Double);
   return call;
 }
 
@@ -53,11 +54,13 @@ struct TailGradientCall {
 };
 
 inline TailGradientCall tail_gradient_call(const Tensor& grad, const Tensor& input, const Tensor& vectors, int64_t k) {
-  const ScalarType sums = accumulation_type((float_type(input), input.scalar_type()));
+  float_type(input);
+  const ScalarType sums = accumulation_type(input.scalar_type());
   const Matrices shape = matrices(input);
   STD_TORCH_CHECK(k >= 0 && k <= shape.m, "expected 0 <= k <= min(b, f)");
   STD_TORCH_CHECK(vectors.dim() == input.dim() && vectors.size(vectors.dim() - 2) == shape.m &&
-                      vectors.size(vectors.dim() - 1) == vector_count(shape, k) && vectors.scalar_type() == ScalarType::Double && vectors.device() == input.device() &&
+                      vectors.size(vectors.dim() - 1) == vector_count(shape, k) &&
+                      vectors.scalar_type() == ScalarType::Double && vectors.device() == input.device() &&
                       (input.dim() == 2 || vectors.size(0) == shape.count),
                   "expected the vectors that the forward pass gave");
   STD_TORCH_CHECK(grad.numel() == shape.count && grad.device() == input.device(),

@@ -8,12 +8,12 @@ namespace talib_fast {
 
 // One term of the sum, target and source dense.
 struct Term {
-  ChannelView view;              // without a weight one channel of all elements
+  ChannelView view;                // without a weight one channel of all elements
   Tensor target;
-  std::optional<Tensor> source;  // of the target's dtype or its accumulation dtype
-  Exchange exchange;             // how the source's order in memory differs from the target's
-  std::optional<Tensor> weight;  // [channels], contiguous, of the accumulation dtype
-  Tensor gradient;               // of the target's dtype; the forward pass has none
+  std::optional<Tensor> source;    // of the target's dtype or its accumulation dtype
+  Exchange exchange;               // how the source's order in memory differs from the target's
+  std::optional<Tensor> weight;    // [channels], contiguous, of the accumulation dtype
+  std::optional<Tensor> gradient;  // of the target's dtype; the forward pass has none
 };
 
 // `tensor` in that dtype, itself if it has it
@@ -25,27 +25,22 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
                       bool with_gradient) {
   float_type(target);
   const ScalarType sums = accumulation_type(target.scalar_type());
-  Term term{};
-  if (with_gradient) term.gradient = dense_like(target);
-  if (target.numel() == 0 || memory_order(target)) term.target = target;
-  else term.target = laid_out_as(target, with_gradient ? term.gradient : dense_like(target));
+  Term term{{1, 1, target.numel()}, target, {}, {}, {}, {}};
+  const bool empty = target.numel() == 0, dense = memory_order(target).has_value();
+  if (with_gradient) term.gradient = dense ? empty_alike(target, target.scalar_type()) : dense_like(target);
+  if (!dense && !empty) term.target = laid_out_as(target, with_gradient ? *term.gradient : dense_like(target));
   if (source != nullptr) {
     STD_TORCH_CHECK(source->device() == target.device(), "expected a source on its target's device");
     STD_TORCH_CHECK(source->dim() == target.dim(), "expected a source of its target's shape");
-    for (int64_t dim = 0; dim < target.dim(); ++dim)
-      STD_TORCH_CHECK(source->size(dim) == target.size(dim), "expected a source of its target's shape");
+    const auto sizes = target.sizes(), others = source->sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), others.begin()), "expected a source of its target's shape");
     float_type(*source);
-    const bool same_type = source->scalar_type() == target.scalar_type();
-    term.source = same_type ? *source : of_type(*source, sums);
-    if (target.numel() != 0) {
-      if (const auto found = exchange(term.target, *term.source)) term.exchange = *found;
-      else term.source = laid_out_as(*term.source, same_type ? term.target : of_type(term.target, sums));
-    }
+    const ScalarType type = source->scalar_type() == target.scalar_type() ? target.scalar_type() : sums;
+    const auto found = empty ? Exchange{} : exchange(term.target, *source);
+    if (found) term.exchange = *found, term.source = of_type(*source, type);  // which keeps the order
+    else term.source = laid_out_as(*source, term.target, type);
   }
-  if (weight == nullptr) {
-    term.view = {1, 1, target.numel()};
-    return term;
-  }
+  if (weight == nullptr) return term;
   if (channel_dim < 0) channel_dim += target.dim();
   STD_TORCH_CHECK(channel_dim >= 0 && channel_dim < target.dim(), "expected a channel_dim that the target has");
   STD_TORCH_CHECK(weight->device() == target.device(), "expected a weight on its target's device");
@@ -75,7 +70,7 @@ inline std::vector<Term> make_terms(const std::vector<Tensor>& targets, const st
 inline std::vector<Tensor> gradients(const std::vector<Term>& terms) {
   std::vector<Tensor> tensors;
   tensors.reserve(terms.size());
-  for (const Term& term : terms) tensors.push_back(term.gradient);
+  for (const Term& term : terms) tensors.push_back(*term.gradient);
   return tensors;
 }
 

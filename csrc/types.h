@@ -7,6 +7,17 @@ namespace talib_fast {
 
 enum class FloatType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
+// f(a zero of that type); the narrow ones have other names on the CPU and in CUDA
+template <typename Half, typename BFloat16, typename F>
+constexpr void with_float(FloatType type, const F& f) {
+  switch (type) {
+    case FloatType::kFloat: return f(float{});
+    case FloatType::kDouble: return f(double{});
+    case FloatType::kHalf: return f(Half{});
+    case FloatType::kBFloat16: return f(BFloat16{});
+  }
+}
+
 // One number per channel, of a type that is known at run time only. No data: the operand is absent.
 struct ChannelVector {
   void* data = nullptr;

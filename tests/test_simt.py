@@ -29,6 +29,7 @@ FOUND_BY_A_SANITIZER = {
 FOUND_BY_THE_HARNESS = {
     "divergent_barrier": r"simt: divergent __syncthreads: .* in kernel divergent_barrier<true>, block \(0,0,0\)",
     "deadlock": "simt: warp 0: lanes 0000ffff wait for lanes ffff0000 at (.*\n)*simt: deadlock: 32 of 32 threads",
+    "divergent_shuffle": r"simt: lanes of a warp are at different warp operations: others wait at \S+, this one at",
     "absent_lanes": "simt: shuffle reads lane 31, which takes no part",
     "wrong_mask": "simt: warp operation whose mask 0000ffff leaves out the calling lane 16",
     "endless_wait": r"simt: deadlock: after \d+ pauses with no step forward",
@@ -96,6 +97,25 @@ def test_a_launch_has_the_shared_memory_it_was_granted(build):
     assert code != 0 and "with 49153 bytes of dynamic shared memory: the kernel is allowed 49152" in said
     code, said = run(program, "ungranted_shared", SIMT_SHARED_BYTES="1000")
     assert code != 0 and "the device has 1000, at " in said
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other_stream", "wrong_mask<false> goes to another stream than the current one, at "),
+        ("lowered_limit", "1024 bytes of dynamic shared memory are lowered to 512, .* at "),
+        ("many_parameters", r"many_parameters<true> with 4\d+ bytes of parameters, .* not asked or is too old, at "),
+    ],
+)
+def test_wrong_launches_are_named(build, name, message):
+    program = build("plain") / "simt_self_test"
+    code, said = run(program, name, "planted")
+    assert code != 0 and re.search(f"simt: .*{message}{re.escape(str(SIMT))}", said), said
+
+
+def test_an_old_driver_takes_few_parameters(build):
+    code, said = run(build("plain") / "simt_self_test", "many_parameters", SIMT_DRIVER="12000")
+    assert code != 0 and "bytes of parameters" in said
 
 
 def test_the_device_is_what_the_environment_says(build):

@@ -13,7 +13,11 @@
 #include "../types.h"
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // which has no name for these levels
+#define SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define SIMD_CLONES
 #endif
@@ -35,12 +39,7 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // f(a value of that type)
 template <typename F>
 void dispatch(FloatType type, const F& f) {
-  switch (type) {
-    case FloatType::kFloat: return f(float{});
-    case FloatType::kDouble: return f(double{});
-    case FloatType::kHalf: return f(Half{});
-    case FloatType::kBFloat16: return f(BFloat16{});
-  }
+  with_float<Half, BFloat16>(type, f);
 }
 
 template <typename A>

@@ -20,19 +20,26 @@ INLINE double sum_of(const Doubles& lanes) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE __builtin_shufflevector
+#else  // GCC 11
+typedef int64_t Lane __attribute__((vector_size(64)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lane{__VA_ARGS__})
+#endif
+
 // The sums of eight vectors at once, each in the lane of its number.
 INLINE Doubles sums_of(const Doubles* v) {
   Doubles pairs[4], fours[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    pairs[i] = SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               SHUFFLE(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
-    fours[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    fours[i] = SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -496,9 +503,18 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
                                                                            const std::vector<int64_t>& k) {
   const std::vector<TailCall> calls = tail_calls(inputs, k);
   const std::vector<Place> all = places(calls);
-  int64_t work = 0;
-  for (const TailCall& call : calls)
-    work += call.matrices.count * call.matrices.m * call.matrices.m * call.matrices.n / kOperationsPerElement;
+  // Each matrix is a thread's work, or all threads take one after the other, if that takes less time: they share the
+  // work that a matrix's columns make, and not that of its tridiagonal form.
+  double shared = 0, alone = 0, longest = 0;  // in the time of a multiplication for the Gram matrix
+  for (const TailCall& call : calls) {
+    const auto [count, m, n, stride, row_stride, column_stride] = call.matrices;
+    const double columns = 0.5 * m * m * n, form = 1.0 * m * m * (m + 300);  // measured, for m from 16 to 256
+    shared += count * columns, alone += count * form;
+    if (count > 0) longest = std::max(longest, columns + form);
+  }
+  const double threads = torch::stable::get_num_threads();
+  const bool one_by_one = shared / threads + alone < std::max(longest, (shared + alone) / threads);
+  const int64_t work = one_by_one ? 0 : static_cast<int64_t>(2 * shared) / kOperationsPerElement;
   for_each_task(all.size(), work, [&](int64_t task) {
     const TailCall& call = calls[all[task].tensor];
     const int64_t index = all[task].index, count = vector_count(call.matrices, call.k);
@@ -507,7 +523,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
     dispatch(float_type(call.input), [&](auto zero) {
       using T = decltype(zero);
       const auto matrix = matrix_at<const T>(call.matrices, call.input.const_data_ptr(), index);
-      const double value = call.k == 0 ? 0 : tail(matrix, count, others, vectors, all.size() == 1);
+      const double value = call.k == 0 ? 0 : tail(matrix, count, others, vectors, one_by_one);
       static_cast<acc_t<T>*>(call.value.mutable_data_ptr())[index] = static_cast<acc_t<T>>(value);
     });
   });

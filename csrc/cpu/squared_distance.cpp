@@ -95,7 +95,8 @@ SIMD_CLONES void spread_weights(const acc_t<T>* w, int64_t channels, int64_t inn
 // ---- The operation. All terms are cut into pieces; a piece is one task.
 
 // A term with its addresses. Its weights are one number for a long run of a channel's elements; of short runs a few
-// thousand are spread over their elements at a time; the shortest have them spread over a row of all channels for good.
+// thousand are spread over their elements at a time; the shortest have them spread over a row of all channels for good,
+// if that is not too long.
 template <typename T, typename S, bool kSource>
 class Walk {
   using A = acc_t<T>;
@@ -105,15 +106,16 @@ class Walk {
       : t_(static_cast<const T*>(term.target.const_data_ptr())),
         s_(sources(term)),
         exchange_(term.exchange),
-        out_(term.gradient.defined() ? static_cast<T*>(term.gradient.mutable_data_ptr()) : nullptr),
+        out_(term.gradient ? static_cast<T*>(term.gradient->mutable_data_ptr()) : nullptr),
         view_(term.view),
         w_(term.weight ? static_cast<const A*>(term.weight->const_data_ptr()) : nullptr) {
-    if (w_ == nullptr || view_.inner >= kShortRun) return;
     const int64_t row = view_.channels * view_.inner;
-    const int64_t repeats = std::min(view_.outer, ceil_div(kBuffer, std::max<int64_t>(row, 1)));
-    row_.resize(row * repeats);
-    for (int64_t i = 0; i < repeats * view_.channels; ++i)
-      std::fill_n(row_.begin() + i * view_.inner, view_.inner, w_[i % view_.channels]);
+    if (w_ == nullptr || view_.inner >= kShortRun || row == 0 || row > kLongestRow) return;
+    const int64_t repeats = std::min(view_.outer, ceil_div(kBuffer, row));
+    row_size_ = row * repeats;
+    if (view_.inner == 1 && repeats == 1) return;  // the weights are a row as they are
+    row_.resize(row_size_ + kLanes<T>);
+    spread_weights<T>(w_, view_.channels, view_.inner, 0, row_size_, row_.data());
   }
 
   double sum(int64_t begin, int64_t end) const {
@@ -133,7 +135,7 @@ class Walk {
   }
 
  private:
-  static constexpr int64_t kLongRun = 2048, kShortRun = 16, kBuffer = 4096;
+  static constexpr int64_t kLongRun = 2048, kShortRun = 16, kBuffer = 4096, kLongestRow = 65536;
 
   static const S* sources(const Term& term) {
     const Tensor& tensor = kSource ? *term.source : term.target;  // without sources only the address is used
@@ -143,7 +145,8 @@ class Walk {
   // f(first element, number of them, their sources, their weights or null, the weight of all)
   template <typename F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
-    const bool exchanged = exchange_.rows != 0, long_runs = view_.inner >= kLongRun, in_row = !row_.empty();
+    const bool exchanged = exchange_.rows != 0, long_runs = view_.inner >= kLongRun, in_row = row_size_ != 0;
+    const A* row = row_.empty() ? w_ : row_.data();
     const bool spread_out = w_ != nullptr && !long_runs && !in_row;
     std::vector<S> sources(exchanged ? kBuffer : 0);
     std::vector<A> weights(spread_out ? kBuffer + kLanes<T> : 0);
@@ -151,14 +154,14 @@ class Walk {
       int64_t n = end - at;
       if (exchanged || spread_out) n = std::min(n, kBuffer);
       if (w_ != nullptr && long_runs) n = std::min(n, view_.inner - at % view_.inner);
-      const int64_t offset = in_row ? at % static_cast<int64_t>(row_.size()) : 0;
-      if (in_row) n = std::min(n, static_cast<int64_t>(row_.size()) - offset);
+      const int64_t offset = in_row ? at % row_size_ : 0;
+      if (in_row) n = std::min(n, row_size_ - offset);
       if (exchanged) gather(at, n, sources.data());
       if (spread_out) spread_weights<T>(w_, view_.channels, view_.inner, at, n, weights.data());
       const S* s = exchanged ? sources.data() : s_ + at;
       if (w_ == nullptr) f(at, n, s, nullptr, A(1));
       else if (long_runs) f(at, n, s, nullptr, w_[at / view_.inner % view_.channels]);
-      else f(at, n, s, in_row ? row_.data() + offset : weights.data(), A(1));
+      else f(at, n, s, in_row ? row + offset : weights.data(), A(1));
       at += n;
     }
   }
@@ -187,7 +190,8 @@ class Walk {
   T* out_;
   ChannelView view_;
   const A* w_;
-  std::vector<A> row_;
+  int64_t row_size_ = 0;
+  std::vector<A> row_;  // empty where the weights themselves are one
 };
 
 // f(a Walk over the term)
@@ -247,8 +251,8 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
   for (size_t i = 0; i < pieces.size(); ++i) halves[pieces[i].term] += sums[i] / 2;
 
   const ScalarType type = result_type(targets);
-  const Tensor total = torch::stable::new_empty(targets[0], {}, type);
-  const Tensor values = torch::stable::new_empty(targets[0], {static_cast<int64_t>(terms.size())}, type);
+  const Tensor total = empty_number(targets[0], type);
+  const Tensor values = empty_vector(targets[0], static_cast<int64_t>(terms.size()), type);
   double all = 0;
   for (size_t j = 0; j < halves.size(); ++j) store(values, j, halves[j]), all += halves[j];
   store(total, 0, all);
@@ -267,7 +271,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
   int64_t bytes = 0;
   for (const Term& term : terms) bytes += (term.source ? 3 : 2) * term.target.numel() * term.target.element_size();
   for (const Term& term : terms) {
-    advise_huge_pages(term.gradient.mutable_data_ptr(), term.target.numel() * term.target.element_size());
+    advise_huge_pages(term.gradient->mutable_data_ptr(), term.target.numel() * term.target.element_size());
     with_walk(term, [&, stream = bytes > kSharedCache](auto walk) {
       write.emplace_back([walk = std::move(walk), factor, stream](int64_t begin, int64_t end) {
         walk.write(begin, end, factor, stream);

@@ -1,6 +1,7 @@
 #include "../stoch_norm.h"
 
 #include <cmath>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -203,21 +204,24 @@ SIMD_CLONES void write_rows(const T* x, const T* dy, T* out, int64_t rows, int64
       });
 }
 
-// Adds the sums of each channel's columns to its totals.
+// Adds the sums of each channel's columns, in as many rows as are given, to its totals.
 template <typename T>
-SIMD_CLONES void add_columns(const acc_t<T>* sums, int64_t channels, int64_t inner, double* totals) {
-  if (inner == 1) {
+SIMD_CLONES void add_columns(const acc_t<T>* sums, int64_t rows, int64_t channels, int64_t inner, double* totals) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (inner == 1) {
 #pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) totals[c] += sums[c];
-    return;
-  }
-  for (int64_t c = 0; c < channels; ++c, sums += inner) {
-    lanes_t<T> lanes = {};
-    int64_t i = 0;
-    for (; i + kLanes<T> <= inner; i += kLanes<T>) lanes += load_lanes(sums + i);
-    double rest = 0;
-    for (; i < inner; ++i) rest += sums[i];
-    totals[c] += total<T>(lanes) + rest;
+      for (int64_t c = 0; c < channels; ++c) totals[c] += sums[c];
+      sums += channels;
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c, sums += inner) {
+      lanes_t<T> lanes = {};
+      int64_t i = 0;
+      for (; i + kLanes<T> <= inner; i += kLanes<T>) lanes += load_lanes(sums + i);
+      double rest = 0;
+      for (; i < inner; ++i) rest += sums[i];
+      totals[c] += total<T>(lanes) + rest;
+    }
   }
 }
 
@@ -239,10 +243,12 @@ struct Forward {
   // Near the mean, so that no large squares are summed: the average of a few values.
   A center(int64_t c) const {
     const auto [outer, channels, inner] = call.view;
-    const int64_t samples = std::min<int64_t>(outer, 16);
+    const int64_t n = outer * inner, samples = std::min<int64_t>(n, 16);
     double sum = 0;
-    for (int64_t i = 0; i < samples; ++i)
-      sum += static_cast<A>(x[(i * outer / samples * channels + c) * inner + i * inner / samples]);
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t at = i * n / samples;
+      sum += static_cast<A>(x[(at / inner * channels + c) * inner + at % inner]);
+    }
     return std::isfinite(sum) ? static_cast<A>(sum / samples) : A(0);
   }
 
@@ -316,6 +322,7 @@ class Runs {
 
  public:
   static int64_t rows(const ChannelView& view) { return view.outer * pieces(view); }
+  static int64_t together(const ChannelView&) { return 1; }  // rows that are better not torn apart
   // blocks of channels: one is always worth it, even where it does not fit
   static int64_t narrowest(const ChannelView&) { return 1; }
   static int64_t widest(int64_t fitting) { return std::max<int64_t>(fitting, 1); }
@@ -371,7 +378,8 @@ class Runs {
   std::vector<Constants<A>> constants_;
 };
 
-// Short runs, channels_last among them: a row has `inner` columns a channel.
+// Short runs, channels_last among them: a row has `inner` columns a channel. Where rows are narrow and would not fill
+// their vectors, several are taken as one, with as many copies of each channel.
 template <typename Op>
 class Rows {
   using A = typename Op::A;
@@ -379,25 +387,42 @@ class Rows {
 
  public:
   static int64_t rows(const ChannelView& view) { return view.outer; }
+  static int64_t together(const ChannelView& view) {
+    constexpr int64_t kWidest = 4096;
+    const int64_t row = view.channels * view.inner;
+    int64_t count = kLanes<T> / std::gcd(row, kLanes<T>);
+    if (count * row < 2 * kLanes<T>) count *= 2;
+    return count * row <= kWidest && 4 * count <= view.outer ? count : 1;  // or it would not be worth the copies
+  }
   // shorter pieces of a row waste what memory delivers around them
   static int64_t narrowest(const ChannelView& view) { return std::min(view.channels, ceil_div(256, view.inner)); }
   static int64_t widest(int64_t fitting) { return fitting; }
 
   Rows(const Op& op, int64_t first, int64_t last, bool stream)
-      : op_(op), first_(first), last_(last), columns_((last - first) * op.call.view.inner), constants_(4 * columns_) {
+      : op_(op),
+        first_(first),
+        last_(last),
+        stream_(stream),
+        together_(last - first == op.call.view.channels ? together(op.call.view) : 1),
+        row_((last - first) * op.call.view.inner),
+        columns_(together_ * row_),
+        constants_(4 * columns_) {
     for (int64_t c = first; c < last; ++c) spread(0, c, op.center(c));
-    const uint64_t start = reinterpret_cast<uint64_t>(op.out + address(0)), step = stride() * sizeof(T);
-    stream_ = stream && start % 64 == 0 && step % 64 == 0;
+    repeat(0, first, last);
   }
 
   void sum(int64_t begin, int64_t end, double* totals) const {
-    constexpr int64_t kRows = 256;  // summed in the accumulation dtype before the sums go into doubles
+    const int64_t most = 256 * together_;  // summed in the accumulation dtype before the sums go into doubles
     std::vector<A> sums(2 * columns_);
-    for (int64_t row = begin; row < end; row += kRows) {
+    for (int64_t row = begin; row < end; row += most) {
       std::fill(sums.begin(), sums.end(), A(0));
-      sum_rows<Op::kTensors>(op_.x + address(row), op_.dy + address(row), std::min(kRows, end - row), stride(),
-                             columns_, column(0), sums.data(), sums.data() + columns_);
-      add_columns<T>(sums.data(), 2 * (last_ - first_), op_.call.view.inner, totals);
+      for_each_height(row, std::min(end, row + most), [&](int64_t at, int64_t rows, int64_t count) {
+        sum_rows<Op::kTensors>(op_.x + at, op_.dy + at, rows, count * stride(), count * row_, column(0), sums.data(),
+                               sums.data() + columns_);
+      });
+      for (int which = 0; which < 2; ++which)
+        add_columns<T>(sums.data() + which * columns_, together_, last_ - first_, op_.call.view.inner,
+                       totals + which * (last_ - first_));
     }
   }
 
@@ -408,12 +433,16 @@ class Rows {
       spread(0, c, constants.center), spread(1, c, constants.slope);
       spread(2, c, constants.offset), spread(3, c, constants.scale);
     }
+    for (int constant = 0; constant < 4; ++constant) repeat(constant, begin, end);
   }
 
   void write(int64_t begin, int64_t end) const {
-    const int64_t at = address(begin);
-    write_rows<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, end - begin, stride(), columns_, column(0),
-                             column(1), column(2), column(3), stream_);
+    for_each_height(begin, end, [&](int64_t at, int64_t rows, int64_t count) {
+      const int64_t step = count * stride();
+      const bool aligned = reinterpret_cast<uint64_t>(op_.out + at) % 64 == 0 && step * sizeof(T) % 64 == 0;
+      write_rows<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, rows, step, count * row_, column(0), column(1),
+                               column(2), column(3), stream_ && aligned);
+    });
   }
 
  private:
@@ -424,10 +453,24 @@ class Rows {
     const int64_t inner = op_.call.view.inner;
     std::fill_n(constants_.begin() + constant * columns_ + (c - first_) * inner, inner, value);
   }
+  // for the copies of channels [begin, end)
+  void repeat(int constant, int64_t begin, int64_t end) {
+    const int64_t inner = op_.call.view.inner;
+    const auto from = constants_.begin() + constant * columns_ + (begin - first_) * inner;
+    for (int64_t copy = 1; copy < together_; ++copy) std::copy_n(from, (end - begin) * inner, from + copy * row_);
+  }
+  // f(address, rows, how many are one) for those that go together and for the rest
+  template <typename F>
+  void for_each_height(int64_t begin, int64_t end, const F& f) const {
+    const int64_t rows = (end - begin) / together_, rest = (end - begin) % together_;
+    if (rows > 0) f(address(begin), rows, together_);
+    if (rest > 0) f(address(end - rest), rest, 1);
+  }
 
   const Op& op_;
-  int64_t first_, last_, columns_;
+  int64_t first_, last_;
   bool stream_;
+  int64_t together_, row_, columns_;
   std::vector<A> constants_;  // [center, slope, offset, scale] x columns
 };
 
@@ -443,7 +486,11 @@ void walk(const Op& op) {
 
   const int64_t narrowest = Layout<Op>::narrowest(view);
   const int64_t widest = Layout<Op>::widest(kOwnCache / (Op::kTensors * view.per_channel() * kSize));
-  if (widest >= narrowest && channels >= threads) {
+  // A block that the core's cache does not hold has to be worth it: with few for each thread, the last ones leave many
+  // threads idle.
+  const bool fits = Op::kTensors * view.per_channel() * kSize <= kOwnCache;
+  const int64_t rounds = ceil_div(channels, threads);
+  if (widest >= narrowest && channels >= threads && (fits || 5 * channels >= 4 * rounds * threads)) {
     int64_t width = std::clamp(ceil_div(channels, kTasks * threads), narrowest, widest);
     constexpr int64_t kLine = 64 / kSize;
     if (width > kLine) width -= width % kLine;  // whole cache lines
@@ -459,8 +506,9 @@ void walk(const Op& op) {
     return;
   }
 
-  const int64_t slices = std::min(rows, std::clamp<int64_t>(elements / 65536, 1, kTasks * threads));
-  const int64_t height = ceil_div(rows, slices);
+  const int64_t most = std::clamp<int64_t>(elements / 65536, 1, kTasks * threads);
+  const int64_t together = Layout<Op>::together(view);
+  const int64_t height = ceil_div(ceil_div(rows, most), together) * together, slices = ceil_div(rows, height);
   std::vector<double> totals(2 * channels * slices);
   Layout<Op> all(op, 0, channels, stream);
   for_each_task(slices, elements, [&](int64_t slice) {

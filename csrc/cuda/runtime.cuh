@@ -40,13 +40,16 @@
 namespace talib_fast {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-  }
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch, whosoever it is, would be told of it again
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 struct Device {
-  int multiprocessors, threads_per_block, shared_bytes, cache_bytes;
+  int multiprocessors;
+  int threads_per_block;  // 1024 on every GPU there is; the harness's have fewer, whose threads cost more
+  int shared_bytes;       // that a block can have at most
+  int cache_bytes;        // of the second level
 };
 
 inline Device current_device() {
@@ -59,6 +62,17 @@ inline Device current_device() {
   };
   return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxThreadsPerBlock),
           get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrL2CacheSize)};
+}
+
+constexpr int64_t kAlwaysAllowed = 47 << 10;  // of dynamic shared memory without asking, and a little static
+
+// Lets launches of a kernel without static shared memory have that much of dynamic one. The limit is the kernel's, not
+// a launch's: set to less than all, it would be lowered for other threads, and for what is captured but not yet run.
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, int64_t bytes, const Device& device) {
+  if (bytes > kAlwaysAllowed)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
+          "cudaFuncSetAttribute");
 }
 
 // The type to calculate in: float, but double for double.
@@ -83,15 +97,10 @@ __device__ __forceinline__ T from_acc(acc_t<T> value) {
   }
 }
 
-// f(a zero of that type)
+// f(a zero of that type), for host and device
 template <typename F>
-__device__ __forceinline__ void with_type(FloatType type, const F& f) {
-  switch (type) {
-    case FloatType::kFloat: return f(float{});
-    case FloatType::kDouble: return f(double{});
-    case FloatType::kHalf: return f(__half{});
-    default: return f(__nv_bfloat16{});
-  }
+constexpr void with_type(FloatType type, const F& f) {
+  with_float<__half, __nv_bfloat16>(type, f);
 }
 
 // V consecutive elements that move as one word of at most 16 bytes.

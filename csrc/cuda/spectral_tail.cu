@@ -54,8 +54,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
     for (Operand& operand : operands) plan_forward(operand, operands.size(), device, workspace);
   };
   plan();
-  const Tensor memory = torch::stable::new_empty(inputs[0], {workspace.bytes}, ScalarType::Byte);
-  workspace = {static_cast<char*>(memory.mutable_data_ptr()), 0};
+  const Scratch memory(inputs[0], workspace.bytes);
+  workspace = {memory.data(), 0};
   plan();
   launch_forward(operands, device, stream);
   return results(calls);

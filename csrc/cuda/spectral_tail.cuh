@@ -32,7 +32,7 @@ struct Operand {
   void* gradient;      // of the input's dtype; null in the forward pass
   double* vectors;     // [count, m, directions]
   void* value;         // [count] of the accumulation dtype; in the backward pass the value's gradient
-  double* grams;       // [count, slices, pairs of tiles, kTile, kTile]
+  double* grams;       // [count, slices, pairs of tiles, tile_side, tile_side]
   double* spilled;     // [count, spilled_size], the first rows of triangles that shared memory has no room for
   double* iterations;  // [count, directions, iteration_size]; null: they are in shared memory
   double* sums;        // [count, chunks], of value_kernel's blocks
@@ -60,6 +60,9 @@ static_assert(sizeof(List) < 4000);
 // upper triangles of tiles and of elements, by rows: [i, j] with i <= j of `size`
 constexpr int triangle_start(int row, int size) { return row * size - row * (row - 1) / 2; }
 constexpr int triangle_size(int size) { return size * (size + 1) / 2; }
+
+// rows of a tile in memory: all of kTile, unless the matrix itself has fewer
+constexpr int tile_side(int64_t m) { return m < kTile ? static_cast<int>(m) : kTile; }
 
 // what the iteration for one vector needs, in doubles; odd, so that those of neighbouring threads are in other banks
 constexpr int iteration_size(int m) { return (5 * m + (m + 7) / 8) | 1; }
@@ -125,11 +128,15 @@ __global__ void __launch_bounds__(kGramThreads) gram_kernel(const __grid_constan
     }
     __syncthreads();
   }
-  double* tile = operand.grams + static_cast<int64_t>(block) * kTile * kTile;
+  const int pitch = tile_side(shape.m);
+  double* tile = operand.grams + static_cast<int64_t>(block) * pitch * pitch;
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) tile[(y + i * kSide) * kTile + x + j * kSide] = sums[i][j];
+    for (int j = 0; j < kEach; ++j) {
+      const int tile_row = y + i * kSide, tile_column = x + j * kSide;
+      if (tile_row < pitch && tile_column < pitch) tile[tile_row * pitch + tile_column] = sums[i][j];
+    }
 }
 
 // ---- The smallest eigenvalues of a symmetric matrix of trace 1 or -1, and their vectors: one block
@@ -364,7 +371,7 @@ struct Iteration {
       swapped[i] = fabs(pivot) < fabs(below);
       if (swapped[i]) {
         const double factor = pivot / below;
-        inverse_pivots[i] = 1 / below, upper[i] = diagonal, second[i] = beside, lower[i] = factor;
+        inverse_pivots[i] = inverse(below), upper[i] = diagonal, second[i] = beside, lower[i] = factor;
         pivot = above - factor * diagonal, above = -factor * beside;
       } else {
         const double inverted = inverse(pivot), factor = below * inverted;
@@ -494,17 +501,18 @@ __global__ void __launch_bounds__(solver_threads(kColumns), 1) solve_kernel(cons
                              s.scratch + operand.scratch, m, operand.spilled_rows};
   double* vectors = operand.vectors + static_cast<int64_t>(index) * m * directions;
 
-  const int side = (m + kTile - 1) / kTile, pairs = triangle_size(side);
-  const double* grams = operand.grams + static_cast<int64_t>(index) * operand.slices * pairs * kTile * kTile;
+  const int side = (m + kTile - 1) / kTile, pairs = triangle_size(side), pitch = tile_side(m);
+  const int64_t slice_size = static_cast<int64_t>(pairs) * pitch * pitch;
+  const double* grams = operand.grams + static_cast<int64_t>(index) * operand.slices * slice_size;
   for (int i = warp; i < m; i += warps)
     for (int j = i / kTile * kTile + lane; j < m; j += kTile) {
       if (j < i) continue;
       const int pair = triangle_start(i / kTile, side) + j / kTile - i / kTile;
-      const double* element = grams + (pair * kTile + i % kTile) * kTile + lane;
+      const double* element = grams + (pair * pitch + i % kTile) * pitch + lane;
       double sum = 0;
 #pragma unroll 4
       for (int slice = 0; slice < operand.slices; ++slice)
-        sum += element[static_cast<int64_t>(slice) * pairs * kTile * kTile];
+        sum += element[slice * slice_size];
       a.at(i, j) = sum;
     }
   __syncthreads();
@@ -655,8 +663,6 @@ __global__ void __launch_bounds__(kColumnThreads) gradient_kernel(const __grid_c
 
 // ---- Launch
 
-constexpr int64_t kAlwaysAllowed = 47 << 10;  // of dynamic shared memory without asking, and a little static
-
 // Memory for a launch in one allocation: the first pass only counts.
 struct Workspace {
   char* memory = nullptr;
@@ -712,7 +718,8 @@ inline void plan_forward(Operand& operand, size_t operands, const Device& device
   while (solver_bytes(operand) > device.shared_bytes) ++operand.spilled_rows;
   choose_columns(operand);
 
-  operand.grams = workspace.take<double>(count * operand.slices * pairs * kTile * kTile);
+  const int64_t tile = tile_side(m) * tile_side(m);
+  operand.grams = workspace.take<double>(operand.directions == 0 ? 0 : count * operand.slices * pairs * tile);
   operand.spilled = workspace.take<double>(count * triangle_start(operand.spilled_rows, m));
   operand.iterations = iterations > operand.scratch ? workspace.take<double>(count * iterations) : nullptr;
   operand.sums = workspace.take<double>(count * chunks(operand));
@@ -743,13 +750,13 @@ inline void launch_solvers(const std::vector<Operand>& operands, const Device& d
       if (solver_columns(operand) == columns() && (operand.spilled_rows != 0) == spilled())
         ours.push_back(operand), bytes = std::max(bytes, solver_bytes(operand));
     if (ours.empty()) return;
-    const auto kernel = solve_kernel<columns(), spilled()>;
-    if (bytes > kAlwaysAllowed)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-            "cudaFuncSetAttribute");
+    constexpr int kColumns = columns();
+    constexpr bool kSpilled = spilled();
+    allow_shared_bytes(solve_kernel<kColumns, kSpilled>, bytes, device);
     in_lists(ours, [](const Operand& operand) { return operand.matrices.count; },
              [&](const List& list, unsigned blocks) {
-               SIMT_LAUNCH(kernel, dim3(blocks), dim3(solver_threads(ours[0], device)), bytes, stream, list);
+               SIMT_LAUNCH((solve_kernel<kColumns, kSpilled>), dim3(blocks), dim3(solver_threads(ours[0], device)),
+                           bytes, stream, list);
              });
   };
   const auto launch_both = [&](auto columns) { launch(columns, std::false_type{}), launch(columns, std::true_type{}); };
@@ -758,18 +765,19 @@ inline void launch_solvers(const std::vector<Operand>& operands, const Device& d
   launch_both(std::integral_constant<int, 8>{});
 }
 
-// A launch of value_kernel or gradient_kernel.
-template <typename Kernel>
-void launch_over_columns(Kernel* kernel, const std::vector<Operand>& operands, cudaStream_t stream) {
+// f(list, blocks, bytes of shared memory) for launches of value_kernel or gradient_kernel
+template <typename F>
+void over_columns(const std::vector<Operand>& operands, const F& f) {
   in_lists(operands, [](const Operand& operand) { return operand.matrices.count * chunks(operand); },
            [&](const List& list, unsigned blocks) {
              int64_t bytes = 0;
              for (int i = 0; i < list.count; ++i) {
                const Operand& operand = list.operands[i];
                const int64_t element_bytes = operand.type == FloatType::kDouble ? sizeof(double) : sizeof(float);
-               bytes = std::max(bytes, column_bytes(operand.matrices.m, operand.directions, operand.columns, element_bytes));
+               bytes = std::max(
+                   bytes, column_bytes(operand.matrices.m, operand.directions, operand.columns, element_bytes));
              }
-             SIMT_LAUNCH(kernel, dim3(blocks), dim3(kColumnThreads), bytes, stream, list);
+             f(list, blocks, bytes);
            });
 }
 
@@ -783,11 +791,15 @@ inline void launch_forward(const std::vector<Operand>& operands, const Device& d
              SIMT_LAUNCH(gram_kernel, dim3(blocks), dim3(kGramThreads), 0, stream, list);
            });
   launch_solvers(operands, device, stream);
-  launch_over_columns(value_kernel, operands, stream);
+  over_columns(operands, [&](const List& list, unsigned blocks, int64_t bytes) {
+    SIMT_LAUNCH(value_kernel, dim3(blocks), dim3(kColumnThreads), bytes, stream, list);
+  });
 }
 
 inline void launch_backward(const std::vector<Operand>& operands, cudaStream_t stream) {
-  launch_over_columns(gradient_kernel, operands, stream);
+  over_columns(operands, [&](const List& list, unsigned blocks, int64_t bytes) {
+    SIMT_LAUNCH(gradient_kernel, dim3(blocks), dim3(kColumnThreads), bytes, stream, list);
+  });
 }
 
 }  // namespace talib_fast::spectral_tail

@@ -17,7 +17,7 @@ Operand make_operand(const Term& term) {
   operand.target = term.target.const_data_ptr();
   if (term.source) operand.source = term.source->const_data_ptr();
   if (term.weight) operand.weight = term.weight->const_data_ptr();
-  if (term.gradient.defined()) operand.gradient = term.gradient.mutable_data_ptr();
+  if (term.gradient) operand.gradient = term.gradient->mutable_data_ptr();
   operand.elements = term.target.numel();
   operand.channels = term.view.channels, operand.inner = term.view.inner;
   operand.exchange = term.exchange;
@@ -45,14 +45,14 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
   std::vector<Operand> operands = make_operands(terms);
   const std::vector<Launch> launches = plan(operands, current_device().multiprocessors);
   const ScalarType type = result_type(targets);
-  const Tensor total = torch::stable::new_empty(targets[0], {}, type);
-  const Tensor values = torch::stable::new_empty(targets[0], {static_cast<int64_t>(terms.size())}, type);
+  const Tensor total = empty_number(targets[0], type);
+  const Tensor values = empty_vector(targets[0], static_cast<int64_t>(terms.size()), type);
 
   int64_t blocks = 0;
   for (const Launch& launch : launches) blocks += launch.blocks;
   const int64_t sums_bytes = blocks * sizeof(double), counter_bytes = launches.size() * sizeof(unsigned);
-  const Tensor workspace = torch::stable::new_empty(targets[0], {sums_bytes + counter_bytes}, ScalarType::Byte);
-  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
+  const Scratch workspace(targets[0], sums_bytes + counter_bytes);
+  char* memory = workspace.data();
   Results results{reinterpret_cast<double*>(memory), reinterpret_cast<unsigned*>(memory + sums_bytes), nullptr,
                   values.mutable_data_ptr(), 0, type == ScalarType::Double};
   const cudaStream_t stream = current_stream(targets[0]);

@@ -7,25 +7,15 @@
 namespace talib_fast {
 namespace {
 
-template <typename F>
-void dispatch(const Tensor& tensor, const F& f) {
-  switch (float_type(tensor)) {
-    case FloatType::kFloat: return f(float{});
-    case FloatType::kDouble: return f(double{});
-    case FloatType::kHalf: return f(__half{});
-    case FloatType::kBFloat16: return f(__nv_bfloat16{});
-  }
-}
-
 template <typename Op>
 void run(const Op& op, const ChannelView& view, const Tensor& input) {
   if (view.channels == 0) return;
   const stoch_norm::Shape shape{view.outer, view.channels, view.inner};
   stoch_norm::with_vectors(op, shape, [&](auto vector, auto rows) {
-    const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, current_device());
-    const Tensor workspace =
-        torch::stable::new_empty(input, {static_cast<int64_t>(plan.workspace_bytes)}, ScalarType::Byte);
-    stoch_norm::launch<Op, vector(), rows()>(op, plan, workspace.mutable_data_ptr(), current_stream(input));
+    const Device device = current_device();
+    const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, device);
+    const Scratch workspace(input, static_cast<int64_t>(plan.workspace_bytes));
+    stoch_norm::launch<Op, vector(), rows()>(op, plan, device, workspace.data(), current_stream(input));
   });
 }
 
@@ -69,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const
                                                       double eps) {
   const DeviceGuard guard(input);
   const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps);
-  dispatch(input, [&](auto zero) { forward<decltype(zero)>(call); });
+  with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call); });
   return {call.output, call.mean, call.invstd};
 }
 
@@ -78,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output
                                                        const std::optional<Tensor>& weight, const Tensor& mask) {
   const DeviceGuard guard(input);
   const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask);
-  dispatch(input, [&](auto zero) { backward<decltype(zero)>(call); });
+  with_type(float_type(input), [&](auto zero) { backward<decltype(zero)>(call); });
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }
 

@@ -18,6 +18,7 @@ namespace talib_fast::stoch_norm {
 
 constexpr int kMaxThreads = 512;     // of a block of the resident schedule
 constexpr int kSlicedThreads = 256;  // of the sliced one
+constexpr int kBlocksPerMultiprocessor = 2;  // likewise; of three, with 80 registers a thread, some would spill
 
 template <typename A>
 __device__ __forceinline__ A load(const ChannelVector& vector, int64_t c) {
@@ -420,7 +421,7 @@ struct Item {
 
 // What blocks share in global memory.
 template <typename Op>
-struct Exchange {
+struct Workspace {
   unsigned* next_ticket;
   unsigned* arrived;                      // [groups]: slices summed, plus one when the constants are there
   typename Op::Sums* sums;                // [groups, slices, group_channels]
@@ -428,8 +429,8 @@ struct Exchange {
 };
 
 template <typename Op, int V, bool kRows>
-__global__ void __launch_bounds__(kSlicedThreads, 2)
-    sliced_kernel(const Op op, const Geometry g, const Exchange<Op> exchange, const int64_t lag) {
+__global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
+    sliced_kernel(const Op op, const Geometry g, const Workspace<Op> workspace, const int64_t lag) {
   using W = Worker<Op, V, kRows>;
   using Sums = typename Op::Sums;
   SIMT_DYN_SHARED(unsigned char, shared);
@@ -437,18 +438,20 @@ __global__ void __launch_bounds__(kSlicedThreads, 2)
   W worker = make_worker<Op, V, kRows>(op, g, shared);
   const int64_t items = 2 * g.groups * g.slices;
 
-  if (threadIdx.x == 0) message[0] = add_acquire_release(exchange.next_ticket, 1);
+  // A ticket orders nothing but itself: the data go from block to block by `arrived`.
+  if (threadIdx.x == 0) message[0] = atomicAdd(workspace.next_ticket, 1u);
   __syncthreads();
   for (unsigned ticket = message[0]; ticket < items; ticket = message[0]) {
-    // A block holds the ticket after its own, too: an item waits for smaller tickets only, so no circle can form.
+    // A block holds a later ticket beside its own. An item waits for smaller tickets only, and a block takes its own in
+    // their order, so the smallest ticket that is not done is being worked on and waits for nothing.
     unsigned next = 0;
-    if (threadIdx.x == 0) next = add_acquire_release(exchange.next_ticket, 1);
+    if (threadIdx.x == 0) next = atomicAdd(workspace.next_ticket, 1u);
     const Item item(ticket, g, lag);
     const int64_t begin = item.slice * g.slice_steps;
     const int64_t end = begin + g.slice_steps < g.steps ? begin + g.slice_steps : g.steps;
     worker.group = item.group;
-    unsigned* arrived = exchange.arrived + item.group;
-    Constants<typename Op::A>* constants = exchange.constants + item.group * g.group_channels;
+    unsigned* arrived = workspace.arrived + item.group;
+    Constants<typename Op::A>* constants = workspace.constants + item.group * g.group_channels;
     if (item.first_pass) worker.share_known_constants();
     const bool known = worker.is_known();
 
@@ -456,7 +459,7 @@ __global__ void __launch_bounds__(kSlicedThreads, 2)
       Sums sums[W::kChannels];
       worker.sum(begin, end, known, sums, [](const typename W::Values&, int) {});
       const Sums slice_total = worker.reduce(sums);
-      Sums* group_sums = exchange.sums + item.group * g.slices * g.group_channels;
+      Sums* group_sums = workspace.sums + item.group * g.slices * g.group_channels;
       const int i = threadIdx.x;
       if (i < g.group_channels) group_sums[item.slice * g.group_channels + i] = slice_total;
       __syncthreads();
@@ -509,7 +512,8 @@ template <typename Op, int V, bool kRows>
 Plan choose_plan(const Shape& shape, const Device& device) {
   constexpr int64_t kVectorBytes = Op::kTensors * V * sizeof(typename Op::Element);
   constexpr int kRowBytes = 128;  // of each row, a group of channels takes this much: whole lines
-  constexpr int kBlocksPerMultiprocessor = 3;
+  // long enough that a ticket, two reductions and a wait for the constants are little beside it, and short enough that
+  // the blocks are done at nearly the same time
   constexpr int64_t kMostSliceBytes = 32 << 10;
   const int most_threads = std::min(kMaxThreads, device.threads_per_block / kWarp * kWarp);
   const int few_threads = std::min(kSlicedThreads, most_threads);
@@ -554,7 +558,9 @@ Plan choose_plan(const Shape& shape, const Device& device) {
   set_threads(few_threads);
   plan.shared_bytes = shared_bytes(plan.threads, false);
   const int64_t blocks = kBlocksPerMultiprocessor * device.multiprocessors;
-  // what the blocks read between the two passes over a group has to stay in the cache, beside what they write
+  // What the blocks read between the two passes over a group has to stay in the cache: `lag` groups, which is one slice
+  // a block and a group more, and as much again as is written meanwhile. A quarter leaves room for both, and for a
+  // cache that replaces what is not the oldest.
   const int64_t slice_bytes = std::min<int64_t>(kMostSliceBytes, device.cache_bytes / 4 / blocks);
   g.slice_steps = std::max<int64_t>(slice_bytes / (g.columns * kVectorBytes), plan.threads / g.columns);
   g.slices = ceil_div(g.steps, g.slice_steps);
@@ -567,26 +573,22 @@ Plan choose_plan(const Shape& shape, const Device& device) {
 }
 
 template <typename Op, int V, bool kRows>
-void launch(const Op& op, const Plan& plan, void* workspace, cudaStream_t stream) {
+void launch(const Op& op, const Plan& plan, const Device& device, void* memory, cudaStream_t stream) {
   const Geometry& g = plan.geometry;
-  constexpr size_t kAlwaysAllowed = 48 << 10;
   if (plan.resident) {
-    if (plan.shared_bytes > kAlwaysAllowed)
-      check(cudaFuncSetAttribute(resident_kernel<Op, V, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(plan.shared_bytes)),
-            "cudaFuncSetAttribute");
+    allow_shared_bytes(resident_kernel<Op, V, kRows>, static_cast<int64_t>(plan.shared_bytes), device);
     SIMT_LAUNCH((resident_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op,
                 g);
     return;
   }
-  Exchange<Op> exchange;
-  exchange.constants = static_cast<Constants<typename Op::A>*>(workspace);
-  exchange.sums = reinterpret_cast<typename Op::Sums*>(exchange.constants + g.groups * g.group_channels);
-  exchange.next_ticket = reinterpret_cast<unsigned*>(exchange.sums + g.groups * g.slices * g.group_channels);
-  exchange.arrived = exchange.next_ticket + 1;
-  check(cudaMemsetAsync(exchange.next_ticket, 0, sizeof(unsigned) * (g.groups + 1), stream), "cudaMemsetAsync");
+  Workspace<Op> workspace;
+  workspace.constants = static_cast<Constants<typename Op::A>*>(memory);
+  workspace.sums = reinterpret_cast<typename Op::Sums*>(workspace.constants + g.groups * g.group_channels);
+  workspace.next_ticket = reinterpret_cast<unsigned*>(workspace.sums + g.groups * g.slices * g.group_channels);
+  workspace.arrived = workspace.next_ticket + 1;
+  check(cudaMemsetAsync(workspace.next_ticket, 0, sizeof(unsigned) * (g.groups + 1), stream), "cudaMemsetAsync");
   SIMT_LAUNCH((sliced_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op, g,
-              exchange, plan.lag);
+              workspace, plan.lag);
 }
 
 // The widest vectors that the shape and the addresses allow; f(integral_constant<V>, bool_constant<kRows>).

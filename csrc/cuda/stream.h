@@ -1,5 +1,5 @@
 // The device that a .cu file registers its kernels for, and the stream that they go to: CUDA and torch's current
-// stream, or, compiled by g++ with the harness of tests/simt, the CPU and none.
+// stream, or, compiled by g++ with the harness of tests/simt, the CPU and the one stream that there is.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,11 +18,13 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace talib_fast {
 
 inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor& tensor) {
-  void* stream = nullptr;
 #if defined(__CUDACC__)
+  void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-#endif
   return static_cast<cudaStream_t>(stream);
+#else
+  return simt::current_stream();
+#endif
 }
 
 // Makes a tensor's device the current one, and afterwards the one that was.

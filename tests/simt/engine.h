@@ -477,11 +477,15 @@ SIMT_UNTRACKED inline void fiber_main() {
 
 // ------------------------------------------------------------------------------------------------------------ waiting
 
+SIMT_UNTRACKED inline bool same_place(At a, At b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
 SIMT_UNTRACKED inline void barrier(At at) {
   Engine& e = engine();
   if (!e.at_barrier_count) {
     e.barrier_at = at;
-  } else if (e.barrier_at.line() != at.line() || std::strcmp(e.barrier_at.file_name(), at.file_name()) != 0) {
+  } else if (!same_place(e.barrier_at, at)) {
     die(at, "divergent __syncthreads: other threads wait at %s:%u, this one", e.barrier_at.file_name(),
         static_cast<unsigned>(e.barrier_at.line()));
   }
@@ -537,7 +541,7 @@ SIMT_UNTRACKED inline Collective* collect(unsigned mask, Operation operation, co
     }
     warp.pending[warp.pending_count++] = c;
   }
-  if (c->operation != operation) {
+  if (c->operation != operation || !same_place(c->at, at)) {
     die(at, "lanes of a warp are at different warp operations: others wait at %s:%u, this one", c->at.file_name(),
         static_cast<unsigned>(c->at.line()));
   }
@@ -821,9 +825,14 @@ class SharedMemoryGrants {
     static SharedMemoryGrants grants;
     return grants;
   }
-  void set(const void* kernel, size_t bytes) {
+  void set(const void* kernel, size_t bytes, At at) {
     std::lock_guard lock(mutex_);
-    bytes_[kernel] = bytes;
+    size_t& granted = bytes_.try_emplace(kernel, 0).first->second;
+    if (bytes < granted) {
+      die(at, "a kernel's %zu bytes of dynamic shared memory are lowered to %zu, which other launches may not expect,",
+          granted, bytes);
+    }
+    granted = bytes;
   }
   size_t get(const void* kernel) {
     std::lock_guard lock(mutex_);
@@ -835,6 +844,20 @@ class SharedMemoryGrants {
   std::mutex mutex_;
   std::map<const void*, size_t> bytes_;
 };
+
+// The one stream that there is: none, nullptr, would hide that a caller forgot to say which.
+inline CUstream_st* current_stream() {
+  static char stream;
+  return reinterpret_cast<CUstream_st*>(&stream);
+}
+
+inline void check_stream(cudaStream_t stream, const char* what, At at) {
+  if (stream != current_stream()) {
+    die(at, "%s goes to another stream than the current one,", what);
+  }
+}
+
+inline int driver_version = 0;  // as it was told to a caller who asked
 
 inline size_t shared_limit() { return setting("SIMT_SHARED_BYTES", kDefaultSharedBytes); }
 
@@ -872,11 +895,18 @@ inline void run(Launch& launch, At at) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(At at, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes,
-            cudaStream_t, Arguments&&... arguments) {
+            cudaStream_t stream, Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   } call{kernel, {std::forward<Arguments>(arguments)...}};
+  check_stream(stream, name, at);
+  constexpr size_t kParameters = sizeof(call.arguments), kMostParameters = 32764, kAlwaysAllowed = 4096;
+  static_assert(kParameters <= kMostParameters);
+  if (kParameters > kAlwaysAllowed && driver_version < 12010) {
+    die(at, "launch of %s with %zu bytes of parameters, for which the driver's version was not asked or is too old,",
+        name, kParameters);
+  }
   Launch launch{};
   launch.kernel_name = name;
   launch.kernel = reinterpret_cast<const void*>(kernel);

@@ -95,6 +95,18 @@ __global__ void deadlock(float* out) {
   __syncthreads();
 }
 
+// Two shuffles, each of half a warp that believes to be whole.
+template <bool kPlanted>
+__global__ void divergent_shuffle(float* out) {
+  float value = 1.0f;
+  if (kPlanted && threadIdx.x < 16) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+  } else {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);  // BUG divergent_shuffle
+  }
+  out[threadIdx.x] = value;
+}
+
 // A block of 48 threads has half a warp.
 template <bool kPlanted>
 __global__ void absent_lanes(float* out) {

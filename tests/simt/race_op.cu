@@ -15,9 +15,9 @@ Tensor rotated(const Tensor& like, bool planted) {
   STD_TORCH_CHECK(like.dim() == 1 && like.size(0) == 64 && like.is_contiguous(), "expected 64 elements");
   Tensor out = torch::stable::new_empty(like, {64});
   if (planted) {
-    SIMT_LAUNCH(talib_fast::missing_barrier<true>, 1, 64, 0, nullptr, out.mutable_data_ptr<float>());
+    SIMT_LAUNCH(talib_fast::missing_barrier<true>, 1, 64, 0, simt::current_stream(), out.mutable_data_ptr<float>());
   } else {
-    SIMT_LAUNCH(talib_fast::missing_barrier<false>, 1, 64, 0, nullptr, out.mutable_data_ptr<float>());
+    SIMT_LAUNCH(talib_fast::missing_barrier<false>, 1, 64, 0, simt::current_stream(), out.mutable_data_ptr<float>());
   }
   return out;
 }
@@ -26,9 +26,9 @@ Tensor rotated(const Tensor& like, bool planted) {
 Tensor ones(const Tensor& like, bool planted) {
   Tensor out = torch::stable::new_empty(like, {64});
   if (planted) {
-    SIMT_LAUNCH(talib_fast::shared_overflow<true>, 1, 32, 0, nullptr, out.mutable_data_ptr<float>());
+    SIMT_LAUNCH(talib_fast::shared_overflow<true>, 1, 32, 0, simt::current_stream(), out.mutable_data_ptr<float>());
   } else {
-    SIMT_LAUNCH(talib_fast::shared_overflow<false>, 1, 32, 0, nullptr, out.mutable_data_ptr<float>());
+    SIMT_LAUNCH(talib_fast::shared_overflow<false>, 1, 32, 0, simt::current_stream(), out.mutable_data_ptr<float>());
   }
   return out;
 }

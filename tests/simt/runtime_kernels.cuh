@@ -118,9 +118,7 @@ void launch_scale_and_sum(const T* x, T* y, T* copy, acc_t<T> factor, int n, acc
 template <typename T>
 void launch_collect_from_others(T* slots, unsigned* arrived, T* sum, int blocks, int threads, cudaStream_t stream) {
   const size_t bytes = sizeof(T) * threads;
-  check(cudaFuncSetAttribute(collect_from_others<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
+  allow_shared_bytes(collect_from_others<T>, static_cast<int64_t>(bytes), current_device());
   SIMT_LAUNCH(collect_from_others<T>, blocks, threads, bytes, stream, slots, arrived, sum);
 }
 

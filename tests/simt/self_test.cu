@@ -18,6 +18,12 @@ namespace {
 
 using namespace talib_fast;
 
+#if defined(__CUDACC__)
+const cudaStream_t kStream = nullptr;
+#else
+const cudaStream_t kStream = simt::current_stream();
+#endif
+
 #define EXPECT(condition)                                                       \
   do {                                                                          \
     if (!(condition)) {                                                         \
@@ -46,7 +52,7 @@ void test_scale_and_sum() {
     expected += static_cast<acc_t<T>>(2 * (i % 9));
   }
   launch_scale_and_sum<T, V>(x[0].lane, y[0].lane, copy[0].lane, 2, kElements, partial.data(), &arrived, &total,
-                             nullptr);
+                             kStream);
   EXPECT(total == expected);
   for (int i = 0; i < kElements; ++i) {
     EXPECT(to_acc(y[i / V].lane[i % V]) == 2 * (i % 9));
@@ -58,7 +64,7 @@ template <typename T>
 void test_collect_from_others() {
   std::vector<T> slots(4), sum(1);
   unsigned arrived = 0;
-  launch_collect_from_others(slots.data(), &arrived, sum.data(), 5, 8, nullptr);
+  launch_collect_from_others(slots.data(), &arrived, sum.data(), 5, 8, kStream);
   EXPECT(to_acc(sum[0]) == 4 * 28 + 8 * (0 + 1 + 2 + 3));
 }
 
@@ -77,7 +83,7 @@ void test_kernels(bool) {
 
 void test_device_functions(bool) {
   std::vector<float> out(64 * 12);
-  launch_device_functions(out.data(), nullptr);
+  launch_device_functions(out.data(), kStream);
   for (unsigned thread = 0; thread < 64; ++thread) {
     const unsigned lane = thread % 32;
     const float expected[12] = {3,
@@ -150,9 +156,14 @@ void test_errors(bool) {
     check(cudaErrorInvalidValue, "cudaSomething");
   } catch (const std::runtime_error& error) {
     EXPECT(error.what() == std::string("cudaSomething: cudaErrorInvalidValue: invalid argument"));
-    return;
   }
-  EXPECT(!"thrown");
+  bool thrown = false;
+  try {
+    check(cudaSetDevice(-1), "cudaSetDevice");
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  EXPECT(thrown && cudaGetLastError() == cudaSuccess);  // the next launch is not told of it
 }
 
 void print_settings(bool) {
@@ -166,9 +177,9 @@ void print_settings(bool) {
 
 #define LAUNCH(kernel, grid, block, dynamic_bytes, ...)                           \
   if (planted) {                                                                  \
-    SIMT_LAUNCH(kernel<true>, grid, block, dynamic_bytes, nullptr, __VA_ARGS__);  \
+    SIMT_LAUNCH(kernel<true>, grid, block, dynamic_bytes, kStream, __VA_ARGS__);  \
   } else {                                                                        \
-    SIMT_LAUNCH(kernel<false>, grid, block, dynamic_bytes, nullptr, __VA_ARGS__); \
+    SIMT_LAUNCH(kernel<false>, grid, block, dynamic_bytes, kStream, __VA_ARGS__); \
   }
 
 void run_missing_barrier(bool planted) {
@@ -231,6 +242,12 @@ void run_deadlock(bool planted) {
   EXPECT_ALL(out, 1);
 }
 
+void run_divergent_shuffle(bool planted) {
+  std::vector<float> out(32);
+  LAUNCH(divergent_shuffle, 1, 32, 0, out.data());
+  EXPECT_ALL(out, 2);
+}
+
 void run_absent_lanes(bool planted) {
   std::vector<float> out(48);
   LAUNCH(absent_lanes, 1, 48, 0, out.data());
@@ -276,10 +293,43 @@ void run_static_and_dynamic_shared(bool planted) {
   EXPECT_ALL(out, 3);
 }
 
+void run_other_stream(bool planted) {
+  std::vector<float> out(32);
+  SIMT_LAUNCH(wrong_mask<false>, 1, 32, 0, planted ? nullptr : kStream, out.data());
+  EXPECT_ALL(out, 1);
+}
+
+// A kernel's limit set for a launch of its own, after a larger one.
+void run_lowered_limit(bool planted) {
+  for (const int bytes : {1024, planted ? 512 : 1024}) {
+    check(cudaFuncSetAttribute(dynamic_shared_overflow<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "cudaFuncSetAttribute");
+  }
+}
+
+struct ManyParameters {
+  float values[1025];
+};
+
+template <bool kPlanted>
+__global__ void many_parameters(const __grid_constant__ ManyParameters parameters, float* out) {
+  out[threadIdx.x] = parameters.values[threadIdx.x];
+}
+
+void run_many_parameters(bool planted) {
+  std::vector<float> out(32, 1.0f);
+  int driver = 0;
+  if (!planted) {
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  }
+  LAUNCH(many_parameters, 1, 32, 0, ManyParameters{}, out.data());
+  EXPECT_ALL(out, 0);
+}
+
 // More dynamic shared memory than a kernel has without asking for it.
 void run_ungranted_shared(bool planted) {
   std::vector<float> out(32);
-  SIMT_LAUNCH(dynamic_shared_overflow<false>, 1, 32, (48 << 10) + (planted ? 1 : 0), nullptr, out.data());
+  SIMT_LAUNCH(dynamic_shared_overflow<false>, 1, 32, (48 << 10) + (planted ? 1 : 0), kStream, out.data());
   EXPECT_ALL(out, 1);
 }
 
@@ -304,6 +354,7 @@ const Test kTests[] = {
     {"misaligned_vector", run_misaligned_vector},
     {"divergent_barrier", run_divergent_barrier},
     {"deadlock", run_deadlock},
+    {"divergent_shuffle", run_divergent_shuffle},
     {"absent_lanes", run_absent_lanes},
     {"wrong_mask", run_wrong_mask},
     {"missing_release", run_missing_release},
@@ -312,6 +363,9 @@ const Test kTests[] = {
     {"uninitialised_shared", run_uninitialised_shared},
     {"static_and_dynamic_shared", run_static_and_dynamic_shared},
     {"ungranted_shared", run_ungranted_shared},
+    {"other_stream", run_other_stream},
+    {"lowered_limit", run_lowered_limit},
+    {"many_parameters", run_many_parameters},
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 //   SIMT_SHARED_BYTES=n     shared memory that a block can have, 49152 by default
 //   SIMT_THREADS=n          threads that a block can have, 1024 by default
 //   SIMT_CACHE_BYTES=n      its second-level cache, 1048576 by default
+//   SIMT_DRIVER=n           its driver's version, 13000 by default
 //
 // What it can't tell: speed, bank conflicts, weak memory order (the host's is strong; ThreadSanitizer knows only what
 // is ordered by a barrier or an acquire), or what nvcc's optimiser does.
@@ -20,6 +21,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cuda_types.h"
 #include "engine.h"
@@ -109,27 +111,6 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {
   return simt::update_atomically(address, [=](T old) { return static_cast<T>(old + value); });
 }
 
-template <typename T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  return simt::update_atomically(address, [=](T old) { return old < value ? value : old; });
-}
-
-template <typename T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  return simt::update_atomically(address, [=](T old) { return value < old ? value : old; });
-}
-
-template <typename T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  return simt::update_atomically(address, [=](T) { return value; });
-}
-
-template <typename T>
-T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  __atomic_compare_exchange(address, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return expected;
-}
-
 // To ThreadSanitizer all fences are ordered, those of unrelated threads too: prefer runtime.cuh's acquire and release.
 SIMT_UNTRACKED inline void __threadfence() {
   static simt::Clock clock;
@@ -155,9 +136,6 @@ inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
 inline float __expf(float value) { return std::exp(value); }
 inline float __logf(float value) { return std::log(value); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float value) { return 1.0f / value; }
-inline float __fsqrt_rn(float value) { return std::sqrt(value); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 template <typename T>
 constexpr T min(T a, std::type_identity_t<T> b) {
@@ -209,7 +187,13 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 
 // ------------------------------------------------------------------------------------------------------------ runtime
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+namespace simt {
+inline thread_local cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t fail(cudaError_t error) { return last_error = error; }
+}  // namespace simt
+
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
@@ -248,16 +232,23 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : simt::fail(cudaErrorInvalidDevice); }
 
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t = nullptr) {
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = simt::driver_version = static_cast<int>(simt::setting("SIMT_DRIVER", 13000));
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream,
+                                   simt::At at = simt::At::current()) {
+  simt::check_stream(stream, "cudaMemsetAsync", at);
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) {
-    return cudaErrorInvalidDevice;
+    return simt::fail(cudaErrorInvalidDevice);
   }
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -284,24 +275,18 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrWarpSize:
       *value = warpSize;
       return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
   }
-  return cudaErrorInvalidValue;
+  return simt::fail(cudaErrorInvalidValue);
 }
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || static_cast<size_t>(value) > simt::shared_limit()) {
-      return cudaErrorInvalidValue;
-    }
-    simt::SharedMemoryGrants::instance().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value));
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value,
+                                 simt::At at = simt::At::current()) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > simt::shared_limit()) {
+    return simt::fail(cudaErrorInvalidValue);
   }
+  simt::SharedMemoryGrants::instance().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value), at);
   return cudaSuccess;
 }
 
