@@ -76,8 +76,8 @@ class PyTorchStochNorm2d(StochNorm2d):
     """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
 
     def _forward_training(self, input: Tensor) -> Tensor:
-        mask = self._draw_mask(input)
-        mean, variance, momentum = self._statistics_to_update()
+        mask = self._draw(input) < self.p
+        mean, variance, momentum = self._statistics_to_update(input.dtype)
         output = _InPyTorch.apply(input, self.weight, self.bias, mean, variance, mask, momentum, self.eps)
         self._finish_update(mean, variance)
         return output
@@ -90,10 +90,10 @@ class RecordingStochNorm2d(StochNorm2d):
         super().__init__(num_features, p=p, **options)
         self.masks: list[Tensor] = []
 
-    def _draw_mask(self, input: Tensor) -> Tensor:
-        mask = super()._draw_mask(input)
-        self.masks.append(mask)
-        return mask
+    def _draw(self, input: Tensor) -> Tensor:
+        draw = super()._draw(input)
+        self.masks.append(draw < self.p)
+        return draw
 
     def batch_share(self) -> float:
         """The share of channels that took the batch's statistics since the last call."""

@@ -1,5 +1,6 @@
 """The CUDA kernels, compiled by g++, serve the operation's own tests: plain, and under sanitizers."""
 
+import os
 import subprocess
 import sys
 
@@ -46,13 +47,25 @@ MANY_SLICES = {"SIMT_MULTIPROCESSORS": "64"}  # of a Gram matrix's columns
     ],
 )
 def test_kernels(operation, kind, tests, settings):
+    run(f"test_{operation}.py", kind, tests or SMALL[operation], settings)
+
+
+@pytest.mark.parametrize("operation", ["stoch_norm", "squared_distance", "spectral_tail"])
+def test_fuzzed_kernels(operation):
+    """In blocks and orders of threads that test_fuzz.py draws for every example."""
+    examples = os.environ.get("TALIB_FAST_FUZZ_EXAMPLES", "100")
+    run(f"test_fuzz.py::test_{operation}", "plain", "cpu", {"TALIB_FAST_FUZZ_EXAMPLES": examples})
+
+
+def run(tests, kind, chosen, settings):
+    """Some of a file's tests on the kernels of that kind of build."""
     if reason := simt_support.missing(kind):
         pytest.skip(reason)
     library = simt_support.build(kind) / "libtalib_fast_simt.so"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--library", library]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--library", library, "-k", chosen]
     environment = {**simt_support.sanitizer_environment(kind), "TALIB_FAST_BACKEND": "pytorch", **settings}
     done = subprocess.run(
-        [*command, "-k", tests or SMALL[operation], simt_support.ROOT / "tests" / f"test_{operation}.py"],
+        [*command, simt_support.ROOT / "tests" / tests],
         cwd=simt_support.ROOT, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

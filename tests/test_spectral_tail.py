@@ -331,6 +331,25 @@ def test_gradient_at_ties_is_a_projection(shape):
     torch.testing.assert_close(projector.trace(), torch.tensor(2.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e160, 1e300])
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 4)])
+def test_float64_that_can_not_be_squared(shape, create_graph, scale):
+    matrix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(spectral_tail(matrix, 2).sum(), matrix)
+    large = (matrix.detach() * scale).requires_grad_()
+    value = spectral_tail(large, 2)
+    assert (value == (0 if scale < 1 else torch.inf)).all()
+    (grad,) = torch.autograd.grad(value.sum(), large, create_graph=create_graph)
+    torch.testing.assert_close(grad / scale, expected)
+
+
+def test_one_number_near_the_largest():
+    matrix = torch.randn(2, 3, dtype=torch.float64)
+    matrix[0, 0] = torch.finfo(torch.float64).max
+    assert spectral_tail(matrix, 1).isfinite() and spectral_tail(matrix, 2) == torch.inf
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_rank_deficient_and_zero_matrices(rank):
     matrix = (torch.randn(5, rank) @ torch.randn(rank, 8)).requires_grad_()
@@ -412,6 +431,9 @@ def test_compiles_into_one_graph():
         (torch.ones(2, 3).long(), 1, TypeError, "got torch.int64"),
         (torch.ones(2, 3), 1.0, TypeError, r"expected an integer k, got 1\.0"),
         (torch.ones(2, 3), True, TypeError, "expected an integer k, got True"),
+        ([torch.ones(2, 3)] * 2, "1", TypeError, "expected an integer k, got '1'"),
+        ([[1.0]], 1, TypeError, "expected input 0 to be a tensor, got list"),
+        (torch.ones(2, 3).to_sparse(), 1, TypeError, "expected input to be a dense tensor, got torch.sparse_coo"),
         (torch.ones(3), 1, ValueError, r"expected input of shape \[\.\.\., b, f\], got \[3\]"),
         (torch.ones(2, 3), -1, ValueError, "got k = -1"),
     ],

@@ -383,6 +383,10 @@ def test_compiles_into_one_graph():
         (([torch.ones(2, 3)], None, [torch.ones(2)]), ValueError, r"weight 0 of shape \[3\].*got \[2\]"),
         (([torch.ones(2)], None, [torch.ones(2)]), ValueError, "channel_dim 1 is out of range"),
         (([torch.ones(2, 3)], None, [torch.ones(3, requires_grad=True)]), ValueError, "weights are constants"),
+        (([[1.0]],), TypeError, "expected target 0 to be a tensor, got list"),
+        (([torch.ones(2).to_sparse()],), TypeError, "expected target 0 to be a dense tensor, got torch.sparse_coo"),
+        (([torch.ones(2)], [[1.0, 1.0]]), TypeError, "expected source 0 to be a tensor, got list"),
+        (([torch.ones(2, 3)], None, None, 1.0), TypeError, r"expected an integer channel_dim, got 1\.0"),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):

@@ -200,6 +200,30 @@ class TestOperation:
             (dict(weight=torch.ones(5, 1)), ValueError, r"weight of shape \[5\].*got \[5, 1\]"),
             (dict(running_mean=torch.ones(5, device="meta")), ValueError, "running_mean on the input's device cpu"),
             (dict(input=torch.zeros(1, 5)), ValueError, r"more than 1 value per channel.*\[1, 5\]"),
+            (dict(input=[1.0]), TypeError, "expected input to be a tensor, got list"),
+            (
+                dict(input=torch.zeros(4, 5).to_sparse()),
+                TypeError,
+                "expected input to be a dense tensor, got torch.sparse",
+            ),
+            (dict(running_var=torch.ones(5).long()), TypeError, "expected a float16.*int64"),
+            (
+                dict(running_var=torch.ones(1).expand(5)),
+                ValueError,
+                "memory of its own for every channel of running_var",
+            ),
+            (dict(running_mean=torch._neg_view(torch.ones(5))), ValueError, "running_mean.*got the view of a negation"),
+            (dict(eps=-1e-5), ValueError, r"expected eps in \[0, 1.8e\+308\], got -1e-05"),
+            (dict(eps=float("inf")), ValueError, "expected eps in .*got inf"),
+            (dict(eps="1"), TypeError, "expected eps to be a number, got '1'"),
+            (dict(momentum=1.5), ValueError, r"expected momentum in \[0, 1\], got 1.5"),
+            (dict(momentum=None), TypeError, "expected momentum to be a number, got None"),
+            (dict(statistics=(torch.ones(5), torch.ones(4))), ValueError, r"expected invstd of shape \[5\].*got \[4\]"),
+            (
+                dict(statistics=(torch.ones(5).half(),) * 2),
+                TypeError,
+                "expected mean in torch.float64, got torch.float16",
+            ),
         ],
     )
     def test_bad_input_is_named(self, change, error, message):
@@ -340,6 +364,17 @@ class TestKernels:
         assert_near(args["running_mean"], mean, max(TOLERANCES[dtype], TOLERANCES[vectors]))
         assert_near(args["running_var"], var, max(TOLERANCES[dtype], TOLERANCES[vectors]))
 
+    @pytest.mark.parametrize("running", [torch.float16, torch.bfloat16])
+    def test_a_batch_s_statistics_that_a_running_one_s_dtype_can_not_hold(self, running, device):
+        args = inputs((6, 5, 9), torch.float32, device)
+        args["input"] = args["input"] * 1e4  # a variance of 4e8
+        for name in ("running_mean", "running_var"):
+            args[name] = args[name].to(running)
+        _, mean, var = oracle(**args, momentum=1e-5)
+        stoch_norm(**args, momentum=1e-5)
+        assert_near(args["running_mean"], mean, TOLERANCES[running])
+        assert_near(args["running_var"], var, TOLERANCES[running])
+
     def test_a_gradient_of_another_layout(self, device):
         args = inputs((4, 6, 5, 3), device=device)
         args["input"].requires_grad_()
@@ -385,6 +420,28 @@ class TestKernels:
                 output, _ = stoch_norm(x, zero.clone(), one.clone(), mask, one * factor, None, eps=0.0)
                 assert torch.equal(output, want)
 
+    @pytest.mark.parametrize("channels", [1, 2, 3, 8, 15, 16, 24, 33])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("count", [1, 133])  # images; rows are 35 in each: few, and an odd number of many
+    def test_rows_that_do_not_fill_vectors(self, channels, dtype, count, device):
+        args = inputs((count, channels, 7, 5), dtype, device)
+        args["input"] = layout(args["input"], "channels_last").requires_grad_()
+        grad = layout(torch.randn(count, channels, 7, 5, dtype=torch.float64).to(device, dtype), "channels_last")
+        exact = args["input"].detach().double().requires_grad_()
+        expected, mean, var = oracle(**{**args, "input": exact})
+        (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+        results = []
+        for _ in range(2):
+            fresh = {**args, "running_mean": args["running_mean"].clone(), "running_var": args["running_var"].clone()}
+            output, _ = stoch_norm(**fresh)
+            (got,) = torch.autograd.grad(output, args["input"], grad)
+            assert_near(output, expected, TOLERANCES[dtype])
+            assert_near(got, expected_grad, TOLERANCES[dtype] * 2)
+            assert_near(fresh["running_mean"], mean, TOLERANCES[dtype])
+            assert_near(fresh["running_var"], var, TOLERANCES[dtype])
+            results.append((output, got, fresh["running_mean"], fresh["running_var"]))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
 
 class TestLayer:
     @pytest.mark.parametrize("shape", SHAPES)
@@ -394,7 +451,7 @@ class TestLayer:
         torch.manual_seed(3)
         output = layer(x)
         torch.manual_seed(3)
-        mask = torch.empty(5, dtype=torch.bool, device=device).bernoulli_(0.5)
+        mask = torch.rand(5, device=device) < 0.5
         expected, mean, var = oracle(x, torch.zeros(5), torch.ones(5), mask, layer.weight, layer.bias)
         torch.testing.assert_close(output, expected.to(output))
         torch.testing.assert_close(layer.running_mean, mean.to(output))
@@ -404,20 +461,20 @@ class TestLayer:
     def test_p_is_the_probability_of_the_batch_statistics(self):
         layer = StochNorm2d(2000, p=0.3)
         layer(torch.randn(2, 2000, 1, 2))
-        mask = stochnorm._history[layer][0][0]
+        mask = stochnorm._history[layer][0][0] < layer.p
         assert 0.25 < mask.float().mean() < 0.35
 
     @pytest.mark.parametrize("p", [0, 1, 0.0, 1.0])
     def test_p_at_its_ends(self, p):
         layer = StochNorm1d(1000, p=p)
         layer(torch.randn(4, 1000))
-        assert (stochnorm._history[layer][0][0] == bool(p)).all()
+        assert ((stochnorm._history[layer][0][0] < layer.p) == bool(p)).all()
 
     def test_masks_are_drawn_per_channel_and_anew(self):
         layer = StochNorm2d(64)
         x = torch.randn(4, 64, 2, 2)
         layer(x), layer(x)
-        (second, *_), (first, *_) = stochnorm._history[layer]
+        second, first = (draw < layer.p for draw, *_ in stochnorm._history[layer])
         assert 0 < first.sum() < 64 and (first != second).any()
 
     @pytest.mark.parametrize("shape", SHAPES)
@@ -593,7 +650,7 @@ class TestFunctionTransforms:
             return functional_call(layer, (parameters, buffers), (x,)).pow(3).sum()
 
         torch.manual_seed(1)
-        mask = torch.full((4,), 0.5).bernoulli().bool()
+        mask = torch.rand(4) < 0.5
         gradients = grad(loss)(parameters, buffers)
         output, _ = stoch_norm(x, layer.running_mean.clone(), layer.running_var.clone(), mask, layer.weight, layer.bias)
         output.pow(3).sum().backward()
@@ -633,6 +690,11 @@ class TestConvertModel:
                 losses.append(loss)
             torch.testing.assert_close(*losses)
         torch.testing.assert_close(*[dict(net.state_dict()) for net in nets], rtol=1e-4, atol=1e-5)
+
+    def test_a_stochastic_norm_gets_the_new_p(self):
+        net = nn.Sequential(StochNorm2d(3), SyncStochNorm(3), nn.BatchNorm2d(3))
+        assert [layer.p for layer in convert_model(net, 0.9)] == [0.9] * 3
+        assert [type(layer) for layer in net] == [StochNorm2d, SyncStochNorm, StochNorm2d]
 
     def test_warns_where_there_is_nothing_to_convert(self):
         with pytest.warns(UserWarning, match="found no batch norm"):
@@ -713,16 +775,55 @@ class TestUpstreamFaults:
             torch.testing.assert_close(a.grad, b.grad)
         torch.testing.assert_close(dict(plain.state_dict()), dict(kept.state_dict()))
 
-    def test_activation_checkpointing_of_a_layer_called_twice(self):
-        net = nn.Sequential(nn.Linear(6, 32), StochNorm1d(32), nn.Linear(32, 6))
+    @pytest.mark.parametrize(("p", "channels", "passes"), [(0.5, 32, 2), (0.0, 4, 2), (1.0, 4, 2), (0.5, 2, 16)])
+    def test_activation_checkpointing_of_a_layer_called_again(self, p, channels, passes, device):
+        net = nn.Sequential(nn.Linear(6, channels), StochNorm1d(channels, p=p), nn.Linear(channels, 6)).to(device)
         twin = copy.deepcopy(net)
-        views = torch.randn(2, 16, 6)
+        views = torch.randn(passes, 16, 6, device=device)
         torch.manual_seed(1)
         sum(net(view).square().sum() for view in views).backward()
         torch.manual_seed(1)
         sum(checkpoint(twin, view, use_reentrant=False).square().sum() for view in views).backward()
         for a, b in zip(net.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(dict(net.state_dict()), dict(twin.state_dict()))
+
+    @pytest.mark.parametrize(("passes", "preserve_rng_state"), [(17, True), (1, False)])
+    def test_checkpointing_that_cannot_be_repeated_is_no_silent_error(self, passes, preserve_rng_state, device):
+        layer = StochNorm1d(4).to(device)
+        x = torch.randn(passes, 8, 4, device=device, requires_grad=True)
+        options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        loss = sum(checkpoint(layer, view, **options).square().sum() for view in x)
+        if device.type == "cpu":
+            with pytest.raises(RuntimeError, match="repeats none of its last"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert x.grad[0].isnan().any()
+
+    @pytest.mark.parametrize("first", [torch.float64, torch.bfloat16])
+    def test_checkpointing_after_the_layer_took_another_dtype(self, first):
+        layer = StochNorm1d(4).to(first)
+        layer(torch.randn(8, 4, dtype=first))
+        layer.float()
+        checkpoint(layer, torch.randn(8, 4, requires_grad=True), use_reentrant=False).sum().backward()
+        assert layer.weight.grad.isfinite().all()
+
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_half_precision_statistics_of_large_values_do_not_overflow_on_the_way(self, momentum):
+        layer, expected = StochNorm2d(4, momentum=momentum).half(), nn.BatchNorm2d(4, momentum=momentum)
+        for scale in (1, 1, 1, 400):  # a variance that float16 can't hold, and averages that it can
+            x = scale * torch.randn(4, 4, 8, 8)
+            layer(x.half()), expected(x)
+        torch.testing.assert_close(layer.running_var.float(), expected.running_var, rtol=5e-3, atol=0)
+
+    def test_statistics_that_are_not_tracked_any_more_are_used_and_stay(self):
+        layer = StochNorm1d(4, p=0.0)
+        layer.track_running_stats = False
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.randn(8, 4)
+        torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
+        torch.testing.assert_close(layer.state_dict(), before)
 
     def test_fault_5d_input_raised(self):
         assert StochNorm3d(3)(torch.randn(2, 3, 2, 2, 2)).shape == (2, 3, 2, 2, 2)
@@ -833,8 +934,8 @@ def _train_a_rank(rank, folder, shares, track, momentum):
         loss.backward()
         outputs.append(loss.detach()), grads.append(mine.grad)
     torch.distributed.all_reduce(layer.weight.grad)
-    masks = [mask for mask, *_ in reversed(stochnorm._history.get(layer, []))]
-    torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), masks), f"{folder}/{rank}.pt")
+    draws = [draw for draw, *_ in reversed(stochnorm._history.get(layer, []))]
+    torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), draws), f"{folder}/{rank}.pt")
 
 
 @needs_gloo
@@ -850,8 +951,8 @@ def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tm
     spawn_ranks(len(shares), _train_a_rank, tmp_path, shares, track, momentum)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
     alone = StochNorm1d(6, momentum=momentum, track_running_stats=track).double()
-    masks = iter(ranks[0][4])
-    alone._draw_mask = lambda _: next(masks)
+    draws = iter(ranks[0][4])
+    alone._draw = lambda _: next(draws)
     for step, (x, target) in enumerate(data):
         x.requires_grad_()
         loss = (alone(x) * target).pow(2).sum()

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ..ops.stoch_norm import Statistics, check_count, stoch_norm_unchecked
+from ..ops.library import accumulation_dtype
+from ..ops.stoch_norm import Statistics, check_count, move, stoch_norm_unchecked
 
 __all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model", "convert_sync"]
 
-# What the latest forward passes of each layer normalised with, the newest first: (mask, mean, invstd).
+# What the latest forward passes of each layer drew and normalised with, the newest first: (draw, mean, invstd).
 _history: "weakref.WeakKeyDictionary[nn.Module, deque[tuple[Tensor, Tensor, Tensor]]]" = weakref.WeakKeyDictionary()
-_HISTORY_LENGTH = 4
+_HISTORY_LENGTH = 16
 
 
 def _recomputing() -> bool:
@@ -30,29 +31,42 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _remember(layer: nn.Module, mask: Tensor, statistics: Statistics) -> None:
+def _remember(layer: nn.Module, draw: Tensor, statistics: Statistics) -> None:
     if _traced():
         return
     history = _history.get(layer)
-    if history is None:
+    if history is None or (history[0][1].dtype, history[0][1].device) != (statistics[0].dtype, draw.device):
         history = _history[layer] = deque(maxlen=_HISTORY_LENGTH)
-    history.appendleft((mask, *statistics))
+    history.appendleft((draw, *statistics))
 
 
-def _recall(layer: nn.Module, mask: Tensor) -> tuple[Tensor, Statistics] | None:
-    """The mask and statistics of the forward pass that drew ``mask``; the newest one's if none is found.
+def _recall(layer: nn.Module, draw: Tensor) -> Statistics | None:
+    """The statistics of the forward pass that drew ``draw``; None if the layer has had none.
 
     The running statistics have moved on since the forward pass that is repeated, so they can't be read again. Several
-    passes may lie between when a layer is called more than once a step; the mask, which the restored generator
-    draws again, tells them apart, on the device, without a sync.
+    passes may lie between when a layer is called more than once a step; the draw, which the restored generator
+    repeats, tells them apart, on the device, without a sync.
+
+    Raises:
+        RuntimeError: there is no such pass. On other devices than the CPU, which would have to be waited for, the
+            statistics are NaN instead.
     """
     history = _history.get(layer)
     if not history:
         return None
-    masks, means, invstds = (torch.stack(column) for column in zip(*history, strict=True))
-    found = (masks == mask).all(1).to(torch.uint8).argmax(0, keepdim=True)
-    mask, mean, invstd = (column.index_select(0, found)[0] for column in (masks, means, invstds))
-    return mask, (mean, invstd)
+    draws, means, invstds = (torch.stack(column) for column in zip(*history, strict=True))
+    matches = (draws == draw).all(1)
+    if draw.device.type == "cpu" and not matches.any():
+        raise RuntimeError(
+            f"{type(layer).__name__} runs inside a backward pass, but repeats none of its last {len(history)} forward "
+            f"passes: activation checkpointing needs preserve_rng_state=True, and at most {_HISTORY_LENGTH} passes of "
+            "a layer between a forward pass and its backward pass"
+        )
+    found = matches.to(torch.uint8).argmax(0, keepdim=True)
+    mean, invstd = (
+        torch.where(matches.any(), column.index_select(0, found)[0], torch.nan) for column in (means, invstds)
+    )
+    return mean, invstd
 
 
 def _probability(p: Any) -> float:
@@ -101,23 +115,26 @@ class _StochNorm(_NormBase):
                 f"got input of shape {list(input.shape)}"
             )
 
-    def _draw_mask(self, input: Tensor) -> Tensor:
-        if torch._C._are_functorch_transforms_active():  # vmap draws for every member, but not in place
-            return torch.full((self.num_features,), self.p, device=input.device).bernoulli().bool()
-        return torch.empty(self.num_features, dtype=torch.bool, device=input.device).bernoulli_(self.p)
+    def _draw(self, input: Tensor) -> Tensor:
+        """A number in [0, 1) for each channel, which takes the batch's statistics where it is below p."""
+        return torch.rand(self.num_features, device=input.device)
 
-    def _statistics_to_update(self) -> tuple[Tensor, Tensor, float]:
+    def _statistics_to_update(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         """The running mean and variance that the operation moves, and its momentum."""
+        if not self.track_running_stats:  # switched off after construction: they are used, and stay
+            return self.running_mean.clone(), self.running_var.clone(), 0.0
         if self.momentum is None:  # it moves copies all the way to the batch's; _finish_update averages on the device
-            return self.running_mean.clone(), self.running_var.clone(), 1.0
+            return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True), 1.0
         return self.running_mean, self.running_var, self.momentum
 
     def _finish_update(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
         self.num_batches_tracked.add_(1)
         if self.momentum is None:
             share = self.num_batches_tracked.reciprocal().to(mean.dtype)
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance, share)
+            for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+                running.copy_(running.to(batch.dtype).lerp(batch, share))
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
@@ -130,20 +147,20 @@ class _StochNorm(_NormBase):
 
     def _forward_training(self, input: Tensor) -> Tensor:
         check_count(input)
-        mask = self._draw_mask(input)
-        recalled = _recall(self, mask) if _recomputing() else None
+        draw = self._draw(input)
+        mask = draw < self.p
+        recalled = _recall(self, draw) if _recomputing() else None
         if recalled is not None:
-            mask, statistics = recalled
             return stoch_norm_unchecked(
-                input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, statistics
+                input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, recalled
             )[0]
-        mean, variance, momentum = self._statistics_to_update()
+        mean, variance, momentum = self._statistics_to_update(accumulation_dtype(input))
         output, statistics = stoch_norm_unchecked(
             input, mean, variance, mask, self.weight, self.bias, momentum, self.eps, None
         )
         if input.numel():
             self._finish_update(mean, variance)
-        _remember(self, mask, statistics)
+        _remember(self, draw, statistics)
         return output
 
 
@@ -157,7 +174,7 @@ class StochNorm1d(_StochNorm):
     <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`_.
 
     Activation checkpointing repeats what the forward pass did and moves the running statistics once, as long as a
-    layer is called at most four times between its forward pass and its backward pass.
+    layer is called at most sixteen times between its forward pass and its backward pass.
 
     Args:
         num_features: number of channels C.
@@ -171,6 +188,8 @@ class StochNorm1d(_StochNorm):
         ValueError: p is out of range; the input's rank or channel count does not fit; in training a channel has
             only one value.
         TypeError: the input is not floating point.
+        RuntimeError: a forward pass inside a backward pass repeats none of the last sixteen. On a GPU, which is not
+            waited for, the output is NaN instead.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -249,8 +268,8 @@ class SyncStochNorm(_StochNorm):
             return self._forward_synchronized(input)
         return super().forward(input)
 
-    def _joined(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's mask.
+    def _joined(self, values: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's draw.
 
         All in one collective: a sum over the ranks of tables in which each rank has filled its own row.
         """
@@ -258,25 +277,26 @@ class SyncStochNorm(_StochNorm):
         count = values.numel() // self.num_features
         mean = values.sum(dims) / max(count, 1)
         squares = (values - mean.view(shape)).square().sum(dims)
-        row = torch.cat([mean, squares, mask.to(values.dtype), values.new_full((1,), count)])
+        row = torch.cat([mean, squares, draw.to(values.dtype), values.new_full((1,), count)])
         rank, world_size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
         table = _AllReduce.apply(F.pad(row[None], (0, 0, rank, world_size - 1 - rank)), self.process_group)
-        means, squares, masks, counts = table.split([self.num_features, self.num_features, len(mask), 1], dim=1)
+        means, squares, draws, counts = table.split([self.num_features, self.num_features, len(draw), 1], dim=1)
         counts = counts.detach()
         total = counts.sum().clamp_min(1)
         mean = (counts * means).sum(0) / total
         variance = (squares + counts * (means - mean).square()).sum(0) / total
-        return mean, variance, total, masks[0].bool()
+        return mean, variance, total, draws[0].detach().to(draw.dtype)
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
-        values = input if input.dtype == torch.float64 else input.float()
+        values = input.to(accumulation_dtype(input))
         tracked = self.running_mean is not None
-        mean, variance, count, mask = self._joined(values, self._draw_mask(input) if tracked else values.new_empty(0))
+        mean, variance, count, draw = self._joined(values, self._draw(input) if tracked else values.new_empty(0))
         invstd = (variance + self.eps).rsqrt()
         if tracked:
-            recalled = _recall(self, mask) if _recomputing() else None
+            mask = draw < self.p
+            recalled = _recall(self, draw) if _recomputing() else None
             if recalled is not None:
-                mask, (running_mean, running_invstd) = recalled
+                running_mean, running_invstd = recalled
             else:
                 running_mean = self.running_mean.to(mean.dtype, copy=True)
                 running_invstd = (self.running_var.to(mean.dtype) + self.eps).rsqrt()
@@ -284,7 +304,7 @@ class SyncStochNorm(_StochNorm):
             mean = torch.where(mask, mean, running_mean)
             invstd = torch.where(mask, invstd, running_invstd)
             if recalled is None:
-                _remember(self, mask, (mean.detach(), invstd.detach()))
+                _remember(self, draw, (mean.detach(), invstd.detach()))
         shape = [-1] + [1] * (input.dim() - 2)
         scale = invstd if self.weight is None else invstd * self.weight
         output = (values - mean.view(shape)) * scale.view(shape)
@@ -294,9 +314,9 @@ class SyncStochNorm(_StochNorm):
 
     @torch.no_grad()
     def _update(self, batch_mean: Tensor, batch_variance: Tensor) -> None:
-        mean, variance, momentum = self._statistics_to_update()
-        mean.lerp_(batch_mean.to(mean.dtype), momentum)
-        variance.lerp_(batch_variance.to(variance.dtype), momentum)
+        mean, variance, momentum = self._statistics_to_update(batch_mean.dtype)
+        move(mean, batch_mean, momentum)
+        move(variance, batch_variance, momentum)
         self._finish_update(mean, variance)
 
 
@@ -313,7 +333,9 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
 
     The layers stay the objects they are and change their class, so everything about them stays too: parameters
     and buffers, ``training``, ``requires_grad``, hooks, and that a layer is shared. ``nn.SyncBatchNorm`` becomes
-    :class:`SyncStochNorm`. Subclasses of a batch norm may do more than normalise: they are left alone, with a warning.
+    :class:`SyncStochNorm`, and a stochastic norm gets ``p``. Subclasses of a batch norm may do more than normalise:
+    they are left alone, with a warning. A stochastic norm is no ``_BatchNorm`` to code that looks for those, as
+    ``torch.optim.swa_utils.update_bn`` does.
 
     Args:
         module: the model, or a single layer. Convert a ``copy.deepcopy`` to keep the original.
@@ -330,8 +352,8 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     p = _probability(p)
     converted, left = 0, {}
     for name, layer in module.named_modules():
-        if type(layer) in _COUNTERPARTS:
-            layer.__class__ = _COUNTERPARTS[type(layer)]
+        if type(layer) in (*_COUNTERPARTS, *_COUNTERPARTS.values()):
+            layer.__class__ = _COUNTERPARTS.get(type(layer), type(layer))
             layer.p = p
             converted += 1
         elif isinstance(layer, _BatchNorm):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, check_floats, define
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -37,9 +37,18 @@ def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    triangle = torch.linalg.qr(matrix.mT, mode="r").R
+    scale = _magnitude(matrix)  # what LAPACK multiplies must not overflow
+    triangle = torch.linalg.qr((matrix / scale).mT, mode="r").R
     _, singular_values, vectors_h = torch.linalg.svd(triangle, full_matrices=False)
-    return singular_values.square().flip(-1), vectors_h.mT.flip(-1)
+    return (singular_values * scale[..., 0]).square().flip(-1), vectors_h.mT.flip(-1)
+
+
+def _magnitude(matrix: Tensor) -> Tensor:
+    """A power of two near each matrix's largest number, ``[..., 1, 1]``, or 1 for a matrix of zeros."""
+    if 0 in matrix.shape:
+        return matrix.new_ones(*matrix.shape[:-2], 1, 1)
+    exponent = torch.frexp(matrix.abs().amax((-2, -1), keepdim=True)).exponent
+    return torch.pow(2.0, exponent.clamp(-1000, 1000).to(matrix.dtype))
 
 
 def _by_the_others(short_side: int, k: int) -> bool:
@@ -212,7 +221,8 @@ class _SpectralTail(Function):
 
 def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     matrix = _short_side_first(_in_float64(input))
-    projection = _TailProjector.apply(matrix @ matrix.mT, k)[0] @ matrix
+    scaled = matrix / _magnitude(matrix.detach())  # the projector is the same, and no square overflows
+    projection = _TailProjector.apply(scaled @ scaled.mT, k)[0] @ matrix
     if input.size(-2) > input.size(-1):
         projection = projection.mT
     return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
@@ -220,7 +230,7 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
 
 def _checked(input: Tensor, k: Any, name: str) -> int:
     """``k`` itself, if it suits the input."""
-    accumulation_dtype(input)
+    check_floats(input, name)
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"expected an integer k, got {k!r}")
     if input.dim() < 2:
@@ -256,7 +266,7 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
         ``[...]``, float32 (float64 for float64 input); for several tensors a tuple of them.
 
     Raises:
-        TypeError: an input is not floating point, or ``k`` is not an integer.
+        TypeError: an input is not dense or not floating point, or ``k`` is not an integer.
         ValueError: an input has fewer than two dimensions, or ``k`` is out of range, or there is not one for each
             input, or the inputs are on several devices.
     """
@@ -266,7 +276,7 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
             return spectral_tail(input.flatten(0, -3), number).view(input.shape[:-2])
         return _SpectralTail.apply([number], input)[0]
     inputs = list(input)
-    numbers = list(k) if isinstance(k, Sequence) else [k] * len(inputs)
+    numbers = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k] * len(inputs)
     if len(numbers) != len(inputs):
         raise ValueError(f"expected one k, or {len(inputs)}, one per input, got {len(numbers)}")
     for j, (tensor, number) in enumerate(zip(inputs, numbers, strict=True)):

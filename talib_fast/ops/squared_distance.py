@@ -6,10 +6,11 @@ The gradient is w·(t − s), in t alone: sources and weights are constants.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, check_floats, define
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -163,12 +164,15 @@ def squared_distance(
         The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient and are there for logging.
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not dense or not floating point, or ``channel_dim`` is not an integer.
         ValueError: lengths, shapes or devices do not fit, or a weight requires a gradient.
     """
     targets = list(targets)
     if not targets:
         return torch.zeros(()), torch.zeros(0)
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, (int, np.integer)):
+        raise TypeError(f"expected an integer channel_dim, got {channel_dim!r}")
+    check_floats(targets[0], "target 0")
     device = targets[0].device
     for name, others in (("sources", sources), ("weights", weights)):
         if others is not None and len(others) != len(targets):
@@ -179,7 +183,7 @@ def squared_distance(
         for name, tensor in (("target", target), ("source", source), ("weight", weight)):
             if tensor is None:
                 continue
-            accumulation_dtype(tensor)
+            check_floats(tensor, f"{name} {j}")
             if tensor.device != device:
                 raise ValueError(f"expected {name} {j} on {device}, the first target's device, got {tensor.device}")
         if source is not None and source.shape != target.shape:
@@ -188,15 +192,20 @@ def squared_distance(
             )
         if weight is not None:
             if not -target.dim() <= channel_dim < target.dim():
-                raise ValueError(f"channel_dim {channel_dim} is out of range for target {j} {list(target.shape)}")
+                raise ValueError(
+                    f"channel_dim {channel_dim} is out of range: expected a dimension of target {j}, "
+                    f"got one of shape {list(target.shape)}"
+                )
             if weight.shape != (target.size(channel_dim),):
                 raise ValueError(
                     f"expected weight {j} of shape [{target.size(channel_dim)}], one value per channel of target "
                     f"{list(target.shape)} along dimension {channel_dim}, got {list(weight.shape)}"
                 )
             if weight.requires_grad:
-                raise ValueError(f"weight {j} requires a gradient, but weights are constants: detach it")
+                raise ValueError(
+                    f"expected weight {j} detached, got one that requires a gradient: weights are constants"
+                )
     tensors = [*targets, *(source.detach() for source in sources or ()), *(weights or ())]
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return _SquaredDistance.apply(channel_dim, len(targets), len(sources or ()), *tensors)
+    return _SquaredDistance.apply(int(channel_dim), len(targets), len(sources or ()), *tensors)

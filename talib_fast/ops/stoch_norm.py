@@ -9,12 +9,14 @@ With mask s, batch mean and biased variance (μ, v) and running statistics (m, q
 A channel with s = 0 differentiates through no statistic: its dx needs no reduction.
 """
 
+import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, check_floats, define
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -56,6 +58,16 @@ def _gradients(
     return (dy - through_statistics) * _per_channel(scale, input), dweight, dbias
 
 
+def move(running: Tensor, batch: Tensor, share: float) -> None:
+    """Move a running statistic by that share towards the batch's, in place."""
+    if running.dtype == batch.dtype:
+        running.lerp_(batch, share)
+        return
+    # the batch's may be too large for the running statistic's dtype, but not that share of it
+    wide = torch.promote_types(running.dtype, batch.dtype)
+    running.copy_(running.to(wide).lerp(batch.to(wide), share))
+
+
 def _forward(
     input: Tensor,
     weight: Tensor | None,
@@ -73,8 +85,8 @@ def _forward(
     mean = torch.where(mask, batch_mean, mean)
     invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
     n = input.numel() // input.size(1)
-    running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((batch_variance * (n / max(n - 1, 1))).to(running_var.dtype), momentum)
+    move(running_mean, batch_mean, momentum)
+    move(running_var, batch_variance * (n / max(n - 1, 1)), momentum)
     return _normalize(input, mean, invstd, weight, bias), mean, invstd
 
 
@@ -179,6 +191,13 @@ class _StochNorm(Function):
         return (output.unflatten(1, members), mean.unflatten(0, members), invstd.unflatten(0, members)), (1, 0, 0)
 
 
+def _check_number(name: str, number: Any, most: float) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
+        raise TypeError(f"expected {name} to be a number, got {number!r}")
+    if not 0 <= number <= most:
+        raise ValueError(f"expected {name} in [0, {most:.3g}], got {number}")
+
+
 def check_count(input: Tensor) -> None:
     """Raise ValueError if a channel has only one value, which has no variance."""
     if input.numel() == input.size(1) != 0:
@@ -212,8 +231,8 @@ def stoch_norm(
         running_mean, running_var: ``[C]``, updated in place.
         mask: ``[C]``, bool; True takes the batch's statistics.
         weight, bias: ``[C]`` or None.
-        momentum: share of the batch in the new running statistics.
-        eps: added to the variance.
+        momentum: share of the batch in the new running statistics, in [0, 1].
+        eps: added to the variance, finite and at least 0.
         statistics: ``(mean, invstd)`` as an earlier call returned them: normalise with these instead, and leave the
             running statistics alone. It is how a recomputation repeats what the forward pass did.
 
@@ -221,25 +240,34 @@ def stoch_norm(
         The output, of the input's shape and dtype, and the ``(mean, invstd)`` it was normalised with, each ``[C]``.
 
     Raises:
-        TypeError: ``input`` is not floating point, or ``mask`` is not bool.
-        ValueError: a shape or device does not fit, a channel has only one value, or running statistics are not mapped
-            over where other operands are.
+        TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, ``momentum`` or ``eps`` is no
+            number, or ``statistics`` have another dtype than a call on this input returns.
+        ValueError: a shape or device does not fit, ``momentum`` or ``eps`` is out of range, a channel has only one
+            value, channels share their running statistics' memory, or running statistics are not mapped over where
+            other operands are.
     """
-    accumulation_dtype(input)
+    check_floats(input, "input")
     if input.dim() < 2:
         raise ValueError(f"expected input of shape [N, C, *], got {list(input.shape)}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"expected a bool mask, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"expected a bool mask, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+    _check_number("momentum", momentum, 1)
+    _check_number("eps", eps, sys.float_info.max)
+    mean, invstd = (None, None) if statistics is None else statistics
     shape, device = (input.size(1),), input.device
     for name, vector in (
+        ("mask", mask),
         ("running_mean", running_mean),
         ("running_var", running_var),
-        ("mask", mask),
         ("weight", weight),
         ("bias", bias),
+        ("mean", mean),
+        ("invstd", invstd),
     ):
         if vector is None:
             continue
+        if vector is not mask:
+            check_floats(vector, name)
         if vector.shape != shape:
             raise ValueError(
                 f"expected {name} of shape {list(shape)} for input of shape {list(input.shape)}, "
@@ -247,6 +275,14 @@ def stoch_norm(
             )
         if vector.device != device:
             raise ValueError(f"expected {name} on the input's device {device}, got {vector.device}")
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running.size(0) > 1 and running.stride(0) == 0:
+            raise ValueError(f"expected memory of its own for every channel of {name}, got a stride of 0")
+        if running.is_neg():  # which PyTorch can't hand to an operator that writes
+            raise ValueError(f"expected {name} as it is in memory, got the view of a negation: resolve_neg() it")
+    for name, statistic in (("mean", mean), ("invstd", invstd)):
+        if statistic is not None and statistic.dtype != accumulation_dtype(input):
+            raise TypeError(f"expected {name} in {accumulation_dtype(input)}, got {statistic.dtype}")
     check_count(input)
     return stoch_norm_unchecked(input, running_mean, running_var, mask, weight, bias, momentum, eps, statistics)
 
