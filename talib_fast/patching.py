@@ -215,7 +215,7 @@ def patch(
             as it is.
 
     Returns:
-        What was replaced by what, by dotted names: of the library's attributes, or of the model's layers.
+        What was replaced by what, by the dotted names of the library's attributes or of the model's layers.
 
     Raises:
         ImportError: none of the methods' modules is there, or one fails to be imported.

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from classifier_support import assert_trains_alike_in_low_precision, with_workers
+from compiler_support import needs_inductor
 from harness import OperatorCalls
 from rank_support import needs_gloo, spawn_ranks
 from torch import nn
@@ -138,6 +140,7 @@ def test_signatures_are_the_contracts():
         ("T", 0.07),
         ("key_buffers", "own"),
         ("check_labels", False),
+        ("process_group", None),
     ]
     assert list(inspect.signature(BiTuning.forward).parameters) == ["self", "im_q", "im_k", "labels"]
     assert Bituning is BiTuning
@@ -194,9 +197,9 @@ def test_classifier_state_dict_and_pool_layer():
     torch.testing.assert_close(model(x)[0], model.head(model.backbone(x).amax((2, 3))))
 
 
-@pytest.mark.parametrize("dimension", [0, -1])
+@pytest.mark.parametrize("dimension", [0, -1, 2.0])
 def test_classifier_with_a_bad_projection(dimension):
-    with pytest.raises(ValueError, match=rf"projection_dim >= 1, got {dimension}"):
+    with pytest.raises(ValueError, match=rf"projection_dim to be a positive integer, got {dimension}"):
         Classifier(Backbone(), CLASSES, dimension)
 
 
@@ -576,7 +579,7 @@ def train(model, forward, steps):
     return loss
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
 def test_fault_compiled_training_took_gradients_with_the_queue_after_the_batch(backend):
     model = make()
     twin, steps = copy.deepcopy(model), [step_inputs() for _ in range(3)]
@@ -636,7 +639,8 @@ def test_labels_on_the_device_are_checked_on_request(device):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"K": 0}, r"queue length K >= 1, got 0"),
+        ({"K": 0}, r"K, the queue length, to be a positive integer, got 0"),
+        ({"K": 4.0}, r"K, the queue length, to be a positive integer, got 4.0"),
         ({"m": 1.5}, r"momentum m in \[0, 1\], got 1.5"),
         ({"m": -0.1}, r"momentum m in \[0, 1\], got -0.1"),
         ({"m": math.nan}, r"momentum m in \[0, 1\], got nan"),
@@ -650,6 +654,21 @@ def test_bad_options(options, message):
         BiTuning(encoder(), encoder(), CLASSES, **options)
 
 
+@pytest.mark.parametrize("option, name", [("m", "momentum m"), ("T", "temperature T")])
+def test_options_that_are_no_numbers(option, name):
+    with pytest.raises(TypeError, match=rf"a number as {name}, got 'x'"):
+        BiTuning(encoder(), encoder(), CLASSES, **{option: "x"})
+
+
+def test_encoders_that_share_parameters():
+    one, other = encoder(), encoder()
+    other.backbone = one.backbone
+    name = next(iter(dict(one.named_parameters())))
+    with pytest.raises(ValueError, match=rf"share no parameter, but '{name}' is in both"):
+        BiTuning(one, other, CLASSES)
+    assert all(parameter.requires_grad for parameter in (*one.parameters(), *other.parameters()))
+
+
 def test_bad_encoders():
     one = encoder()
     with pytest.raises(ValueError, match=r"two encoders, got the same module twice"):
@@ -660,6 +679,10 @@ def test_bad_encoders():
         BiTuning(one, encoder(classes=5), CLASSES)
     with pytest.raises(ValueError, match=r"num_classes = 4, the encoder's, got 5"):
         BiTuning(one, encoder(), 5)
+    with pytest.raises(TypeError, match=r"encoder_q to be a bi_tuning\.Classifier, got Linear without num_classes"):
+        BiTuning(nn.Linear(3, 3), one, CLASSES)
+    with pytest.raises(TypeError, match=r"encoder_k to be a torch\.nn\.Module, got str"):
+        BiTuning(one, "x", CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -703,7 +726,12 @@ def train_a_rank(rank, folder):
     torch.manual_seed(rank)
     model = make(m=0.5, T=0.5).double()
     train(model, DistributedDataParallel(model), rank_batches(rank))
-    torch.save((bare.state_dict(), model.state_dict()), f"{folder}/{rank}.pt")
+    groups = [dist.new_group([member]) for member in range(RANKS)]
+    torch.manual_seed(0)
+    alone = make(m=0.5, T=0.5, process_group=groups[rank]).double()
+    for inputs in rank_batches(rank):
+        alone(*inputs)
+    torch.save((bare.state_dict(), model.state_dict(), alone.state_dict()), f"{folder}/{rank}.pt")
 
 
 @needs_gloo
@@ -722,6 +750,10 @@ def test_fault_rank_0s_queue_overwrote_the_others(tmp_path):
     train(trained, trained, joined)
     for rank in range(RANKS):
         states = torch.load(tmp_path / f"{rank}.pt")
-        for state, model in zip(states, (bare, trained), strict=True):
+        torch.manual_seed(0)
+        alone = make(m=0.5, T=0.5).double()  # in a group of its own
+        for inputs in rank_batches(rank):
+            alone(*inputs)
+        for state, model in zip(states, (bare, trained, alone), strict=True):
             for name, tensor in model.state_dict().items():
                 torch.testing.assert_close(state[name], tensor, rtol=1e-9, atol=1e-9)

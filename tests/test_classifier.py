@@ -152,8 +152,14 @@ def test_autocast_and_half_precision(device):
     torch.testing.assert_close(halved.float(), exact, atol=0.05, rtol=0.05)
 
 
-def test_numpy_integer_as_number_of_classes():
+def test_numpy_integers_as_sizes():
     assert Classifier(Backbone(), np.int64(5)).eval()(images()).shape == (4, 5)
+    backbone = Backbone()
+    backbone.out_features = np.int64(6)
+    model = Classifier(backbone, 5, bottleneck(), np.int32(2))
+    assert model.eval()(images()).shape == (4, 5) and type(model.features_dim) is int
+    with pytest.raises(ValueError, match=r"head with in_features = 6, got 7"):
+        Classifier(backbone, 5, head=nn.Linear(7, 5))
 
 
 @pytest.mark.parametrize("num_classes", [0, -3, 2.0, True, "5", None])
@@ -162,9 +168,9 @@ def test_bad_number_of_classes(num_classes):
         Classifier(Backbone(), num_classes)
 
 
-@pytest.mark.parametrize("dimension", [-1, 0, None])
+@pytest.mark.parametrize("dimension", [-1, 0, None, 2.0, "2"])
 def test_bottleneck_without_its_dimension(dimension):
-    with pytest.raises(ValueError, match=rf"bottleneck_dim.* >= 1, got {dimension}"):
+    with pytest.raises(ValueError, match=rf"bottleneck_dim, .*, to be a positive integer, got {dimension!r}"):
         Classifier(Backbone(), 5, bottleneck(), dimension)
 
 
@@ -173,12 +179,18 @@ def test_backbone_is_no_module():
         Classifier(images, 5)
 
 
-@pytest.mark.parametrize("out_features", [None, "6"])
+@pytest.mark.parametrize("part", ["bottleneck", "pool_layer", "head"])
+def test_part_is_no_module(part):
+    with pytest.raises(TypeError, match=rf"{part} to be a torch.nn.Module, got str"):
+        Classifier(Backbone(), 5, bottleneck_dim=2, **{part: "x"})
+
+
+@pytest.mark.parametrize("out_features", [None, "6", 6.0])
 def test_backbone_does_not_say_how_many_features(out_features):
     backbone = nn.Conv2d(3, 6, 3)
     if out_features:
         backbone.out_features = out_features
-    with pytest.raises(ValueError, match=rf"integer out_features.*Conv2d has '{out_features or 'none'}'"):
+    with pytest.raises(ValueError, match=rf"integer out_features.*Conv2d has {out_features or 'none'!r}"):
         Classifier(backbone, 5)
 
 

@@ -89,6 +89,7 @@ def test_signatures_are_the_contracts():
         ("method", "direct"),
         ("temperature", 1.0),
         ("C", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)),
+        ("progress", True),
     ]
     parameters = inspect.signature(Classifier).parameters
     assert [(name, p.default) for name, p in parameters.items() if name != "kwargs"] == [
@@ -172,8 +173,8 @@ def test_loss_has_no_state_and_copies():
 @pytest.mark.parametrize(
     "target, error, message",
     [
-        (torch.zeros(2, dtype=torch.long), TypeError, r"floating-point tensor of probabilities, got torch.int64"),
-        (np.zeros((2, 3)), TypeError, r"floating-point tensor of probabilities, got ndarray"),
+        (torch.zeros(2, dtype=torch.long), TypeError, r"target to be a floating-point tensor, got torch.int64"),
+        (np.zeros((2, 3)), TypeError, r"target to be a floating-point tensor, got ndarray"),
         (torch.zeros(2, 4), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[2, 4\]"),
         (torch.zeros(1, 3), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[1, 3\]"),
     ],
@@ -181,6 +182,11 @@ def test_loss_has_no_state_and_copies():
 def test_loss_of_bad_targets(target, error, message):
     with pytest.raises(error, match=message):
         CoTuningLoss()(torch.zeros(2, 3), target)
+
+
+def test_loss_of_bad_logits():
+    with pytest.raises(TypeError, match=r"input to be a floating-point tensor, got list"):
+        CoTuningLoss()([[0.0] * 3] * 2, torch.zeros(2, 3))
 
 
 def test_loss_of_logits_of_another_rank():
@@ -659,6 +665,15 @@ def test_lookup_keeps_a_table_for_every_device():
         assert rows.device.type == name and rows.shape == (2, SOURCE_CLASSES)
 
 
+def test_lookup_follows_an_assigned_relationship(device):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    labels = torch.tensor([0, 2], device=device)
+    relationship.lookup(labels)
+    relationship.relationship = np.flip(relationship.relationship.astype(np.float64), 0)
+    assert isinstance(relationship.relationship, np.ndarray) and relationship.relationship.dtype == np.float32
+    torch.testing.assert_close(relationship.lookup(labels).cpu(), torch.from_numpy(relationship[[0, 2]]))
+
+
 def test_lookup_gives_a_copy():
     relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
     before = relationship.relationship.copy()
@@ -930,7 +945,10 @@ def test_failed_computation_leaves_no_file(tmp_path):
         ({"method": "bayes"}, r"method to be direct or reverse, got 'bayes'"),
         ({"temperature": 0}, r"temperature > 0, got 0"),
         ({"temperature": math.nan}, r"temperature > 0, got nan"),
-        ({"num_classes": 0}, r"num_classes >= 1, got 0"),
+        ({"num_classes": 0}, r"num_classes to be a positive integer, got 0"),
+        ({"num_classes": 3.0}, r"num_classes to be a positive integer, got 3.0"),
+        ({"C": "1"}, r"C > 0, or several of them, got 1"),
+        ({"C": None}, r"C > 0, or several of them, got None"),
         ({"C": 0}, r"C > 0, or several of them, got 0"),
         ({"C": (1.0, math.nan)}, r"C > 0, or several of them, got \(1.0, nan\)"),
         ({"C": []}, r"C > 0, or several of them, got \[\]"),
@@ -939,6 +957,44 @@ def test_failed_computation_leaves_no_file(tmp_path):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Relationship(batches(*samples()), source_classifier(), "cpu", **options)
+
+
+def test_options_of_another_type():
+    with pytest.raises(TypeError, match=r"a number as temperature, got '2'"):
+        Relationship(batches(*samples()), source_classifier(), "cpu", temperature="2")
+    with pytest.raises(TypeError, match=r"classifier to be a torch\.nn\.Module, got str"):
+        Relationship(batches(*samples()), "x", "cpu")
+
+
+@pytest.mark.parametrize("C", [np.array([0.1, 1.0]), torch.tensor([0.5, 2.0]), np.float32(2), 3, [1, 10.0]], ids=str)
+def test_strengths_of_any_kind(C):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu", C=C)
+    assert list(relationship.C) == np.ravel(C).tolist()
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_relationship(value, method, tmp_path):
+    x, labels = samples()
+    x[1] = value
+    classifier = nn.Identity().train()
+    with pytest.raises(ValueError, match=rf"finite logits, got others .* target classes \[{labels[1]}\]"):
+        Relationship(batches(x, labels), classifier, "cpu", tmp_path / "relationship.npz", method=method)
+    assert classifier.training and not list(tmp_path.iterdir())
+
+
+def test_logits_of_minus_infinity_leave_source_classes_out():
+    x, labels = samples()
+    x[:, 1] = -math.inf
+    assert (Relationship(batches(x, labels), nn.Identity(), "cpu").relationship[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_on_request(shown, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    Relationship(batches(*samples()), source_classifier(), "cpu", progress=shown)
+    assert ("Collecting labels" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize(
@@ -1022,6 +1078,11 @@ def test_calibrated_temperature_of_smoothed_labels_is_the_best_of_a_grid(smoothi
 def test_calibration_with_a_bad_label_smoothing(smoothing):
     with pytest.raises(ValueError, match=rf"label_smoothing in \[0, 1\), got {smoothing}"):
         calibrate_temperature(torch.zeros(2, 3), torch.tensor([0, 1]), smoothing)
+
+
+def test_calibration_with_bad_logits():
+    with pytest.raises(TypeError, match=r"logits to be a floating-point tensor, got list"):
+        calibrate_temperature([[1.0]], torch.tensor([0]))
 
 
 def test_calibration_with_bad_labels():

@@ -1,11 +1,14 @@
 import copy
+import functools
 import inspect
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from talib_fast.finetune import attention, delta
@@ -264,8 +267,21 @@ class TestAttentionBehavioralRegularization:
             AttentionBehavioralRegularization([torch.ones(2, 2)])
         with pytest.raises(TypeError, match="got list"):
             AttentionBehavioralRegularization([[1.0]])
+
+    def test_the_batch_is_no_channel(self):
+        for dimension in (0, 1.0, "1"):
+            with pytest.raises(ValueError, match=f"an integer other than 0, the batch's, got {dimension!r}"):
+                AttentionBehavioralRegularization([torch.ones(3)], channel_dim=dimension)
+        tokens = {"a": torch.randn(3, 2)}
+        with pytest.raises(ValueError, match="layer 'a' has no batch and channel dimension -2"):
+            AttentionBehavioralRegularization([torch.ones(3)], channel_dim=-2)(tokens, tokens)
         with pytest.raises(ValueError, match="layer '0' has no batch and channel dimension 1"):
             AttentionBehavioralRegularization([torch.ones(2)])([torch.ones(2)], [torch.ones(2)])
+
+
+def in_place(net, **options):
+    net.compile(**options)
+    return net
 
 
 class Branching(nn.Module):
@@ -320,6 +336,16 @@ class TestIntermediateLayerGetter:
         with pytest.raises(TypeError, match="the string 'late'"):
             IntermediateLayerGetter(Branching(), "late")
 
+    def test_what_is_no_model_or_no_name_is_a_type_error(self):
+        with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got str"):
+            IntermediateLayerGetter("x", ["late"])
+        with pytest.raises(TypeError, match="return_layers to be names, got int"):
+            IntermediateLayerGetter(Branching(), [3])
+
+    def test_a_name_given_twice_is_an_error(self):
+        with pytest.raises(ValueError, match="every layer once in return_layers, got 'late' twice"):
+            IntermediateLayerGetter(Branching(), ["late", "early", "late"])
+
     @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
     def test_fault_in_place_operations_overwrote_the_outputs(self, mode):
         net = small_net().eval()
@@ -362,11 +388,33 @@ class TestIntermediateLayerGetter:
             outputs["norm1"].square().sum().backward()
             assert net.conv1.weight.grad.abs().sum() > 0 and net.conv2.weight.grad is None
 
-    @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
-    def test_names_inside_wrapped_models(self, wrap):
-        net = small_net()
-        outputs, _ = IntermediateLayerGetter(wrap(net), ["conv1"])(torch.ones(2, 3, 5, 5))
-        torch.testing.assert_close(outputs["conv1"], net.conv1(torch.ones(2, 3, 5, 5)))
+    def test_names_inside_data_parallel(self, device):
+        net, x = small_net().to(device), torch.ones(2, 3, 5, 5, device=device)
+        wrapped = nn.DataParallel(net, [0] if device.type == "cuda" else None)
+        outputs, _ = IntermediateLayerGetter(wrapped, ["conv1"])(x)
+        torch.testing.assert_close(outputs["conv1"], net.conv1(x))
+
+    def test_replicas_on_several_devices_are_refused(self):
+        wrapped = nn.DataParallel(small_net())
+        wrapped.device_ids = [0, 1]
+        with pytest.raises(ValueError, match=r"DataParallel with one device, .* got 2: use DistributedDataParallel"):
+            IntermediateLayerGetter(wrapped, ["conv1"])
+
+    @pytest.mark.parametrize("wrap", [torch.compile, in_place], ids=["wrapped", "in place"])
+    @pytest.mark.parametrize("order", ["getter first", "model first", "another model first"])
+    def test_compiled_models(self, order, wrap):
+        """Code that was compiled before the getter's hooks were there, or for another model, looks for no hooks."""
+        torch.compiler.reset()
+        net, x = small_net(), torch.randn(2, 3, 5, 5)
+        model = wrap(net, backend="eager")
+        if order == "getter first":
+            IntermediateLayerGetter(model, ["conv1", "conv2"])(x)
+        (wrap(small_net(), backend="eager") if order == "another model first" else model)(x)
+        for _ in range(2):
+            outputs, logits = IntermediateLayerGetter(model, ["conv1", "conv2"])(x)
+            torch.testing.assert_close(outputs["conv1"], net.conv1(x))
+        torch.testing.assert_close(logits, net(x))
+        assert not any(module._forward_hooks for module in net.modules())
 
     def test_names_inside_a_distributed_model(self):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -501,7 +549,7 @@ class TestChannelAttention:
         model = small_net()
         first = channel_attention(model, self.batches, ["conv2"], max_batches=1, temperature=1.0, progress=False)
         torch.testing.assert_close(first, brute_force(model, self.batches[:1], ["conv2"], 1.0), rtol=1e-4, atol=1e-6)
-        everything = channel_attention(model, self.batches, "conv2", max_batches=None, progress=False)
+        everything = channel_attention(model, self.batches, ["conv2"], max_batches=None, progress=False)
         torch.testing.assert_close(everything, channel_attention(model, self.batches, ["conv2"]), rtol=0, atol=0)
 
     def test_no_more_batches_are_loaded_than_are_looked_at(self):
@@ -572,7 +620,10 @@ class TestChannelAttention:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
+            (dict(model="x"), TypeError, r"expected model to be a torch\.nn\.Module, got str"),
             (dict(return_layers=["conv9"]), AttributeError, "Module conv9 not found"),
+            (dict(return_layers="conv1"), TypeError, "a list of names, got the string 'conv1'"),
+            (dict(return_layers=["conv1", "conv2", "conv1"]), ValueError, "once in return_layers, got 'conv1' twice"),
             (dict(data_loader=[]), ValueError, "at least one batch"),
             (dict(temperature=0), ValueError, "temperature > 0, got 0"),
             (dict(max_batches=0), ValueError, "max_batches >= 1, got 0"),
@@ -593,9 +644,9 @@ class TestChannelAttention:
 
     def test_layers_that_can_not_be_asked_are_named(self):
         x, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
-        with pytest.raises(ValueError, match="runs once per forward pass, but it ran 2 times"):
+        with pytest.raises(ValueError, match="layer 'twice' to run once per forward pass, but it ran 2 times"):
             channel_attention(Branching(), [(x, labels)], ["twice"], progress=False)
-        with pytest.raises(ValueError, match="runs once per forward pass, but it ran 0 times"):
+        with pytest.raises(ValueError, match="layer 'never' to run once per forward pass, but it ran 0 times"):
             channel_attention(Branching(), [(x, labels)], ["never"], progress=False)
 
         class Tuple(nn.Module):
@@ -610,8 +661,41 @@ class TestChannelAttention:
             def forward(self, x):
                 return self.layer(x)[0]
 
-        with pytest.raises(ValueError, match="a layer that returns a tensor"):
-            channel_attention(Net(), [(x, labels)], ["layer"], progress=False)
+        class Vector(Net):
+            def forward(self, x):
+                return super().forward(x) * self.scalar(x)
+
+            def __init__(self):
+                super().__init__()
+                self.scalar = nn.Flatten(0)
+
+        for method in ("exact", "taylor"):
+            with pytest.raises(ValueError, match=r"layer 'layer' to return a tensor with .*, got tuple"):
+                channel_attention(Net(), [(x, labels)], ["layer"], progress=False, method=method)
+            with pytest.raises(ValueError, match=r"layer 'scalar' to return a tensor with .*, got \[6\]"):
+                channel_attention(Vector(), [(x, labels)], ["scalar"], progress=False, method=method)
+
+    @pytest.mark.parametrize("method", ["exact", "taylor"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_losses_that_are_not_finite_are_no_attention(self, value, method, tmp_path):
+        model, path = small_net(), tmp_path / "attention.safetensors"
+        batches = [self.batches[0], (torch.full((5, 3, 8, 8), value), self.batches[1][1])]
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"in batch 1 the loss increase is not finite for 8 of 8 .* layer 'conv2'"):
+            channel_attention(model, batches, ["conv2", "conv1"], progress=False, method=method, cache=path)
+        assert load_file(path).keys() == {"conv2", "conv1"}  # of the first batch
+        assert all(increases.isfinite().all() for increases in load_file(path).values())
+        torch.testing.assert_close(dict(model.state_dict()), dict(before))
+        assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    def test_compiled_models(self):
+        model = small_net()
+        expected = channel_attention(model, self.batches, ["conv2"], progress=False)
+        model.eval()
+        compiled = torch.compile(model, backend="eager")
+        compiled(self.batches[0][0])  # code that looks for no hooks
+        got = channel_attention(compiled, self.batches, ["conv2"], progress=False)
+        torch.testing.assert_close(got, expected)
 
 
 class TestTaylor:
@@ -672,6 +756,26 @@ class TestTaylor:
             channel_attention(Branching(), [(x, labels)], ["twice"], method="taylor")
 
 
+class Counting:
+    """A criterion that keeps its calls to itself: pickle would save the criterion alone."""
+
+    def __init__(self, criterion, calls, stop_after):
+        self.criterion, self.calls, self.stop_after = criterion, calls, stop_after
+
+    def __getstate__(self):
+        return self.criterion
+
+    def __call__(self, logits, labels):
+        self.calls.append(len(labels))
+        if len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        return self.criterion(logits, labels)
+
+
+def smoothed(by):
+    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=by)
+
+
 class TestCachedAttention:
     batches = TestChannelAttention.batches
     names = ("conv2", "conv1")
@@ -679,19 +783,12 @@ class TestCachedAttention:
     def ask(self, model, path, **options):
         """The attention, and for how many outputs the criterion was called."""
         calls = []
-
-        def criterion(logits, labels):
-            calls.append(len(labels))
-            if len(calls) == options.get("stop_after"):
-                raise KeyboardInterrupt
-            return F.cross_entropy(logits, labels)
-
-        criterion.__qualname__ = options.pop("criterion", "criterion")
-        arguments = {key: value for key, value in options.items() if key != "stop_after"}
+        criterion = options.pop("criterion", F.cross_entropy)
+        stop_after, batches = options.pop("stop_after", None), options.pop("batches", self.batches)
         try:
             return channel_attention(
-                model, arguments.pop("batches", self.batches), self.names, criterion, progress=False, cache=path,
-                **arguments,
+                model, batches, self.names, Counting(criterion, calls, stop_after), progress=False, cache=path,
+                **options,
             ), len(calls)  # fmt: skip
         except KeyboardInterrupt:
             return None, len(calls)
@@ -716,7 +813,7 @@ class TestCachedAttention:
 
     @pytest.mark.parametrize(
         "change",
-        [dict(criterion="other"), dict(max_batches=2), dict(method="taylor"), dict(batches=batches[:2])],
+        [dict(criterion=F.multi_margin_loss), dict(max_batches=2), dict(method="taylor"), dict(batches=batches[:2])],
         ids=["criterion", "max_batches", "method", "data"],
     )
     def test_a_stale_one_is_computed_again(self, change, tmp_path):
@@ -729,6 +826,31 @@ class TestCachedAttention:
         with pytest.warns(UserWarning, match="computed again: it was made from another model"):
             got, _ = self.ask(model, path)
         torch.testing.assert_close(got, self.ask(model, None)[0], rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "criterion",
+        [
+            lambda by: nn.CrossEntropyLoss(label_smoothing=by),
+            lambda by: functools.partial(F.cross_entropy, label_smoothing=by),
+            smoothed,
+        ],
+        ids=["module", "partial", "closure"],
+    )
+    def test_criteria_are_told_apart_by_what_they_compute(self, criterion, tmp_path):
+        path, model = tmp_path / "attention.safetensors", small_net()
+        first, _ = self.ask(model, path, criterion=criterion(0.0))
+        assert self.ask(model, path, criterion=criterion(0.0))[1] == 0
+        with pytest.warns(UserWarning, match="computed again"):
+            other, _ = self.ask(model, path, criterion=criterion(0.9))
+        assert not torch.equal(first["conv1"], other["conv1"])
+
+    def test_other_batches_of_one_data_set_do_not_go_on(self, tmp_path):
+        path, model = tmp_path / "attention.safetensors", small_net()
+        data = TensorDataset(torch.randn(12, 3, 8, 8), torch.randint(4, (12,)))
+        assert self.ask(model, path, batches=DataLoader(data, 4), stop_after=20) == (None, 20)
+        with pytest.warns(UserWarning, match="computed again"):
+            got, _ = self.ask(model, path, batches=DataLoader(data, 6))
+        torch.testing.assert_close(got, self.ask(model, None, batches=DataLoader(data, 6))[0], rtol=0, atol=0)
 
     @pytest.mark.parametrize("keep", [0, 5, 200, -1])
     def test_a_damaged_one_is_computed_again(self, keep, tmp_path):
@@ -820,7 +942,7 @@ def test_channels_are_followed_separately_as_far_as_they_are_separate(net, layer
     got = channel_attention(model, batches, [layer], progress=False)
     torch.testing.assert_close(got, brute_force(model, batches, [layer]), rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        replay = Replay(model.eval(), model.get_submodule(layer), batches[0][0])
+        replay = Replay(model.eval(), layer, batches[0][0])
         outputs = list(replay.without_channels(torch.arange(3)))
         kept = replay.original.clone()
         expected = []
@@ -910,7 +1032,7 @@ def test_a_mixing_layer_takes_the_weights_of_one_channel(net):
     def flops(way):
         model, (x, _) = net().eval(), TestChannelAttention.batches[0]
         with torch.no_grad():
-            replay = Replay(model, next(model.children()), x)
+            replay = Replay(model, next(model.named_children())[0], x)
             with FlopCounterMode(display=False) as counter:
                 list(getattr(replay, way)(torch.arange(5)))
         return counter.get_total_flops()

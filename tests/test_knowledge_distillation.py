@@ -150,6 +150,26 @@ def test_temperature_is_positive(T):
         KnowledgeDistillationLoss(T)
 
 
+@pytest.mark.parametrize("T", ["3", None])
+def test_temperature_is_a_number(T):
+    with pytest.raises(TypeError, match=rf"a number as temperature T, got {T!r}"):
+        KnowledgeDistillationLoss(T)
+
+
+def test_logits_are_floating_point_tensors():
+    with pytest.raises(TypeError, match=r"y_student to be a floating-point tensor, got list"):
+        KnowledgeDistillationLoss()([[1.0]], torch.zeros(1, 1))
+    with pytest.raises(TypeError, match=r"y_teacher to be a floating-point tensor, got torch\.int64"):
+        KnowledgeDistillationLoss()(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_logits_at_several_positions_are_summed_over_them():
+    """As nn.KLDivLoss(reduction="batchmean") does, which upstream calls."""
+    student, teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    expected = sum(KnowledgeDistillationLoss(2.0, "sum")(*pair) for pair in zip(student, teacher, strict=True)) / 3
+    torch.testing.assert_close(KnowledgeDistillationLoss(2.0)(student, teacher), expected)
+
+
 def test_unknown_reduction():
     with pytest.raises(ValueError, match=r"one of none, sum, mean, batchmean, got 'median'"):
         KnowledgeDistillationLoss(reduction="median")

@@ -53,6 +53,7 @@ def test_signatures_are_the_contracts():
         ("data_loader", REQUIRED),
         ("classifier", REQUIRED),
         ("device", REQUIRED),
+        ("progress", True),
     ]
 
 
@@ -229,7 +230,12 @@ def test_distillation_brings_the_source_predictions_back():
         ((Backbone(), 5, nn.Linear(7, 9)), ValueError, r"head_source with in_features = 6, got 7"),
         ((Backbone(), 5, nn.Linear(6, 9), nn.Linear(7, 5)), ValueError, r"head_target with in_features = 6, got 7"),
         ((Backbone(), 5, nn.Linear(6, 9), nn.Linear(6, 4)), ValueError, r"head_target with out_features = 5, got 4"),
-        ((Backbone(), 5, nn.Linear(6, 9), None, bottleneck()), ValueError, r"bottleneck_dim.* >= 1, got -1"),
+        (
+            (Backbone(), 5, nn.Linear(6, 9), None, bottleneck()),
+            ValueError,
+            r"bottleneck_dim, .* integer, got -1",
+        ),
+        ((Backbone(), 5, nn.Linear(6, 9), "x"), TypeError, r"head_target to be a torch.nn.Module, got str"),
     ],
 )
 def test_bad_parts(arguments, error, message):
@@ -341,6 +347,19 @@ def test_progress_bar_shows_the_description_on_a_terminal(capsys, monkeypatch, t
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert list(progress([1, 2], "Counting", 2)) == [1, 2]
     assert ("Counting" in capsys.readouterr().err) == terminal
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_of_pretrain_labels_is_shown_on_request(shown, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    collect_pretrain_labels([images()[..., :2, :2]], source_classifier(), "cpu", progress=shown)
+    assert ("Collecting pretrain labels" in capsys.readouterr().err) == shown
+
+
+def test_what_is_no_classifier_is_named():
+    with pytest.raises(TypeError, match=r"classifier to be a torch\.nn\.Module, got str"):
+        collect_pretrain_labels([images()], "x", "cpu")
 
 
 def test_progress_is_silent_without_tqdm_and_on_request(capsys, monkeypatch):

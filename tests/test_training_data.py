@@ -193,14 +193,14 @@ def test_augment_mirrors_half_of_the_images():
     assert 150 < mirrored.sum() < 250
 
 
-def test_normalise():
+def test_normalize():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     images[1] = 255
-    normalised = data.normalise(images, CPU)
-    assert normalised.is_contiguous(memory_format=torch.channels_last)
+    normalized = data.normalize(images, CPU)
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
     mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
-    torch.testing.assert_close(normalised[0, :, 0, 0], -mean / std)
-    torch.testing.assert_close(normalised[1, :, 3, 3], (1 - mean) / std)
+    torch.testing.assert_close(normalized[0, :, 0, 0], -mean / std)
+    torch.testing.assert_close(normalized[1, :, 3, 3], (1 - mean) / std)
 
 
 def test_batches_are_a_function_of_seed_and_step(tmp_path):
@@ -226,7 +226,7 @@ def test_every_image_comes_once_per_epoch(tmp_path, batch_size):
 
 
 def test_loaders_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TEST_BATCH", 5)
+    monkeypatch.setattr(data, "READ_BATCH", 5)
     task = make_data(make_images(tmp_path / "images"), augmentation="none")
     batches = list(task.train)
     assert len(task.train) == len(batches) == 3

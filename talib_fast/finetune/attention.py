@@ -20,7 +20,8 @@ from torch import Tensor
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
 from .fingerprint import fingerprint
-from .layers import find_layer
+from .layers import check_output, check_runs, find_layer, layer_names, uncompiled
+from .logits import check_temperature
 from .prediction import evaluating, inputs_of, labels_of
 from .replay import Replay
 
@@ -54,13 +55,14 @@ def channel_attention(
     A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
     later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
     the data. It is used only if its fingerprint fits the model's weights, the layers, criterion, method, number of
-    batches and what can be seen of the data set without loading its samples; otherwise it is computed again, with a
-    warning. The temperature may change.
+    batches and their size, and what can be seen of the data set without loading its samples; otherwise it is computed
+    again, with a warning. The temperature may change. Criterion and data set are known by their functions' code and by
+    what :mod:`pickle` would save of them: one that counts how often it is used is never the same.
 
     Args:
         model: returns logits in evaluation mode: a source backbone with a head for the target's classes.
         data_loader: batches ``(x, labels, ...)``.
-        return_layers: names of layers that run once per pass and return ``[b, C, *]``.
+        return_layers: names of layers, each once, that run once per pass and return ``[b, C, *]``.
         criterion: ``(logits, labels)`` → 0-dim loss.
         max_batches: how many batches to look at; None for all.
         temperature: of the softmax.
@@ -76,28 +78,26 @@ def channel_attention(
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError, ValueError: an argument or a batch is not as above, or the loader is empty.
+        TypeError, ValueError: an argument or a batch is not as above, the loader is empty, or a loss is not finite.
     """
-    names = [return_layers] if isinstance(return_layers, str) else list(return_layers)
-    if not temperature > 0:
-        raise ValueError(f"expected a temperature > 0, got {temperature}")
+    names = layer_names(model, return_layers)
+    layers = {name: find_layer(model, name) for name in names}
+    check_temperature(temperature)
     for name, number in (("max_batches", max_batches), ("channels_per_pass", channels_per_pass)):
         if number is not None and number < 1:
             raise ValueError(f"expected {name} >= 1, got {number}")
     if method not in ("exact", "taylor"):
         raise ValueError(f"expected method to be exact or taylor, got {method!r}")
-    layers = {name: find_layer(model, name) for name in names}
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = _Increases(names)
     if cache is not None:
-        named = (getattr(criterion, "__module__", ""), getattr(criterion, "__qualname__", repr(criterion)))
-        data = getattr(data_loader, "dataset", data_loader)
-        known.keep_in(Path(cache), fingerprint(method, max_batches, named, dict(model.state_dict()), data))
+        data = getattr(data_loader, "dataset", data_loader), getattr(data_loader, "batch_size", None)
+        known.keep_in(Path(cache), fingerprint(method, max_batches, criterion, dict(model.state_dict()), *data))
     if not known.complete:
         total = min(len(data_loader), max_batches or sys.maxsize) if isinstance(data_loader, Sized) else max_batches
         batches = itertools.islice(data_loader, max_batches)
-        with evaluating(model):
+        with evaluating(model), uncompiled():
             for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):
                 wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
                 if not wanted:
@@ -107,10 +107,10 @@ def channel_attention(
                     for name, increase in _estimated_increases(model, wanted, x, labels, criterion).items():
                         known.add(name, increase)
                     continue
-                for name, layer in wanted.items():
+                for name in wanted:
                     with torch.no_grad():
-                        replay = Replay(model, layer, x)
-                        increase = _loss_increases(replay, labels, criterion, channels_per_pass, name, progress)
+                        replay = Replay(model, name, x)
+                        increase = _loss_increases(replay, labels, criterion, channels_per_pass, progress)
                     known.add(name, increase)
         known.finish()
     attention = OrderedDict()
@@ -158,6 +158,11 @@ class _Increases:
         return self._batches[name]
 
     def add(self, name: str, increase: Tensor) -> None:
+        if not increase.isfinite().all():
+            raise ValueError(
+                f"expected finite losses, but in batch {self._batches[name]} the loss increase is not finite for "
+                f"{int((~increase.isfinite()).sum())} of {len(increase)} channels of layer {name!r}"
+            )
         self._sums[name] = self._sums[name] + increase if name in self._sums else increase
         self._batches[name] += 1
         self._write()
@@ -185,7 +190,6 @@ def _loss_increases(
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
     channels_per_pass: int | None,
-    name: str,
     show: bool,
 ) -> Tensor:
     """By how much the batch's loss rises when a channel is zeroed: float64 ``[C]`` on the CPU."""
@@ -195,7 +199,7 @@ def _loss_increases(
     chunks = torch.arange(original.size(1), device=original.device).split(channels_per_pass)
     losses = [
         criterion(output, labels)
-        for chunk in progress_bar(chunks, name, len(chunks), show)
+        for chunk in progress_bar(chunks, replay.name, len(chunks), show)
         for output in replay.without_channels(chunk)
     ]
     return torch.stack(losses).cpu().double() - criterion(replay.output, labels).cpu().double()
@@ -212,8 +216,7 @@ def _estimated_increases(
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook(_module: nn.Module, _args: Any, output: Any, *, name: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.dim() < 2:
-            raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
+        output = check_output(name, output)
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name].append(output)
@@ -227,8 +230,7 @@ def _estimated_increases(
         for handle in handles:
             handle.remove()
     for name, found in outputs.items():
-        if len(found) != 1:
-            raise ValueError(f"expected layer {name!r} to run once per forward pass, but it ran {len(found)} times")
+        check_runs(name, len(found))
     maps = [found[0] for found in outputs.values()]
     gradients = torch.autograd.grad(loss, maps)
     return {

@@ -1,5 +1,8 @@
 """Bi-Tuning of Pre-trained Representations, 2020 (https://arxiv.org/abs/2011.06182)."""
 
+import numbers
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -7,9 +10,9 @@ from torch import Tensor, nn
 
 from ..ops.snapshot import snapshot
 from .classifier import Classifier as ClassifierBase
-from .classifier import ParameterGroup
-from .knowledge_distillation import at_least_float32
+from .classifier import ParameterGroup, check_module, check_positive_integer
 from .labels import check_range, integer_labels
+from .logits import at_least_float32, check_temperature
 
 __all__ = ["BiTuning", "Bituning", "Classifier"]
 
@@ -28,8 +31,8 @@ class Classifier(ClassifierBase):
         x: whatever the backbone takes.
 
     Returns:
-        Training: ``(y [b, C], z [b, D], hn [b, F + 1])``: logits, the normalised projection, and the normalised
-        features with a 1 appended, which meets the head's bias; evaluation: ``y``.
+        In training ``(y [b, C], z [b, D], hn [b, F + 1])``, the logits, the normalised projection, and the normalised
+        features with a 1 appended, which meets the head's bias; in evaluation ``y``.
 
     Raises:
         TypeError, ValueError: a part is missing or its sizes do not fit.
@@ -44,8 +47,7 @@ class Classifier(ClassifierBase):
         pool_layer: nn.Module | None = None,
     ) -> None:
         super().__init__(backbone, num_classes, finetune=finetune, pool_layer=pool_layer)
-        if projection_dim < 1:
-            raise ValueError(f"expected projection_dim >= 1, got {projection_dim}")
+        check_positive_integer(projection_dim, "projection_dim")
         nn.init.normal_(self.head.weight, 0, 0.01)  # type: ignore[arg-type]
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         self.projector = nn.Linear(self.features_dim, projection_dim)
@@ -76,14 +78,14 @@ class BiTuning(nn.Module):
     head's weight of the sample's class; it gives the head no gradient. From `Bi-tuning of Pre-trained Representations
     <https://arxiv.org/abs/2011.06182>`_.
 
-    Under ``torch.distributed`` every rank enqueues the keys of all ranks, in rank order, so that the queues stay
-    alike; the ranks' batches must be of one size. Give DistributedDataParallel ``broadcast_buffers=False``, or it sends
-    the queues of rank 0 to the others at every step.
+    Under ``torch.distributed`` every rank enqueues the keys of all ranks of a group, in rank order, so that the queues
+    stay alike; the ranks' batches must be of one size. Give DistributedDataParallel ``broadcast_buffers=False``, or it
+    sends the queues of rank 0 to the others at every step.
 
     Args:
-        encoder_q: query encoder, trained.
-        encoder_k: key encoder of the same architecture; it starts with the query encoder's parameters, follows them
-            by momentum and takes no gradients.
+        encoder_q: query encoder, trained; a :class:`Classifier`, or what has its attributes and returns.
+        encoder_k: key encoder of the same architecture; it starts with the query encoder's parameters, in tensors of
+            its own, follows them by momentum and takes no gradients.
         num_classes: number of target classes C.
         K: queue length per class.
         m: momentum of the key encoder, in [0, 1].
@@ -94,15 +96,16 @@ class BiTuning(nn.Module):
         check_labels: check labels on an accelerator before anything is done with them, which costs a synchronisation
             per step. Without it those out of range end in a kernel's own bounds check, as cross entropy's do. Labels on
             the CPU are always checked (compiled: by the kernels).
+        process_group: the ranks whose keys are joined; the default group if None.
 
     Inputs:
         im_q, im_k: two views of the same b samples.
         labels: ``[b]``, integers in [0, C).
 
     Returns:
-        Training: ``(y_q [b, C], logits_z, logits_y, labels_c)``, the last three ``[b, 1 + C·K]``; ``labels_c`` spreads
-        probability evenly over the first K + 1 columns. Evaluation: ``y_q``, whatever the other inputs; the queues
-        and the key encoder stay as they are.
+        In training ``(y_q [b, C], logits_z, logits_y, labels_c)``, the last three ``[b, 1 + C·K]``; ``labels_c``
+        spreads probability evenly over the first K + 1 columns. In evaluation ``y_q``, whatever the other inputs; the
+        queues and the key encoder stay as they are.
 
     Raises:
         TypeError, ValueError: a part or an input is not as above.
@@ -122,16 +125,23 @@ class BiTuning(nn.Module):
         T: float = 0.07,
         key_buffers: str = "own",
         check_labels: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
+        for name, encoder in (("encoder_q", encoder_q), ("encoder_k", encoder_k)):
+            check_module(encoder, name)
+            for part in ("num_classes", "features_dim", "projection_dim", "head"):
+                if not hasattr(encoder, part):
+                    got = type(encoder).__name__
+                    raise TypeError(f"expected {name} to be a bi_tuning.Classifier, got {got} without {part}")
         if num_classes != encoder_q.num_classes:
             raise ValueError(f"expected num_classes = {encoder_q.num_classes}, the encoder's, got {num_classes}")
-        if K < 1:
-            raise ValueError(f"expected a queue length K >= 1, got {K}")
+        check_positive_integer(K, "K, the queue length,")
+        if not isinstance(cast(object, m), numbers.Real):
+            raise TypeError(f"expected a number as momentum m, got {m!r}")
         if not 0 <= m <= 1:
             raise ValueError(f"expected a momentum m in [0, 1], got {m}")
-        if not T > 0:
-            raise ValueError(f"expected a temperature T > 0, got {T}")
+        check_temperature(T, "temperature T")
         if key_buffers not in ("own", "copy", "average"):
             raise ValueError(f"expected key_buffers to be own, copy or average, got {key_buffers!r}")
         if encoder_q is encoder_k:
@@ -139,6 +149,10 @@ class BiTuning(nn.Module):
         shapes_q = [(name, parameter.shape) for name, parameter in encoder_q.named_parameters()]
         if shapes_q != [(name, parameter.shape) for name, parameter in encoder_k.named_parameters()]:
             raise ValueError("expected two encoders of one architecture, but their parameters differ in name or shape")
+        of_q = set(encoder_q.parameters())
+        shared = next((name for name, parameter in encoder_k.named_parameters() if parameter in of_q), None)
+        if shared is not None:  # it would follow itself, without gradients
+            raise ValueError(f"expected two encoders that share no parameter, but {shared!r} is in both: deepcopy one")
         self.encoder_q = encoder_q
         self.encoder_k = encoder_k
         self.num_classes = num_classes
@@ -147,6 +161,7 @@ class BiTuning(nn.Module):
         self.T = T
         self.key_buffers = key_buffers
         self.check_labels = check_labels
+        self.process_group = process_group
         with torch.no_grad():
             for parameter_q, parameter_k in zip(encoder_q.parameters(), encoder_k.parameters(), strict=True):
                 parameter_k.copy_(parameter_q)
@@ -239,7 +254,7 @@ class BiTuning(nn.Module):
         similarities = query @ snapshot(queue_z).to(query.dtype)
         logits_z = _log_probabilities((query * z_k).sum(1, keepdim=True), similarities, order)
 
-        self._enqueue(queue_h, queue_z.T, *_gather(h_k, z_k, labels))
+        self._enqueue(queue_h, queue_z.T, *_gather(self.process_group, h_k, z_k, labels))
         query = self._class_weights(labels)
         # with the long side first, for which BLAS libraries on CPUs take less time than for the transpose
         similarities = (queue_h.to(query.dtype) @ query.T).T
@@ -256,14 +271,14 @@ def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> 
     return F.log_softmax(at_least_float32(logits), dim=1)
 
 
-def _gather(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor joined along dimension 0 over all ranks, in rank order."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+def _gather(process_group: Any, *tensors: Tensor) -> list[Tensor]:
+    """Each tensor joined along dimension 0 over all ranks of the group, in rank order."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return list(tensors)
     joined = []
     for tensor in tensors:
-        joined.append(tensor.new_empty(dist.get_world_size(), *tensor.shape))
-        dist.all_gather(list(joined[-1]), tensor.contiguous())
+        joined.append(tensor.new_empty(dist.get_world_size(process_group), *tensor.shape))
+        dist.all_gather(list(joined[-1]), tensor.contiguous(), process_group)
     return [tensor.flatten(0, 1) for tensor in joined]
 
 

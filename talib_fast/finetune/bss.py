@@ -62,7 +62,7 @@ class BatchSpectralShrinkage(nn.Module):
         A 0-dim tensor, float32 (float64 for float64 features); not finite for features that are not.
 
     Raises:
-        TypeError: ``k`` is not an integer, or ``feature`` is not floating point.
+        TypeError: ``k`` is not an integer, or ``feature`` is no floating-point tensor.
         ValueError: ``k`` is negative or larger than min(b, f), or ``feature`` is not a matrix, or the ranks' features
             differ in width.
     """
@@ -80,6 +80,8 @@ class BatchSpectralShrinkage(nn.Module):
         return f"k={self.k}" + (", all_ranks=True" if self.all_ranks else "")
 
     def forward(self, feature: Tensor) -> Tensor:
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"expected features as a tensor, got {type(feature).__name__}")
         if feature.dim() != 2:
             raise ValueError(f"expected features of shape [b, f], got {list(feature.shape)}")
         distributed = self.all_ranks and dist.is_available() and dist.is_initialized()

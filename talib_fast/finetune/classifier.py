@@ -11,11 +11,24 @@ __all__ = ["Classifier"]
 ParameterGroup = dict[str, Any]
 
 
+def check_module(part: Any, name: str) -> None:
+    """Raise TypeError, with that name, unless ``part`` is a module."""
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"expected {name} to be a torch.nn.Module, got {type(part).__name__}")
+
+
+def check_positive_integer(number: Any, name: str) -> None:
+    """Raise ValueError, with that name, unless ``number`` is an integer, of Python or NumPy, >= 1."""
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
+        raise ValueError(f"expected {name} to be a positive integer, got {number!r}")
+
+
 def check_linear(head: nn.Module, name: str, in_features: int, out_features: int | None = None) -> None:
-    """Raise ValueError if ``head`` states sizes that do not fit; a head that states none passes."""
+    """Raise TypeError if ``head`` is no module, ValueError if it states sizes that do not fit; it may state none."""
+    check_module(head, name)
     for attribute, expected in (("in_features", in_features), ("out_features", out_features)):
         got = getattr(head, attribute, None)
-        if expected is not None and isinstance(got, int) and got != expected:
+        if expected is not None and isinstance(got, (int, np.integer)) and got != expected:
             raise ValueError(f"expected {name} with {attribute} = {expected}, got {got}")
 
 
@@ -32,25 +45,24 @@ class ClassifierBase(nn.Module):
         pool_layer: nn.Module | None,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, nn.Module):
-            raise TypeError(f"expected backbone to be a torch.nn.Module, got {type(backbone).__name__}")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
-            raise ValueError(f"expected num_classes to be a positive integer, got {num_classes!r}")
-        if not isinstance(getattr(backbone, "out_features", None), int):
+        check_module(backbone, "backbone")
+        check_positive_integer(num_classes, "num_classes")
+        if not isinstance(getattr(backbone, "out_features", None), (int, np.integer)):
             raise ValueError(
                 "expected backbone with an integer out_features, its number of channels; "
                 f"{type(backbone).__name__} has "
                 f"{getattr(backbone, 'out_features', 'none')!r}"
             )
-        if bottleneck is not None and (bottleneck_dim is None or bottleneck_dim < 1):
-            raise ValueError(
-                f"expected bottleneck_dim, the bottleneck's number of features, >= 1, got {bottleneck_dim}"
-            )
+        if pool_layer is not None:
+            check_module(pool_layer, "pool_layer")
+        if bottleneck is not None:
+            check_module(bottleneck, "bottleneck")
+            check_positive_integer(bottleneck_dim, "bottleneck_dim, the bottleneck's number of features,")
         self.backbone = backbone
         self.num_classes = num_classes
         self.pool_layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pool_layer is None else pool_layer
         self.bottleneck = nn.Identity() if bottleneck is None else bottleneck
-        self._features_dim: int = backbone.out_features if bottleneck is None else bottleneck_dim  # type: ignore[assignment]
+        self._features_dim = int(backbone.out_features if bottleneck is None else bottleneck_dim)  # type: ignore[arg-type]
         self.finetune = finetune
 
     @property
@@ -86,7 +98,7 @@ class Classifier(ClassifierBase):
         x: whatever the backbone takes.
 
     Returns:
-        Training: ``(predictions [b, num_classes], features [b, features_dim])``; evaluation: predictions.
+        In training ``(predictions [b, num_classes], features [b, features_dim])``, in evaluation the predictions.
 
     Raises:
         TypeError, ValueError: a part is missing or its sizes do not fit.

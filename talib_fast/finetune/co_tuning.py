@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..storage import write_atomically
-from .classifier import ParameterGroup
+from .classifier import ParameterGroup, check_module, check_positive_integer
 from .fingerprint import fingerprint
-from .knowledge_distillation import at_least_float32
 from .labels import check_range, integer_labels
+from .logits import at_least_float32, check_logits, check_temperature
 from .lwf import Classifier as ClassifierBase
 from .prediction import OnHost, labels_of, predictions
 
@@ -34,14 +34,13 @@ class CoTuningLoss(nn.Module):
         A 0-dim tensor, in float32 at least.
 
     Raises:
-        TypeError: ``target`` is no floating-point tensor.
+        TypeError: one of them is no floating-point tensor.
         ValueError: the shapes are not one ``[b, N_p]``.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if not isinstance(target, Tensor) or not target.is_floating_point():
-            got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-            raise TypeError(f"expected target to be a floating-point tensor of probabilities, got {got}")
+        check_logits(input, "input")
+        check_logits(target, "target")
         if input.dim() != 2 or input.shape != target.shape:
             raise ValueError(
                 f"expected input and target of one shape [b, N_p], got {list(input.shape)} and {list(target.shape)}"
@@ -78,14 +77,16 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
             :func:`torch.nn.functional.cross_entropy`; any at all keeps T away from 0 where every label is predicted.
 
     Raises:
-        TypeError: the labels are no integers.
+        TypeError: the logits are no floating-point tensor, or the labels no integers.
         ValueError: the shapes do not fit, a label is out of range, or ``label_smoothing`` is.
     """
+    check_logits(logits, "logits")
+    labels = integer_labels(labels).cpu()
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"expected logits [N, N_p] and labels [N], got {list(logits.shape)} and {list(labels.shape)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"expected a label_smoothing in [0, 1), got {label_smoothing}")
-    logits, labels = logits.detach().cpu().double(), integer_labels(labels).cpu()
+    logits = logits.detach().cpu().double()
     check_range(labels, logits.size(1))
     own = (1 - label_smoothing) * logits.gather(1, labels[:, None]).mean() + label_smoothing * logits.mean()
     # the loss is convex in 1/T, and its slope has the sign of the mean of z_y - E[z]: bisect log T for its change
@@ -110,8 +111,8 @@ class Relationship:
 
     A cache saves the pass over the data. It is stored as ``.npz`` (in place of ``.npy``, after any other name), written
     in one step, and used only if its fingerprint fits the classifier's weights, the options and what can be seen of
-    the data set without loading its samples: length, class names, labels, file names, what lists and a
-    ``TensorDataset`` hold. Otherwise it is computed again, with a warning.
+    the data set without loading its samples: its length and what :mod:`pickle` would save of it, such as labels, file
+    names, tensors and transforms. Otherwise it is computed again, with a warning.
 
     Args:
         data_loader: batches ``(x, labels, ...)`` of the target data.
@@ -124,16 +125,16 @@ class Relationship:
         method: ``direct`` or ``reverse``.
         temperature: divides the logits, see :func:`calibrate_temperature`.
         C: inverse regularisation strength of the logistic regression, for ``reverse``, or several to choose from.
+        progress: show a progress bar.
 
     Attributes:
-        relationship: float32 array ``[N_t, N_p]``, rows sum to 1.
+        relationship: float32 array ``[N_t, N_p]``, rows sum to 1. Another one may be assigned.
 
     Raises:
-        TypeError, ValueError: batches, labels or options are not as above, or a class is absent.
+        TypeError, ValueError: batches, labels or options are not as above, a class is absent, or logits of one are not
+            finite.
         ImportError: ``reverse`` without scikit-learn.
     """
-
-    relationship: np.ndarray
 
     def __init__(
         self,
@@ -146,18 +147,19 @@ class Relationship:
         absent: str = "error",
         method: str = "direct",
         temperature: float = 1.0,
-        C: float | Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0),
+        C: float | Sequence[float] | np.ndarray = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0),
+        progress: bool = True,
     ) -> None:
+        check_module(classifier, "classifier")
         if absent not in ("error", "mean", "uniform"):
             raise ValueError(f"expected absent to be error, mean or uniform, got {absent!r}")
         if method not in ("direct", "reverse"):
             raise ValueError(f"expected method to be direct or reverse, got {method!r}")
-        if not temperature > 0:
-            raise ValueError(f"expected a temperature > 0, got {temperature}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"expected num_classes >= 1, got {num_classes}")
-        strengths = tuple(map(float, C)) if isinstance(C, Sequence) else (float(C),)
-        if not strengths or not all(strength > 0 for strength in strengths):
+        check_temperature(temperature)
+        if num_classes is not None:
+            check_positive_integer(num_classes, "num_classes")
+        strengths = np.ravel(np.asarray(C)).tolist()
+        if not strengths or not all(isinstance(strength, (int, float)) and strength > 0 for strength in strengths):
             raise ValueError(f"expected C > 0, or several of them, got {C}")
         if method == "reverse":
             try:
@@ -173,10 +175,9 @@ class Relationship:
         self.absent = absent
         self.method = method
         self.temperature = float(temperature)
-        self.C = strengths
-        self._on_device: dict[torch.device, Tensor] = {}
+        self.C = tuple(map(float, strengths))
         if cache is None:
-            self.relationship = self._learn()
+            self.relationship = self._learn(progress)
             return
         path = Path(cache)
         if path.suffix != ".npz":
@@ -184,9 +185,18 @@ class Relationship:
         fingerprint = self._fingerprint()
         cached = _read_cache(path, fingerprint, num_classes)
         if cached is None:
-            cached = self._learn()
+            cached = self._learn(progress)
             write_atomically(path, lambda file: np.savez(file, relationship=cached, fingerprint=fingerprint))
         self.relationship = cached
+
+    @property
+    def relationship(self) -> np.ndarray:
+        return self._relationship
+
+    @relationship.setter
+    def relationship(self, relationship: np.ndarray) -> None:
+        self._relationship = np.asarray(relationship, dtype=np.float32)
+        self._on_device: dict[torch.device, Tensor] = {}  # copies of it
 
     def __getitem__(self, category: Any) -> np.ndarray:
         """Row or rows of the relationship as a numpy array.
@@ -220,13 +230,13 @@ class Relationship:
         rows = labels.reshape(-1, 1).expand(-1, table.size(1))
         return table.gather(0, rows).view(*labels.shape, table.size(1))
 
-    def _learn(self) -> np.ndarray:
+    def _learn(self, progress: bool) -> np.ndarray:
         # the regression needs the samples, the mean only their sums
         keep = self.method == "reverse"
         sums, counts = torch.zeros(0), torch.zeros(0, dtype=torch.long)
         kept, kept_labels = OnHost(), []
         accumulated = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        for batch, logits in predictions(self.data_loader, self.classifier, self.device, "Collecting labels"):
+        for batch, logits in predictions(self.data_loader, self.classifier, self.device, "Collecting labels", progress):
             labels = labels_of(batch).cpu()
             if not len(labels):
                 continue
@@ -245,13 +255,16 @@ class Relationship:
                 kept_labels.append(labels)
         if not len(counts):
             raise ValueError("expected a data loader with at least one batch, got an empty one")
+        totals = sums.cpu().double()
+        spoilt = (~totals.isfinite().all(1)).nonzero().flatten().tolist()
+        if spoilt:
+            raise ValueError(f"expected finite logits, got others for samples of the target classes {spoilt[:20]}")
         missing = (counts == 0).nonzero().flatten()
         if len(missing) and self.absent == "error":
             raise ValueError(
                 f"expected samples of every target class, but {len(missing)} of {len(counts)} have none: "
                 f"{missing[:20].tolist()}; pass absent='mean' or absent='uniform' to give them a row all the same"
             )
-        totals = sums.cpu().double()
         mean = totals.sum(0) / counts.sum()
         if keep:
             rows = self._reverse(kept.joined().double(), torch.cat(kept_labels), len(counts))

@@ -186,7 +186,7 @@ class AttentionBehavioralRegularization(nn.Module):
         channel_attention: one vector ``[C]`` per layer, by name or in the order of the outputs; see
             :func:`channel_attention`. They move with this module, and to the maps' device when these are elsewhere,
             but are in no state dict.
-        channel_dim: dimension of the channels: 1 for images, -1 for tokens ``[b, t, C]``.
+        channel_dim: dimension of the channels: 1 for images, -1 for tokens ``[b, t, C]``; not 0, the batch's.
 
     Inputs:
         layer_outputs_source: feature maps of at least two dimensions by layer name, detached.
@@ -201,6 +201,8 @@ class AttentionBehavioralRegularization(nn.Module):
 
     def __init__(self, channel_attention: Mapping[str, Tensor] | Sequence[Tensor], channel_dim: int = 1) -> None:
         super().__init__()
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int) or channel_dim == 0:
+            raise ValueError(f"expected channel_dim to be an integer other than 0, the batch's, got {channel_dim!r}")
         self.channel_dim = channel_dim
         self._names = list(channel_attention) if isinstance(channel_attention, Mapping) else None
         values = list(channel_attention.values() if isinstance(channel_attention, Mapping) else channel_attention)
@@ -231,7 +233,7 @@ class AttentionBehavioralRegularization(nn.Module):
         for j, (name, target) in enumerate(zip(names, targets, strict=True)):
             index = j if self._names is None else self._names.index(name)
             attention = getattr(self, f"attention_{index}")
-            if target.dim() < 2 or not -target.dim() <= self.channel_dim < target.dim():
+            if not -target.dim() < self.channel_dim < target.dim():
                 raise ValueError(
                     f"layer {name!r} has no batch and channel dimension {self.channel_dim}: {list(target.shape)}"
                 )

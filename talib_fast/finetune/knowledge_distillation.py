@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .logits import at_least_float32, check_logits, check_temperature
+
 __all__ = ["KnowledgeDistillationLoss"]
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -13,23 +15,24 @@ class KnowledgeDistillationLoss(nn.Module):
 
     Args:
         T: temperature, > 0.
-        reduction: ``batchmean``, ``sum``, ``mean`` or ``none``, as in :func:`torch.nn.functional.kl_div`.
+        reduction: ``batchmean``, ``sum``, ``mean`` or ``none``, as in :func:`torch.nn.functional.kl_div`: ``batchmean``
+            divides the sum by b, also where a sample has logits at several positions.
 
     Inputs:
-        y_student: logits ``[b, N]``.
-        y_teacher: logits ``[b, N]``; they get no gradient.
+        y_student: logits ``[b, *, N]``.
+        y_teacher: logits of the same shape; they get no gradient.
 
     Returns:
-        A 0-dim tensor (``[b, N]`` for ``none``), in float32 at least.
+        A 0-dim tensor (``[b, *, N]`` for ``none``), in float32 at least.
 
     Raises:
+        TypeError: T is no number, or logits are no floating-point tensor.
         ValueError: T ≤ 0, an unknown reduction, or shapes that differ.
     """
 
     def __init__(self, T: float = 1.0, reduction: str = "batchmean") -> None:
         super().__init__()
-        if not T > 0:
-            raise ValueError(f"expected a temperature T > 0, got {T}")
+        check_temperature(T, "temperature T")
         if reduction not in _REDUCTIONS:
             raise ValueError(f"expected reduction to be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
         self.T = T
@@ -39,6 +42,8 @@ class KnowledgeDistillationLoss(nn.Module):
         return f"T={self.T}, reduction={self.reduction!r}"
 
     def forward(self, y_student: Tensor, y_teacher: Tensor) -> Tensor:
+        check_logits(y_student, "y_student")
+        check_logits(y_teacher, "y_teacher")
         if y_student.shape != y_teacher.shape:
             raise ValueError(
                 "expected student and teacher logits of one shape, "
@@ -47,8 +52,3 @@ class KnowledgeDistillationLoss(nn.Module):
         student = F.log_softmax(at_least_float32(y_student) / self.T, dim=-1)
         teacher = F.softmax(at_least_float32(y_teacher.detach()) / self.T, dim=-1)
         return F.kl_div(student, teacher.to(student.dtype), reduction=self.reduction)
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Half-precision logits as float32, others as they are."""
-    return logits.float() if logits.itemsize < 4 else logits

@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,28 @@ def get_attribute(obj: Any, attr: str, *args: Any) -> Any:
     return functools.reduce(lambda value, name: getattr(value, name, *args), attr.split("."), obj)
 
 
+def layer_names(model: nn.Module, return_layers: Iterable[str]) -> list[str]:
+    """``return_layers`` as a list, after a check of it and of ``model``.
+
+    Raises:
+        AttributeError: the model has no layer of that name.
+        TypeError: ``model`` is no module, or ``return_layers`` are no names.
+        ValueError: a name is there twice.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(return_layers, str):
+        raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
+    names = list(return_layers)
+    for j, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"expected return_layers to be names, got {type(name).__name__}")
+        if name in names[:j]:
+            raise ValueError(f"expected every layer once in return_layers, got {name!r} twice")
+        find_layer(model, name)
+    return names
+
+
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The module called ``name`` in ``model`` or in what ``model`` wraps."""
     for root in (model, unwrap(model)):
@@ -39,6 +63,20 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     known = [known for known, _ in unwrap(model).named_modules() if known]
     close = difflib.get_close_matches(name, known, n=3) or known[:3]
     raise AttributeError(f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?")
+
+
+def check_output(name: str, output: Any) -> Tensor:
+    """``output`` of the layer ``name`` if it is a tensor ``[b, C, *]``, else a ValueError."""
+    if isinstance(output, Tensor) and output.dim() >= 2:
+        return output
+    got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(f"expected layer {name!r} to return a tensor with a batch and a channel dimension, got {got}")
+
+
+def check_runs(name: str, runs: int) -> None:
+    """Raise ValueError unless the layer ``name`` ran once in a forward pass."""
+    if runs != 1:
+        raise ValueError(f"expected layer {name!r} to run once per forward pass, but it ran {runs} times")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -59,6 +97,13 @@ def clone(output: Any) -> Any:
     return map_tensors(Tensor.clone, output)
 
 
+def uncompiled() -> AbstractContextManager:
+    """Within it what is compiled runs as it was written: code compiled without hooks does not look for any."""
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # nothing is compiled without it
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 class IntermediateLayerGetter:
     """Calls a model and collects what some of its layers return.
 
@@ -67,8 +112,9 @@ class IntermediateLayerGetter:
     layer's output survives the forward pass; from then on it is handed out as it is.
 
     Args:
-        model: also inside DataParallel, DistributedDataParallel or torch.compile.
-        return_layers: names of the layers, as in ``model.named_modules()``.
+        model: also inside DistributedDataParallel, DataParallel with one device, or torch.compile. A compiled model
+            runs uncompiled here, where its layers are seen; for speed compile the function that calls the getter.
+        return_layers: names of the layers, as in ``model.named_modules()``, each once.
         keep_output: also return the model's output.
 
     Calling it with the model's arguments returns ``(outputs, model_output)``: an OrderedDict by layer name, in the
@@ -76,18 +122,20 @@ class IntermediateLayerGetter:
 
     Raises:
         AttributeError: the model has no layer of that name.
+        TypeError, ValueError: an argument is not as above.
         RuntimeError: a forward pass leaves out a layer, or overwrites an output that had survived before.
     """
 
     def __init__(self, model: nn.Module, return_layers: Iterable[str], keep_output: bool = True) -> None:
-        if isinstance(return_layers, str):
-            raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
+        self.return_layers = layer_names(model, return_layers)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                f"expected DataParallel with one device, whose layers run once, got {len(model.device_ids)}: "
+                "use DistributedDataParallel"
+            )
         self._model = model
-        self.return_layers = list(return_layers)
         self.keep_output = keep_output
         self._survivors: set[tuple[str, bool, bool]] = set()
-        for name in self.return_layers:
-            find_layer(model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
         collected: dict[str, list[Any]] = {}
@@ -113,7 +161,8 @@ class IntermediateLayerGetter:
                     layer._forward_hooks = OrderedDict([*layer._forward_hooks.items(), (name, keep)])  # type: ignore[list-item]
                 else:
                     handles.append(layer.register_forward_hook(keep))
-            output = self._model(*args, **kwargs)
+            with uncompiled():
+                output = self._model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

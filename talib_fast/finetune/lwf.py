@@ -5,13 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .classifier import ClassifierBase, ParameterGroup, check_linear
+from .classifier import ClassifierBase, ParameterGroup, check_linear, check_module
 from .prediction import OnHost, predictions
 
 __all__ = ["Classifier", "collect_pretrain_labels"]
 
 
-def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device: torch.device | str) -> Tensor:
+def collect_pretrain_labels(
+    data_loader: Iterable, classifier: nn.Module, device: torch.device | str, progress: bool = True
+) -> Tensor:
     """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
 
     From a GPU they come through pinned memory, each batch while the next one is computed.
@@ -20,6 +22,7 @@ def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device
         data_loader: batches ``x`` or ``(x, ...)``; without shuffling, or the order is lost.
         classifier: gives logits ``[b, N_p]`` in evaluation mode; its modes are restored afterwards.
         device: where the classifier is.
+        progress: show a progress bar.
 
     Returns:
         Logits ``[N, N_p]`` on the CPU.
@@ -28,8 +31,9 @@ def collect_pretrain_labels(data_loader: Iterable, classifier: nn.Module, device
         TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
             loader is empty.
     """
+    check_module(classifier, "classifier")
     collected = OnHost()
-    for _, logits in predictions(data_loader, classifier, device, "Collecting pretrain labels"):
+    for _, logits in predictions(data_loader, classifier, device, "Collecting pretrain labels", progress):
         collected.append(logits)
     if not len(collected):
         raise ValueError("expected a data loader with at least one batch, got an empty one")
@@ -58,7 +62,7 @@ class Classifier(ClassifierBase):
         x: whatever the backbone takes.
 
     Returns:
-        Training: ``(y_s [b, N_p], y_t [b, num_classes])``; evaluation: ``y_t``.
+        In training ``(y_s [b, N_p], y_t [b, num_classes])``, in evaluation ``y_t``.
 
     Raises:
         TypeError, ValueError: a part is missing or its sizes do not fit.
@@ -76,8 +80,6 @@ class Classifier(ClassifierBase):
         pool_layer: nn.Module | None = None,
     ) -> None:
         super().__init__(backbone, num_classes, bottleneck, bottleneck_dim, finetune, pool_layer)
-        if not isinstance(head_source, nn.Module):
-            raise TypeError(f"expected head_source to be a torch.nn.Module, got {type(head_source).__name__}")
         check_linear(head_source, "head_source", backbone.out_features)  # type: ignore[arg-type]
         self.head_source = head_source
         self.head_target = nn.Linear(self.features_dim, num_classes) if head_target is None else head_target

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .layers import clone, map_tensors
+from .layers import check_output, check_runs, clone, find_layer, map_tensors
 
 
 class Inseparable(Exception):
@@ -314,8 +314,10 @@ class Replay:
     module that is not entered calls none of its own. Later passes hand out what was recorded.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module, x: Tensor) -> None:
-        self.model, self.layer, self.x = model, layer, x
+    def __init__(self, model: nn.Module, name: str, x: Tensor) -> None:
+        """``name`` is the layer's."""
+        self.model, self.name, self.x = model, name, x
+        self.layer = find_layer(model, name)
         self.original: Tensor | None = None
         self._recorded: list[tuple[nn.Module, Any]] = []
         self._parameters = frozenset(map(id, (*model.parameters(), *model.buffers())))
@@ -334,9 +336,8 @@ class Replay:
             start = open_calls.pop()
             if module is self.layer:
                 calls += 1
-                if not isinstance(output, Tensor) or output.dim() < 2:
-                    raise ValueError("expected a layer that returns a tensor with a batch and a channel dimension")
-                self.original = output.clone(memory_format=torch.contiguous_format)  # mapped over without copies
+                # mapped over without copies
+                self.original = check_output(self.name, output).clone(memory_format=torch.contiguous_format)
             if self.original is None:
                 del self._recorded[start:]
                 self._recorded.append((module, clone(output)))
@@ -350,8 +351,7 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-        if calls != 1:
-            raise ValueError(f"expected a layer that runs once per forward pass, but it ran {calls} times")
+        check_runs(self.name, calls)
         return output
 
     @contextmanager

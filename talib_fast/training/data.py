@@ -22,7 +22,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SHIFT = 1 / 16  # largest shift of an augmented image, as a fraction of its side
-TEST_BATCH = 100
+READ_BATCH = 100  # images that are read in order, to test or to prepare
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def augment(
     return picked.permute(0, 3, 1, 2)
 
 
-def normalise(images: Tensor, device: torch.device) -> Tensor:
+def normalize(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 on the device with ImageNet's mean and deviation, channels last in memory."""
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -207,12 +207,12 @@ class InOrder:
         self.images, self.labels, self.device = images, labels, device
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // TEST_BATCH)
+        return -(-len(self.labels) // READ_BATCH)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(self.labels), TEST_BATCH):
-            batch = slice(first, first + TEST_BATCH)
-            yield normalise(self.images[batch], self.device), self.labels[batch].to(self.device)
+        for first in range(0, len(self.labels), READ_BATCH):
+            batch = slice(first, first + READ_BATCH)
+            yield normalize(self.images[batch], self.device), self.labels[batch].to(self.device)
 
     def part(self, rows: slice) -> "InOrder":
         """Some of the images."""
@@ -251,7 +251,7 @@ class TaskData:
         images = self.train.images[indices]
         augmented = [augment(images, self.augmentation, generator, self.batch_size, share) for _ in range(views)]
         return Batch(
-            tuple(normalise(view, self.device) for view in augmented),
+            tuple(normalize(view, self.device) for view in augmented),
             self.train.labels[indices].to(self.device),
             indices.to(self.device),
         )

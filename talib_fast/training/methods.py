@@ -1,7 +1,7 @@
 """The ten fine-tuning methods: the classifier each one trains and the loss of one step.
 
-A method is built on a pretrained network, ``prepare``s what it has to know about it, and then turns every batch into
-a loss and the logits of the new task.
+A method is built on a pretrained network, learns in ``prepare`` what it has to know about it, and then turns every
+batch into a loss and the logits of the new task.
 """
 
 import copy
@@ -95,7 +95,7 @@ class L2(Method):
 class L2SP(Method):
     def build(self, network: Network, num_classes: int) -> Any:
         built = super().build(network, num_classes)
-        self.distance = SPRegularization(copy.deepcopy(built.backbone), built.backbone)
+        self.distance = SPRegularization(built.backbone, built.backbone)
         self.head_norm = L2Regularization(built.head)
         return built
 
@@ -182,7 +182,7 @@ class CoTuning(TwoHeads):
     source_loss = co_tuning.CoTuningLoss()
 
     def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        relationship = co_tuning.Relationship(images, self.source_classifier(), images.device)
+        relationship = co_tuning.Relationship(images, self.source_classifier(), images.device, progress=False)
         return {"relationship": torch.from_numpy(relationship.relationship).to(images.device)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ class LWF(TwoHeads):
         return built
 
     def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        answers = lwf.collect_pretrain_labels(images, self.source_classifier(), images.device)
+        answers = lwf.collect_pretrain_labels(images, self.source_classifier(), images.device, progress=False)
         return {"answers": answers.to(images.device)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

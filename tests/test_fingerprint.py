@@ -1,0 +1,157 @@
+import functools
+import os
+import subprocess
+import sys
+import threading
+from collections import OrderedDict, deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from talib_fast.finetune.fingerprint import fingerprint
+
+
+class Scale:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return self.by * x
+
+
+class Custom(Dataset):
+    """A data set of four samples that keeps what it has under names of its own."""
+
+    def __init__(self, content=0):
+        self.content = content
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise AssertionError("a sample is loaded")
+
+
+class Slotted:
+    __slots__ = ("content",)
+
+    def __init__(self, content):
+        self.content = content
+
+
+class Property(Dataset):
+    """Says only by a property what it holds, and can't be pickled."""
+
+    def __init__(self, labels):
+        self._labels = labels
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("never")
+
+    @property
+    def targets(self):
+        return self._labels
+
+
+class Unsized(Custom):
+    def __len__(self):
+        raise TypeError("endless")
+
+
+def loss(smoothing, default=1):
+    def scaled(logits, labels, factor=default):
+        return factor * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    return scaled
+
+
+def objects():
+    """One of each kind, made anew."""
+    with open(os.devnull) as file:
+        pass
+    words = {"a", "b", "c", "d", "e", 5}
+    ring = [1]
+    ring.append(ring)
+    chain = None
+    for _ in range(5000):
+        chain = Slotted(chain)
+    parts = [file, threading.Lock(), np.random.default_rng(), torch.Generator(), Path("a"), torch.float32, torch, len]
+    parts += [words, frozenset(words), deque([1, 2]), ring, chain, {"a": np.arange(3)}, torch.eye(2).to_sparse()]
+    parts += [lambda x: x + 1, loss(0.1), functools.partial(F.relu, inplace=True), Scale(2).__call__]
+    parts += [nn.Linear, nn.Flatten(), torch.device("cpu")]
+    return [Custom(part) for part in parts]
+
+
+def test_equal_objects_have_one_fingerprint():
+    for one, other in zip(objects(), objects(), strict=True):
+        assert fingerprint(one) == fingerprint(other), one.content
+
+
+def test_fingerprints_are_those_of_another_process():
+    """With other addresses and another order of sets."""
+    code = "from test_fingerprint import *; print(fingerprint(*objects()))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == fingerprint(*objects())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a", "b"),
+        (1, 1.0),
+        (["ab", "c"], ["a", "bc"]),
+        ([1, [2]], [[1], 2]),
+        ({"a": 1}, {"a": 2}),
+        ({1, 2}, {1, 3}),
+        ((1, 2), [1, 2]),
+        (Path("a"), Path("b")),
+        (torch.zeros(3), torch.zeros(3, 1)),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int32)),
+        (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
+        (np.arange(3), np.arange(1, 4)),
+        (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
+        (Scale(2), Scale(3)),
+        (Slotted(2), Slotted(3)),
+        (Slotted(Slotted([Scale(2)])), Slotted(Slotted([Scale(3)]))),
+        (Property([0, 1]), Property([0, 2])),
+        (Unsized(0), Unsized(1)),
+        (deque([1, 2]), deque([1, 3])),
+        (OrderedDict(a=1), OrderedDict(a=2)),
+        (Subset(Custom(0), [0]), Subset(Custom(1), [0])),
+        (Subset(Custom(0), [0]), Subset(Custom(0), [1])),
+        (TensorDataset(torch.zeros(3)), TensorDataset(torch.ones(3))),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.9)),
+        (nn.CrossEntropyLoss(torch.ones(3)), nn.CrossEntropyLoss(torch.zeros(3))),
+        (functools.partial(F.relu, inplace=True), functools.partial(F.relu, inplace=False)),
+        (functools.partial(F.relu), functools.partial(F.gelu)),
+        (lambda x: x + 1, lambda x: x + 2),
+        (lambda x: F.relu(x), lambda x: F.gelu(x)),
+        (lambda x: [y + 1 for y in x], lambda x: [y + 2 for y in x]),
+        (loss(0.1), loss(0.2)),
+        (loss(0.1), loss(0.1, default=2)),
+        (Scale(2).__call__, Scale(3).__call__),
+        (nn.Linear, nn.Conv2d),
+        (len, max),
+    ],
+)
+def test_different_objects_have_two(one, other):
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(Custom(one)) != fingerprint(Custom(other))
+
+
+def test_shared_parts_are_told_from_each_other():
+    a, b = [1], [2]
+    assert len({fingerprint([a, b, part]) for part in (a, b)}) == 2
+
+
+def test_the_place_in_memory_is_no_matter():
+    x = torch.randn(4, 6)
+    assert fingerprint(x) == fingerprint(x.t().contiguous().t()) == fingerprint(torch.cat([x, x])[4:])
+    assert fingerprint(x.numpy()) == fingerprint(np.asfortranarray(x.numpy()))
