@@ -24,7 +24,7 @@ from report import align, markdown
 
 from talib_fast.storage import write_atomically
 from talib_fast.training.options import RECIPES
-from talib_fast.training.report import STYLE, method_colour
+from talib_fast.training.report import method_colour
 
 LABELS, SEEDS = (2, 5, 10, 20), 5
 # the two-sided 95 % quantile of Student's t by degrees of freedom
@@ -148,10 +148,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
         parts += [markdown(lines), caption]
     page = "\n\n".join([*parts, report.origin(results["environment"])]) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        write_atomically(folder / "plot.png", partial(draw(results).savefig, format="png"))
+    report.write_plot(folder / "plot.png", partial(draw, results))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

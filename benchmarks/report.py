@@ -253,7 +253,7 @@ def publish(
     parts = [*([warning] if warning else []), markdown(lines), caption, origin(where), f"```\n{verdicts}\n```"]
     text = "\n\n".join(parts) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
-    _write_plot(folder, draw)
+    write_plot(folder / "plot.png", draw)
 
 
 def run(
@@ -271,14 +271,15 @@ def run(
     publish(json.loads((folder / "results.json").read_text()), folder)
 
 
-def _write_plot(folder: Path, draw: Callable[[], Any]) -> None:
+def write_plot(file: Path, draw: Callable[[], Any]) -> None:
+    """Write the figure that ``draw`` makes, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
         print("No plot: it needs matplotlib (pip install matplotlib).")
         return
     with matplotlib.rc_context(STYLE):
-        write_atomically(folder / "plot.png", partial(draw().savefig, format="png"))
+        write_atomically(file, partial(draw().savefig, format="png"))
 
 
 def entitle(figure: Any, title: str, results: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ from command import RESULTS
 from report import LOOKS, Spread, align, error_bars, markdown, speedup
 
 from talib_fast.storage import write_atomically
-from talib_fast.training.report import STYLE
 
 Row = tuple[str, Spread]
 
@@ -158,13 +157,7 @@ def main(folder: Path = RESULTS / "cpu") -> None:
     print(align(table(rows, link=False)), caption, sep="\n\n")
     page = f"{markdown(table(rows, link=True))}\n\n{caption}\n"
     write_atomically(folder / "summary.md", lambda file: file.write(page.encode()))
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: it needs matplotlib (pip install matplotlib).")
-        return
-    with matplotlib.rc_context(STYLE):
-        write_atomically(folder / "summary.png", partial(draw(rows, device).savefig, format="png"))
+    report.write_plot(folder / "summary.png", partial(draw, rows, device))
 
 
 if __name__ == "__main__":
