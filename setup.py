@@ -104,7 +104,7 @@ class Build(BuildExtension):
     def attempt(self, without_cuda: str) -> str:
         """Build the library, and say what failed, if anything did."""
         (extension,) = self.extensions
-        cxx = [*build_parts.CXX_FLAGS]
+        cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's own flags ask for debug information, most of the library
         nvcc = [*build_parts.NVCC_FLAGS]
         link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state"]
         cuda_sources: list[str] = []

@@ -1,55 +1,17 @@
-import os
 import re
 import shutil
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent
-LIBRARY = "talib_fast/_C.abi3.so"
+from build_support import LIBRARY, build_wheel, copy_of_the_tree, info
+from compiler_support import needs_compiler
+from packages import Failed
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of the tree, to build in and to break."""
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
-    for name in tracked.stdout.split():
-        if (ROOT / name).exists():
-            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
-    return tmp_path / "source"
-
-
-def build(source: Path, **environment: str) -> subprocess.CompletedProcess:
-    environ = {name: value for name, value in os.environ.items() if name not in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")}
-    return subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", source.parent, source],
-        capture_output=True, text=True, check=False, env={**environ, **environment},
-    )  # fmt: skip
-
-
-def build_wheel(source: Path, **environment: str) -> tuple[list[str], str]:
-    """The names in the wheel built from ``source``, and what the build said."""
-    done = build(source, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = source.parent.glob("*.whl")
-    return zipfile.ZipFile(wheel).namelist(), done.stdout + done.stderr
-
-
-def info(source: Path) -> str:
-    """What ``python -m talib_fast info`` prints with the wheel built from ``source``."""
-    (wheel,) = source.parent.glob("*.whl")
-    unpacked = source.parent / "unpacked"
-    zipfile.ZipFile(wheel).extractall(unpacked)
-    done = subprocess.run([sys.executable, "-m", "talib_fast", "info"], cwd=unpacked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return copy_of_the_tree(tmp_path)
 
 
 def needed(library: Path) -> set[str]:
@@ -60,28 +22,6 @@ def needed(library: Path) -> set[str]:
     return set(re.findall(r"NEEDED.*\[(.+)\]", said))
 
 
-def test_the_wheel_holds_the_package_alone(source):
-    names, said = build_wheel(source, CUDA_HOME="/nonexistent")
-    assert LIBRARY in names and "talib_fast/py.typed" in names
-    assert all(name.startswith(("talib_fast/", "talib_fast-")) for name in names)
-    assert not [name for name in names if name.endswith((".cpp", ".cu", ".cuh", ".h"))]
-    assert said.count("talib_fast: the CUDA kernels are not built: ") == 1
-    if torch.version.cuda is None:
-        assert f"torch {torch.__version__} is built without CUDA (FORCE_CUDA=1 builds them all the same)" in said
-    assert re.search(r"^  for cuda  not built: ", info(source), re.M)
-
-
-def test_the_sources_are_packed(source):
-    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (packed,) = (source / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(packed, source / "unpacked")
-    (unpacked,) = (source / "unpacked").iterdir()
-    for folder in ("csrc", "tools"):
-        for path in (source / folder).rglob("*.*"):
-            assert (unpacked / path.relative_to(source)).exists() == (path.suffix != ".pyc"), path
-
-
 def test_a_missing_compiler_is_one_sentence(source):
     names, said = build_wheel(source, CXX="/nonexistent/g++")
     assert said.count("talib_fast: the compiled library is not built") == 1
@@ -89,6 +29,7 @@ def test_a_missing_compiler_is_one_sentence(source):
     assert "talib_fast/ops/stoch_norm.py" in names and LIBRARY not in names
 
 
+@needs_compiler
 def test_a_failing_compiler_is_one_sentence(source):
     shutil.rmtree(source / "csrc" / "cpu")  # which takes long
     (source / "csrc" / "build_info.cpp").write_text("int x = y;\n")
@@ -105,18 +46,20 @@ def test_nothing_is_compiled_on_request(source):
     assert LIBRARY not in names
 
 
+@needs_compiler
 def test_cuda_kernels_asked_for_by_name_must_be_there(source):
     (source / "csrc" / "cuda").mkdir(exist_ok=True)
     (source / "csrc" / "cuda" / "another.cu").touch()
-    done = build(source, FORCE_CUDA="1", CUDA_HOME="/nonexistent")
-    assert done.returncode and re.search(
-        r"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, which cannot be built: "
+    with pytest.raises(
+        Failed,
+        match=r"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, which cannot be built: "
         r"CUDA_HOME is /nonexistent, which holds no bin/nvcc: install the toolkit of CUDA \d+ ",
-        done.stdout + done.stderr,
-    )
+    ):
+        build_wheel(source, FORCE_CUDA="1", CUDA_HOME="/nonexistent")
     assert not list(source.parent.glob("*.whl"))
 
 
+@needs_compiler
 class TestCuda:
     """Against any torch, also one without CUDA; no GPU is needed."""
 
@@ -131,7 +74,8 @@ class TestCuda:
         )
 
     def test_they_are_built_on_request(self, source):
-        _, said = build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0")
+        plain = {"NVCC_APPEND_FLAGS": "--no-compress"}  # to find names in the machine code
+        _, said = build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0", **plain)
         assert not re.search(r"^ *talib_fast: ", said, re.M)
         assert re.search(r"^  for cuda  fill, by nvcc \d+\.\d+ for 8\.0 9\.0$", info(source), re.M)
         library = source.parent / "unpacked" / LIBRARY
@@ -142,13 +86,11 @@ class TestCuda:
 
     def test_when_they_fail_the_rest_is_built(self, source):
         (source / "csrc" / "cuda" / "wrong.cu").write_text("__global__ void f(float* x) { x[0] = y; }\n")
-        done = build(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
         sentence = (
             r'compiling them failed \(csrc/cuda/wrong\.cu\(1\): error: identifier "y" is undefined\); mend that or '
         )
-        assert done.returncode and re.search(
-            f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {sentence}", done.stdout + done.stderr
-        )
+        with pytest.raises(Failed, match=f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {sentence}"):
+            build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
         # the same, but not asked for by name: a torch that says it was built with CUDA
         setup = (source / "setup.py").read_text()
         (source / "setup.py").write_text(setup.replace("torch_cuda=torch.version.cuda", "torch_cuda=toolkit.version"))

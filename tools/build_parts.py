@@ -24,6 +24,7 @@ NVCC_FLAGS = (
     # torch defines these; without them half and bfloat16 convert as CUDA's own headers say, in every build alike
     *(f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")),
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-Xfatbin=-compress-all",  # by itself it leaves machine code with line numbers as it is, ten times as large
 )
 
 
