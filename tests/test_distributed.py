@@ -358,7 +358,7 @@ with parallel.joined():
 
     net = nn.Sequential(nn.BatchNorm1d(3), Own(3))
     with warnings.catch_warnings(record=True) as caught:
-        parallel.synchronise(net, torch.device("cpu"))
+        parallel.synchronize(net, torch.device("cpu"))
     assert [str(warning.message) for warning in caught] == [
         "each process normalises its share of a batch alone in 1 (Own)"
     ][rank:]
@@ -406,7 +406,7 @@ def test_shares_are_the_batch(tmp_path, monkeypatch):
 def test_gpus_get_pytorchs_own_synchronised_batch_norm():
     net = nn.Sequential(nn.BatchNorm2d(4), StochNorm2d(4, p=0.5), nn.ReLU())
     layers = list(net)
-    parallel.synchronise(net, torch.device("cuda"))
+    parallel.synchronize(net, torch.device("cuda"))
     assert [type(layer) for layer in net] == [nn.SyncBatchNorm, SyncStochNorm, nn.ReLU]
     assert all(a is b for a, b in zip(net, layers, strict=True))
     x = torch.randn(2, 4, 3, 3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..ops.library import accumulation_dtype
-from ..ops.stoch_norm import Statistics, check_count, move, stoch_norm_unchecked
+from ..ops.stoch_norm import Statistics, check_count, draw, move, stoch_norm_unchecked
 
 __all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model", "convert_sync"]
 
@@ -31,17 +31,17 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _remember(layer: nn.Module, draw: Tensor, statistics: Statistics) -> None:
+def _remember(layer: nn.Module, drawn: Tensor, statistics: Statistics) -> None:
     if _traced():
         return
     history = _history.get(layer)
-    if history is None or (history[0][1].dtype, history[0][1].device) != (statistics[0].dtype, draw.device):
+    if history is None or (history[0][1].dtype, history[0][1].device) != (statistics[0].dtype, drawn.device):
         history = _history[layer] = deque(maxlen=_HISTORY_LENGTH)
-    history.appendleft((draw, *statistics))
+    history.appendleft((drawn, *statistics))
 
 
-def _recall(layer: nn.Module, draw: Tensor) -> Statistics | None:
-    """The statistics of the forward pass that drew ``draw``; None if the layer has had none.
+def _recall(layer: nn.Module, drawn: Tensor) -> Statistics | None:
+    """The statistics of the forward pass that drew ``drawn``; None if the layer has had none.
 
     The running statistics have moved on since the forward pass that is repeated, so they can't be read again. Several
     passes may lie between when a layer is called more than once a step; the draw, which the restored generator
@@ -55,8 +55,8 @@ def _recall(layer: nn.Module, draw: Tensor) -> Statistics | None:
     if not history:
         return None
     draws, means, invstds = (torch.stack(column) for column in zip(*history, strict=True))
-    matches = (draws == draw).all(1)
-    if draw.device.type == "cpu" and not matches.any():
+    matches = (draws == drawn).all(1)
+    if drawn.device.type == "cpu" and not matches.any():
         raise RuntimeError(
             f"{type(layer).__name__} runs inside a backward pass, but repeats none of its last {len(history)} forward "
             f"passes: activation checkpointing needs preserve_rng_state=True, and at most {_HISTORY_LENGTH} passes of "
@@ -117,7 +117,7 @@ class _StochNorm(_NormBase):
 
     def _draw(self, input: Tensor) -> Tensor:
         """A number in [0, 1) for each channel, which takes the batch's statistics where it is below p."""
-        return torch.rand(self.num_features, device=input.device)
+        return draw(input, self.num_features)
 
     def _statistics_to_update(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         """The running mean and variance that the operation moves, and its momentum."""
@@ -147,9 +147,9 @@ class _StochNorm(_NormBase):
 
     def _forward_training(self, input: Tensor) -> Tensor:
         check_count(input)
-        draw = self._draw(input)
-        mask = draw < self.p
-        recalled = _recall(self, draw) if _recomputing() else None
+        drawn = self._draw(input)
+        mask = drawn < self.p
+        recalled = _recall(self, drawn) if _recomputing() else None
         if recalled is not None:
             return stoch_norm_unchecked(
                 input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, recalled
@@ -160,7 +160,7 @@ class _StochNorm(_NormBase):
         )
         if input.numel():
             self._finish_update(mean, variance)
-        _remember(self, draw, statistics)
+        _remember(self, drawn, statistics)
         return output
 
 
@@ -268,7 +268,7 @@ class SyncStochNorm(_StochNorm):
             return self._forward_synchronized(input)
         return super().forward(input)
 
-    def _joined(self, values: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _joined(self, values: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's draw.
 
         All in one collective: a sum over the ranks of tables in which each rank has filled its own row.
@@ -277,24 +277,24 @@ class SyncStochNorm(_StochNorm):
         count = values.numel() // self.num_features
         mean = values.sum(dims) / max(count, 1)
         squares = (values - mean.view(shape)).square().sum(dims)
-        row = torch.cat([mean, squares, draw.to(values.dtype), values.new_full((1,), count)])
+        row = torch.cat([mean, squares, drawn.to(values.dtype), values.new_full((1,), count)])
         rank, world_size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
         table = _AllReduce.apply(F.pad(row[None], (0, 0, rank, world_size - 1 - rank)), self.process_group)
-        means, squares, draws, counts = table.split([self.num_features, self.num_features, len(draw), 1], dim=1)
+        means, squares, draws, counts = table.split([self.num_features, self.num_features, len(drawn), 1], dim=1)
         counts = counts.detach()
         total = counts.sum().clamp_min(1)
         mean = (counts * means).sum(0) / total
         variance = (squares + counts * (means - mean).square()).sum(0) / total
-        return mean, variance, total, draws[0].detach().to(draw.dtype)
+        return mean, variance, total, draws[0].detach().to(drawn.dtype)
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
         values = input.to(accumulation_dtype(input))
         tracked = self.running_mean is not None
-        mean, variance, count, draw = self._joined(values, self._draw(input) if tracked else values.new_empty(0))
+        mean, variance, count, drawn = self._joined(values, self._draw(input) if tracked else values.new_empty(0))
         invstd = (variance + self.eps).rsqrt()
         if tracked:
-            mask = draw < self.p
-            recalled = _recall(self, draw) if _recomputing() else None
+            mask = drawn < self.p
+            recalled = _recall(self, drawn) if _recomputing() else None
             if recalled is not None:
                 running_mean, running_invstd = recalled
             else:
@@ -304,7 +304,7 @@ class SyncStochNorm(_StochNorm):
             mean = torch.where(mask, mean, running_mean)
             invstd = torch.where(mask, invstd, running_invstd)
             if recalled is None:
-                _remember(self, draw, (mean.detach(), invstd.detach()))
+                _remember(self, drawn, (mean.detach(), invstd.detach()))
         shape = [-1] + [1] * (input.dim() - 2)
         scale = invstd if self.weight is None else invstd * self.weight
         output = (values - mean.view(shape)) * scale.view(shape)

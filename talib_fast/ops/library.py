@@ -14,14 +14,14 @@ OPERATIONS = ("stoch_norm", "squared_distance", "spectral_tail")
 _LIBRARY = torch.library.Library("talib_fast", "DEF")
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def define(schema: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
     """Define an operator and return its callable. It has no derivative: that is its :class:`Function`'s.
 
     ``implementation`` serves every device for which no compiled kernel is registered; ``fake`` gives the shapes,
-    dtypes and strides of the outputs without computing them.
+    dtypes and strides of the outputs without computing them; ``tags`` say more of it to a compiler.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     # else PyTorch goes through the arguments of every call for a derivative that is missing
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")

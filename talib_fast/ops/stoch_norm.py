@@ -120,6 +120,25 @@ _backward_op = define(
 )
 
 
+def _draw(input: Tensor, channels: int) -> Tensor:
+    return torch.rand(channels, dtype=torch.float32, device=input.device)
+
+
+def _draw_fake(input: Tensor, channels: int) -> Tensor:
+    return input.new_empty(channels, dtype=torch.float32)
+
+
+# inductor draws by a generator of its own, and other numbers than eager, but not for what it can't look into
+_draw_op = define(
+    "stoch_norm_draw(Tensor input, int channels) -> Tensor", _draw, _draw_fake, torch.Tag.nondeterministic_seeded
+)
+
+
+def draw(input: Tensor, channels: int) -> Tensor:
+    """A number in [0, 1) for each channel by torch's generator on the input's device, compiled or not: ``[C]``."""
+    return (_draw_op if torch.compiler.is_compiling() else _draw)(input, channels)
+
+
 class _StochNorm(Function):
     @staticmethod
     def forward(

@@ -130,7 +130,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def synchronise(module: nn.Module, device: torch.device) -> None:
+def synchronize(module: nn.Module, device: torch.device) -> None:
     """Let every batch norm and stochastic norm of ``module`` take the statistics of the joined batch, in place."""
     left = []
     for name, layer in module.named_modules():
@@ -149,7 +149,7 @@ def synchronise(module: nn.Module, device: torch.device) -> None:
 
 
 def share_statistics(module: nn.Module) -> None:
-    """Give every rank rank 0's running statistics of the norms that :func:`synchronise` left alone."""
+    """Give every rank rank 0's running statistics of the norms that :func:`synchronize` left alone."""
     if world_size() == 1:
         return
     for layer in module.modules():

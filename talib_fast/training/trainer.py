@@ -115,7 +115,7 @@ class Run:
         if not self._load():
             self._prepare()
         if parallel.world_size() > 1:
-            parallel.synchronise(self.method, self.device)
+            parallel.synchronize(self.method, self.device)
         title = f"{self.record.method}, seed {self.record.seed}"
         saved_at = time.monotonic()
         show = parallel.rank() == 0
