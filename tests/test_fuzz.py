@@ -79,7 +79,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SCALES = {
     torch.float16: [1e-6, 1e-3, 100.0, 1e4],
     torch.bfloat16: [1e-30, 1e-3, 1e4, 1e18, 1e30],
-    torch.float32: [1e-40, 1e-30, 1e-3, 1e4, 1e18, 1e30],
+    torch.float32: [1e-40, 1e-30, 1e-3, 1e4, 1e16, 1e18, 1e30],
     torch.float64: [1e-200, 1e-30, 1e-3, 1e4, 1e30, 1e150, 1e300],
 }
 EXPANDED, SLIDING = 0, -1
@@ -135,9 +135,9 @@ PERMUTATIONS = {dims: st.permutations(range(dims)) for dims in range(6)}
 
 
 def draw_shape(draw, ranks, limit):
-    """Of that many dimensions, from and to, and of up to `limit` elements."""
+    """Of that many dimensions, from and to, and of up to `limit` elements, also if no size were 0."""
     shape = draw(SHAPES[ranks])
-    while math.prod(shape) > limit:
+    while math.prod(size or 1 for size in shape) > limit:
         longest = shape.index(max(shape))
         shape[longest] //= 2
     return tuple(shape)
@@ -438,8 +438,8 @@ def stoch_norm_oracle(call: Normalization, exact: dict[str, Tensor], mask: Tenso
             ("dweight", "dbias"), zero
         )
 
-    # the sum may be one of differences from any of the values
-    farthest = Ball(2 * x.value.abs().amax(1, keepdim=True).expand_as(x.value), dtype)
+    # the sums may be those of differences from any number between the smallest and the largest
+    farthest = Ball((x.value.amax(1, keepdim=True) - x.value.amin(1, keepdim=True)).expand_as(x.value), dtype)
     batch_mean = (x.sum() / n).in_doubt_with(farthest.sum())
     # a mean that is off by d adds d² to the mean square, not more, whatever the single differences are off by
     differences = Ball(x.value - batch_mean.value, dtype)._result(
@@ -447,6 +447,7 @@ def stoch_norm_oracle(call: Normalization, exact: dict[str, Tensor], mask: Tenso
     )
     squares = (differences * differences).sum()
     squares = squares._result(squares.value, squares.radius + n * batch_mean.radius**2, squares.value, batch_mean)
+    squares = squares.in_doubt_with((farthest * farthest).sum())
     moved = {}
     for name, old, batch in (
         ("running_mean", running_mean, batch_mean),
@@ -460,14 +461,14 @@ def stoch_norm_oracle(call: Normalization, exact: dict[str, Tensor], mask: Tenso
     difference, scale = x - mean, invstd * weight
     normalized = difference * invstd
     dbias = dy.sum()
-    dweight = (dy * normalized).sum()
+    dweight = (dy * normalized).sum().or_else((dy * difference).sum() * invstd)
     dinput = scale * (dy - ((dbias + normalized * dweight) / n).where(s, zero))
     slope, offset = scale * invstd * dweight / n, scale * dbias / n
     return {
         **moved,
         "output": (normalized * weight + bias).or_else(difference * scale + bias),
         "dinput": dinput.or_else(dy * scale - (difference * slope + offset).where(s, zero)),
-        "dweight": dweight.or_else((dy * difference).sum() * invstd),
+        "dweight": dweight,
         "dbias": dbias,
     }
 

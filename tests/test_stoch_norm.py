@@ -167,6 +167,14 @@ class TestOperation:
             expected = F.batch_norm(args["input"], *statistics, args["weight"], args["bias"], training)
             torch.testing.assert_close(stoch_norm(**args)[0], expected)
 
+    @pytest.mark.parametrize("var", [-1e-5, -1.0])
+    def test_gradients_of_an_empty_input_are_zero_whatever_the_running_variance(self, var, device):
+        args = inputs((2, 5, 3), torch.float32, device)
+        args["input"], args["running_var"] = args["input"][:0], torch.full_like(args["running_var"], var)
+        leaves = [args[name].requires_grad_() for name in ("weight", "bias")]
+        gradients = torch.autograd.grad(stoch_norm(**args)[0].sum(), leaves)
+        assert not any(gradient.any() for gradient in gradients)
+
     def test_empty_input_leaves_the_statistics_alone(self, device):
         args = inputs((2, 5, 3), device=device)
         before = args["running_mean"].clone(), args["running_var"].clone()
@@ -363,6 +371,14 @@ class TestKernels:
         assert_near(output, expected, TOLERANCES[dtype])
         assert_near(args["running_mean"], mean, max(TOLERANCES[dtype], TOLERANCES[vectors]))
         assert_near(args["running_var"], var, max(TOLERANCES[dtype], TOLERANCES[vectors]))
+
+    @pytest.mark.parametrize("shape", [(2, 3), (3, 4, 7), (2, 3, 40, 30), (70, 5)], ids=str)
+    def test_a_mean_whose_square_overflows(self, shape, device):
+        args = inputs(shape, torch.float32, device)
+        args["input"] = args["input"] * 1e17 + 1e20
+        expected, mean, _ = oracle(**args)
+        assert_near(stoch_norm(**args)[0], expected, 1e-3)
+        assert_near(args["running_mean"], mean, 1e-5)
 
     @pytest.mark.parametrize("running", [torch.float16, torch.bfloat16])
     def test_a_batch_s_statistics_that_a_running_one_s_dtype_can_not_hold(self, running, device):

@@ -65,7 +65,8 @@ struct Moments {
     if (sum == 0) return;
     const A difference = other.mean - mean, share = other.count / sum;
     mean += difference * share;
-    squares += other.squares + difference * difference * count * share;
+    // in this order: beside a mean of 1e20 those of no values at all give 0, where its square would give inf * 0
+    squares += other.squares + difference * (count * share) * difference;
     count = sum;
   }
   __device__ __forceinline__ Moments from_lane(int distance) const {
@@ -150,7 +151,7 @@ struct Backward {
 
   __device__ __forceinline__ Constants<A> finish(int64_t c, const Sums& sums) const {
     Constants<A> constants = known(c);
-    const A dgamma = sums.product * invstd[c];
+    const A dgamma = count > 0 ? sums.product * invstd[c] : A(0);  // invstd may be infinite
     dbias[c] = sums.sum, dweight[c] = dgamma;
     if (mask[c] && count > 0) {
       const A share = -constants.scale / static_cast<A>(count);
