@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from . import finetune
-from .finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, _probability
+from .checks import check_module, check_number
+from .finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d
 
 # The methods' modules by the package that holds them: tllib's two, and talib's, as the library was called before.
 _REGULARIZATION = ("delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation")
@@ -145,14 +146,16 @@ def _is_upstream(kind: type) -> bool:
 
 def _missing_state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The attributes and buffers by which one of upstream's layers becomes ours."""
-    mean, p = layer.running_mean, layer.p
+    mean = layer.running_mean
+    p: Any = layer.p
     # Upstream's convert_model hands p over as track_running_stats, and leaves the layer's p at 0.5.
     if not isinstance(layer.track_running_stats, bool):
         p = layer.track_running_stats
     buffers: dict[str, Any] = {"running_mean": mean, "running_var": layer.running_var, "num_batches_tracked": None}
     if isinstance(mean, torch.Tensor):
         buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
-    return {"p": _probability(p), "track_running_stats": mean is not None}, buffers
+    check_number(p, "p", 1)
+    return {"p": float(p), "track_running_stats": mean is not None}, buffers
 
 
 def _patch_model(model: nn.Module) -> dict[str, str]:
@@ -238,8 +241,7 @@ def patch(
     methods = {name for name, choice in choices.items() if choice}
     if model is None:
         return _patch_library(methods)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "model")
     if len(methods) < len(choices):
         left_out = ", ".join(sorted(choices.keys() - methods))
         raise ValueError(f"expected a model or a choice of methods, got a model and {left_out} left out")

@@ -656,7 +656,7 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("option, name", [("m", "momentum m"), ("T", "temperature T")])
 def test_options_that_are_no_numbers(option, name):
-    with pytest.raises(TypeError, match=rf"a number as {name}, got 'x'"):
+    with pytest.raises(TypeError, match=rf"expected {name} to be a number, got 'x'"):
         BiTuning(encoder(), encoder(), CLASSES, **{option: "x"})
 
 

@@ -960,7 +960,7 @@ def test_bad_options(options, message):
 
 
 def test_options_of_another_type():
-    with pytest.raises(TypeError, match=r"a number as temperature, got '2'"):
+    with pytest.raises(TypeError, match="expected temperature to be a number, got '2'"):
         Relationship(batches(*samples()), source_classifier(), "cpu", temperature="2")
     with pytest.raises(TypeError, match=r"classifier to be a torch\.nn\.Module, got str"):
         Relationship(batches(*samples()), "x", "cpu")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from talib_fast.finetune import attention, delta
@@ -545,6 +545,15 @@ class TestChannelAttention:
             torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
             assert weights.std() > 0
 
+    def test_loader_that_has_no_length(self):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(TestChannelAttention.batches)
+
+        model, loader = small_net(), DataLoader(Stream(), batch_size=None)
+        expected = channel_attention(model, self.batches, ["conv2"])
+        torch.testing.assert_close(channel_attention(model, loader, ["conv2"]), expected, rtol=0, atol=0)
+
     def test_options(self):
         model = small_net()
         first = channel_attention(model, self.batches, ["conv2"], max_batches=1, temperature=1.0, progress=False)
@@ -626,8 +635,8 @@ class TestChannelAttention:
             (dict(return_layers=["conv1", "conv2", "conv1"]), ValueError, "once in return_layers, got 'conv1' twice"),
             (dict(data_loader=[]), ValueError, "at least one batch"),
             (dict(temperature=0), ValueError, "temperature > 0, got 0"),
-            (dict(max_batches=0), ValueError, "max_batches >= 1, got 0"),
-            (dict(channels_per_pass=0), ValueError, "channels_per_pass >= 1"),
+            (dict(max_batches=0), ValueError, "max_batches to be a positive integer, got 0"),
+            (dict(channels_per_pass=0), ValueError, "channels_per_pass to be a positive integer, got 0"),
             (dict(data_loader=[torch.ones(2, 3, 8, 8)]), TypeError, r"batches \(x, labels, ...\), got Tensor"),
             (
                 dict(data_loader=[(torch.ones(2, 3, 8, 8), torch.ones(2))]),

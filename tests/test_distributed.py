@@ -79,7 +79,7 @@ class TestConvertSync:
             convert_sync(nn.BatchNorm2d(4))
 
     def test_wrong_arguments_are_type_errors(self):
-        with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got list"):
+        with pytest.raises(TypeError, match=r"expected module to be a torch.nn.Module, got list"):
             convert_sync([StochNorm2d(4)])
         with pytest.raises(TypeError, match=r"expected a torch.distributed.ProcessGroup .*, got str"):
             convert_sync(StochNorm2d(4), "gloo")

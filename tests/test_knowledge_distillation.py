@@ -152,7 +152,7 @@ def test_temperature_is_positive(T):
 
 @pytest.mark.parametrize("T", ["3", None])
 def test_temperature_is_a_number(T):
-    with pytest.raises(TypeError, match=rf"a number as temperature T, got {T!r}"):
+    with pytest.raises(TypeError, match=rf"expected temperature T to be a number, got {T!r}"):
         KnowledgeDistillationLoss(T)
 
 

@@ -13,7 +13,7 @@ from classifier_support import (
     with_workers,
 )
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
 from talib_fast.finetune.lwf import Classifier, collect_pretrain_labels
@@ -278,9 +278,16 @@ def test_data_loader(workers):
     torch.testing.assert_close(logits, classifier.eval()(x))
 
 
-def test_loader_without_a_length():
-    classifier, x = source_classifier(), images()[..., :2, :2]
-    assert collect_pretrain_labels((x for _ in range(3)), classifier, "cpu").shape == (12, 4)
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(images(6)[..., :2, :2])
+
+
+@pytest.mark.parametrize(
+    "loader", [lambda: (x for x in images(6)[..., :2, :2].split(2)), lambda: DataLoader(Stream(), 2)]
+)
+def test_loader_without_a_length(loader):
+    assert collect_pretrain_labels(loader(), source_classifier(), "cpu").shape == (6, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -344,6 +344,33 @@ def test_float64_that_can_not_be_squared(shape, create_graph, scale):
     torch.testing.assert_close(grad / scale, expected)
 
 
+def test_second_derivatives_of_float64_do_not_square_the_condition_number():
+    """Two singular values of 1e-8 and 2e-8 beside one of 1: their squares are lost in the Gram matrix's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 3, dtype=torch.float64, generator=generator)).Q for size in (3, 7))
+    singular_values = torch.tensor([1.0, 2e-8, 1e-8], dtype=torch.float64)
+    matrix = ((left * singular_values) @ right.T).requires_grad_()
+    (grad,) = torch.autograd.grad(spectral_tail(matrix, 1), matrix, create_graph=True)
+    torch.testing.assert_close(grad, 2e-8 * torch.outer(left[:, 2], right[:, 2]), rtol=1e-6, atol=1e-14)
+    # moved along u_3 v_2ᵀ, the chosen and the next direction turn into each other: 2·σ_3 Δσ_3 has this derivative
+    along = torch.outer(left[:, 2], right[:, 1])
+    (second,) = torch.autograd.grad((grad * along).sum(), matrix)
+    _, next_one, last = singular_values.square()
+    torch.testing.assert_close((second * along).sum(), 2 - 2 * next_one / (next_one - last), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf])
+def test_double_backward_of_what_is_not_finite(dtype, entry, device):
+    matrix = torch.randn(2, 3, 5, dtype=dtype, device=device)
+    matrix[0, 1, 2] = entry
+    matrix.requires_grad_()
+    (grad,) = torch.autograd.grad(spectral_tail(matrix, 1).sum(), matrix, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), matrix)
+    for gradient in (grad, second):
+        assert not gradient[0].isfinite().any() and gradient[1].isfinite().all()
+
+
 def test_one_number_near_the_largest():
     matrix = torch.randn(2, 3, dtype=torch.float64)
     matrix[0, 0] = torch.finfo(torch.float64).max
@@ -429,9 +456,9 @@ def test_compiles_into_one_graph():
     ("matrix", "k", "error", "message"),
     [
         (torch.ones(2, 3).long(), 1, TypeError, "got torch.int64"),
-        (torch.ones(2, 3), 1.0, TypeError, r"expected an integer k, got 1\.0"),
-        (torch.ones(2, 3), True, TypeError, "expected an integer k, got True"),
-        ([torch.ones(2, 3)] * 2, "1", TypeError, "expected an integer k, got '1'"),
+        (torch.ones(2, 3), 1.0, TypeError, r"expected k to be an integer, got 1\.0"),
+        (torch.ones(2, 3), True, TypeError, "expected k to be an integer, got True"),
+        ([torch.ones(2, 3)] * 2, "1", TypeError, "expected k to be an integer, got '1'"),
         ([[1.0]], 1, TypeError, "expected input 0 to be a tensor, got list"),
         (torch.ones(2, 3).to_sparse(), 1, TypeError, "expected input to be a dense tensor, got torch.sparse_coo"),
         (torch.ones(3), 1, ValueError, r"expected input of shape \[\.\.\., b, f\], got \[3\]"),
@@ -468,7 +495,7 @@ class TestBatchSpectralShrinkage:
     def test_bad_input_is_named(self):
         with pytest.raises(ValueError, match="expected k >= 0, got -1"):
             BatchSpectralShrinkage(-1)
-        with pytest.raises(TypeError, match="expected an integer k, got '1'"):
+        with pytest.raises(TypeError, match="expected k to be an integer, got '1'"):
             BatchSpectralShrinkage("1")
         with pytest.raises(ValueError, match=r"features of shape \[b, f\], got \[2, 3, 4\]"):
             BatchSpectralShrinkage()(torch.randn(2, 3, 4))

@@ -378,7 +378,7 @@ def test_compiles_into_one_graph():
         (([torch.ones(2)], []), ValueError, "expected 1 sources, one per target, got 0"),
         (([torch.ones(2, 3)], None, []), ValueError, "expected 1 weights"),
         (([torch.ones(2)], [torch.ones(1)]), ValueError, r"source 0 of its target's shape \[2\], got \[1\]"),
-        (([torch.ones(2).long()],), TypeError, "got torch.int64"),
+        (([torch.ones(2).long()],), TypeError, "expected target 0 to be a float16, .*got torch.int64"),
         (([torch.ones(2)], [torch.ones(2, device="meta")]), ValueError, "source 0 on cpu.*got meta"),
         (([torch.ones(2, 3)], None, [torch.ones(2)]), ValueError, r"weight 0 of shape \[3\].*got \[2\]"),
         (([torch.ones(2)], None, [torch.ones(2)]), ValueError, "channel_dim 1 is out of range"),
@@ -386,7 +386,10 @@ def test_compiles_into_one_graph():
         (([[1.0]],), TypeError, "expected target 0 to be a tensor, got list"),
         (([torch.ones(2).to_sparse()],), TypeError, "expected target 0 to be a dense tensor, got torch.sparse_coo"),
         (([torch.ones(2)], [[1.0, 1.0]]), TypeError, "expected source 0 to be a tensor, got list"),
-        (([torch.ones(2, 3)], None, None, 1.0), TypeError, r"expected an integer channel_dim, got 1\.0"),
+        ((torch.ones(2, 3),), TypeError, "expected targets to be a list of tensors, got one tensor"),
+        (([torch.ones(2)], torch.ones(1, 2)), TypeError, "expected sources to be a list of tensors, got one tensor"),
+        (([], [torch.ones(2)]), ValueError, "expected 0 sources, one per target, got 1"),
+        (([torch.ones(2, 3)], None, None, 1.0), TypeError, r"expected channel_dim to be an integer, got 1\.0"),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):

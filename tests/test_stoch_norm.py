@@ -201,7 +201,7 @@ class TestOperation:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            (dict(input=torch.zeros(4, 5, dtype=torch.long)), TypeError, "expected a float16.*int64"),
+            (dict(input=torch.zeros(4, 5, dtype=torch.long)), TypeError, "expected input to be a float16.*int64"),
             (dict(input=torch.zeros(5)), ValueError, r"expected input of shape \[N, C, \*\], got \[5\]"),
             (dict(mask=torch.ones(5)), TypeError, "expected a bool mask, got torch.float32"),
             (dict(mask=torch.ones(4, dtype=torch.bool)), ValueError, r"mask of shape \[5\].*got \[4\]"),
@@ -214,7 +214,7 @@ class TestOperation:
                 TypeError,
                 "expected input to be a dense tensor, got torch.sparse",
             ),
-            (dict(running_var=torch.ones(5).long()), TypeError, "expected a float16.*int64"),
+            (dict(running_var=torch.ones(5).long()), TypeError, "expected running_var to be a float16.*int64"),
             (
                 dict(running_var=torch.ones(1).expand(5)),
                 ValueError,
@@ -717,7 +717,7 @@ class TestConvertModel:
             convert_model(nn.Linear(2, 2), 0.5)
 
     def test_rejects_what_is_no_module(self):
-        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+        with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got dict"):
             convert_model({}, 0.5)
 
 

@@ -2,11 +2,11 @@
 
 import functools
 import itertools
+import operator
 import os
-import sys
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..checks import check_positive_integer
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
 from .fingerprint import fingerprint
@@ -84,8 +85,8 @@ def channel_attention(
     layers = {name: find_layer(model, name) for name in names}
     check_temperature(temperature)
     for name, number in (("max_batches", max_batches), ("channels_per_pass", channels_per_pass)):
-        if number is not None and number < 1:
-            raise ValueError(f"expected {name} >= 1, got {number}")
+        if number is not None:
+            check_positive_integer(number, name)
     if method not in ("exact", "taylor"):
         raise ValueError(f"expected method to be exact or taylor, got {method!r}")
     if device is None:
@@ -95,7 +96,8 @@ def channel_attention(
         data = getattr(data_loader, "dataset", data_loader), getattr(data_loader, "batch_size", None)
         known.keep_in(Path(cache), fingerprint(method, max_batches, criterion, dict(model.state_dict()), *data))
     if not known.complete:
-        total = min(len(data_loader), max_batches or sys.maxsize) if isinstance(data_loader, Sized) else max_batches
+        # a DataLoader of an IterableDataset looks as if it had a len()
+        total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
         batches = itertools.islice(data_loader, max_batches)
         with evaluating(model), uncompiled():
             for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):

@@ -1,16 +1,16 @@
 """Bi-Tuning of Pre-trained Representations, 2020 (https://arxiv.org/abs/2011.06182)."""
 
-import numbers
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_module, check_number, check_positive_integer
 from ..ops.snapshot import snapshot
 from .classifier import Classifier as ClassifierBase
-from .classifier import ParameterGroup, check_module, check_positive_integer
+from .classifier import ParameterGroup
 from .labels import check_range, integer_labels
 from .logits import at_least_float32, check_temperature
 
@@ -137,10 +137,7 @@ class BiTuning(nn.Module):
         if num_classes != encoder_q.num_classes:
             raise ValueError(f"expected num_classes = {encoder_q.num_classes}, the encoder's, got {num_classes}")
         check_positive_integer(K, "K, the queue length,")
-        if not isinstance(cast(object, m), numbers.Real):
-            raise TypeError(f"expected a number as momentum m, got {m!r}")
-        if not 0 <= m <= 1:
-            raise ValueError(f"expected a momentum m in [0, 1], got {m}")
+        check_number(m, "momentum m", 1)
         check_temperature(T, "temperature T")
         if key_buffers not in ("own", "copy", "average"):
             raise ValueError(f"expected key_buffers to be own, copy or average, got {key_buffers!r}")

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_integer
 from ..ops import spectral_tail
 
 __all__ = ["BatchSpectralShrinkage"]
@@ -69,8 +69,7 @@ class BatchSpectralShrinkage(nn.Module):
 
     def __init__(self, k: int = 1, all_ranks: bool = False, process_group: Any = None) -> None:
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-            raise TypeError(f"expected an integer k, got {k!r}")
+        check_integer(k, "k")
         if k < 0:
             raise ValueError(f"expected k >= 0, got {k}")
         self.k = int(k)

@@ -3,24 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
+
+from ..checks import check_module, check_positive_integer, is_integer
 
 __all__ = ["Classifier"]
 
 ParameterGroup = dict[str, Any]
-
-
-def check_module(part: Any, name: str) -> None:
-    """Raise TypeError, with that name, unless ``part`` is a module."""
-    if not isinstance(part, nn.Module):
-        raise TypeError(f"expected {name} to be a torch.nn.Module, got {type(part).__name__}")
-
-
-def check_positive_integer(number: Any, name: str) -> None:
-    """Raise ValueError, with that name, unless ``number`` is an integer, of Python or NumPy, >= 1."""
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-        raise ValueError(f"expected {name} to be a positive integer, got {number!r}")
 
 
 def check_linear(head: nn.Module, name: str, in_features: int, out_features: int | None = None) -> None:
@@ -28,7 +17,7 @@ def check_linear(head: nn.Module, name: str, in_features: int, out_features: int
     check_module(head, name)
     for attribute, expected in (("in_features", in_features), ("out_features", out_features)):
         got = getattr(head, attribute, None)
-        if expected is not None and isinstance(got, (int, np.integer)) and got != expected:
+        if expected is not None and is_integer(got) and got != expected:
             raise ValueError(f"expected {name} with {attribute} = {expected}, got {got}")
 
 
@@ -47,7 +36,7 @@ class ClassifierBase(nn.Module):
         super().__init__()
         check_module(backbone, "backbone")
         check_positive_integer(num_classes, "num_classes")
-        if not isinstance(getattr(backbone, "out_features", None), (int, np.integer)):
+        if not is_integer(getattr(backbone, "out_features", None)):
             raise ValueError(
                 "expected backbone with an integer out_features, its number of channels; "
                 f"{type(backbone).__name__} has "

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_module, check_positive_integer
 from ..storage import write_atomically
-from .classifier import ParameterGroup, check_module, check_positive_integer
+from .classifier import ParameterGroup
 from .fingerprint import fingerprint
 from .labels import check_range, integer_labels
 from .logits import at_least_float32, check_logits, check_temperature

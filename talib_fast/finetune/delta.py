@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..checks import check_module, is_integer
 from ..ops import squared_distance
 from .attention import channel_attention
 from .layers import IntermediateLayerGetter, get_attribute, unwrap
@@ -40,8 +41,7 @@ class _ModelRegularization(nn.Module):
     target_model: nn.Module
 
     def _watch(self, name: str, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"expected {name} to be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model, name)
         object.__setattr__(self, name, model)  # past nn.Module's registry of submodules
 
 
@@ -87,8 +87,7 @@ class SPRegularization(_ModelRegularization):
         super().__init__()
         if unmatched not in ("warn", "ignore", "penalize", "error"):
             raise ValueError(f"expected unmatched to be warn, ignore, penalize or error, got {unmatched!r}")
-        if not isinstance(source_model, nn.Module):
-            raise TypeError(f"expected source_model to be a torch.nn.Module, got {type(source_model).__name__}")
+        check_module(source_model, "source_model")
         self._watch("target_model", target_model)
         self._names: list[str] = []
         start = dict(unwrap(source_model).named_parameters())
@@ -201,7 +200,7 @@ class AttentionBehavioralRegularization(nn.Module):
 
     def __init__(self, channel_attention: Mapping[str, Tensor] | Sequence[Tensor], channel_dim: int = 1) -> None:
         super().__init__()
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int) or channel_dim == 0:
+        if not is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"expected channel_dim to be an integer other than 0, the batch's, got {channel_dim!r}")
         self.channel_dim = channel_dim
         self._names = list(channel_attention) if isinstance(channel_attention, Mapping) else None

@@ -13,6 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import check_module
+
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -40,8 +42,7 @@ def layer_names(model: nn.Module, return_layers: Iterable[str]) -> list[str]:
         TypeError: ``model`` is no module, or ``return_layers`` are no names.
         ValueError: a name is there twice.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "model")
     if isinstance(return_layers, str):
         raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
     names = list(return_layers)

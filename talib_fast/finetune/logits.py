@@ -16,7 +16,7 @@ def check_logits(logits: Any, name: str) -> None:
 def check_temperature(temperature: Any, name: str = "temperature") -> None:
     """Raise TypeError unless ``temperature`` is a number, ValueError unless it is > 0."""
     if not isinstance(temperature, (numbers.Real, Tensor)):
-        raise TypeError(f"expected a number as {name}, got {temperature!r}")
+        raise TypeError(f"expected {name} to be a number, got {temperature!r}")
     if not temperature > 0:  # type: ignore[operator]
         raise ValueError(f"expected a {name} > 0, got {temperature}")
 

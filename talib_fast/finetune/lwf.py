@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .classifier import ClassifierBase, ParameterGroup, check_linear, check_module
+from ..checks import check_module
+from .classifier import ClassifierBase, ParameterGroup, check_linear
 from .prediction import OnHost, predictions
 
 __all__ = ["Classifier", "collect_pretrain_labels"]

@@ -1,6 +1,6 @@
 """Running a model over a data loader without leaving traces on the model."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,9 +45,8 @@ def predictions(
     data_loader: Iterable, classifier: nn.Module, device: torch.device | str, description: str, show: bool = True
 ) -> Iterator[tuple[Any, Tensor]]:
     """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode."""
-    total = len(data_loader) if isinstance(data_loader, Sized) else None
     with evaluating(classifier):
-        for batch in progress(data_loader, description, total, show):
+        for batch in progress(data_loader, description, show=show):
             # the mode spans the loop, but no_grad must not leak into the caller's code between two batches
             with torch.no_grad():
                 logits = classifier(inputs_of(batch).to(device, non_blocking=True))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ..checks import check_module, check_number
 from ..ops.library import accumulation_dtype
 from ..ops.stoch_norm import Statistics, check_count, draw, move, stoch_norm_unchecked
 
@@ -69,14 +70,6 @@ def _recall(layer: nn.Module, drawn: Tensor) -> Statistics | None:
     return mean, invstd
 
 
-def _probability(p: Any) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"expected p to be a number in [0, 1], got {p!r}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"expected p in [0, 1], got {p}")
-    return float(p)
-
-
 class _StochNorm(_NormBase):
     p: float
     running_mean: Tensor
@@ -94,9 +87,9 @@ class _StochNorm(_NormBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        p = _probability(p)
+        check_number(p, "p", 1)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.p = p
+        self.p = float(p)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"
@@ -347,14 +340,13 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     Raises:
         TypeError, ValueError: ``module`` is no module, or ``p`` is not a number in [0, 1].
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    p = _probability(p)
+    check_module(module, "module")
+    check_number(p, "p", 1)
     converted, left = 0, {}
     for name, layer in module.named_modules():
         if type(layer) in (*_COUNTERPARTS, *_COUNTERPARTS.values()):
             layer.__class__ = _COUNTERPARTS.get(type(layer), type(layer))
-            layer.p = p
+            layer.p = float(p)
             converted += 1
         elif isinstance(layer, _BatchNorm):
             left[name] = f"{name or 'module'} ({type(layer).__module__}.{type(layer).__qualname__})"
@@ -382,8 +374,7 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
     Raises:
         TypeError: ``module`` is no module, or ``process_group`` no process group that this process is in.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    check_module(module, "module")
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         got = type(process_group).__name__
         raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")

@@ -53,15 +53,6 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     raise TypeError(f"expected a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
 
 
-def check_floats(tensor: Any, name: str) -> None:
-    """Raise TypeError, with that name, unless ``tensor`` is a dense tensor of floats as the operations take them."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"expected {name} to be a dense tensor, got {tensor.layout}")
-    accumulation_dtype(tensor)
-
-
 @dataclass(frozen=True)
 class Compiled:
     """What came of loading the compiled library.

@@ -15,11 +15,11 @@ The operators take lists of matrices ``[b, f]`` or batches of them ``[count, b, 
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, check_floats, define
+from ..checks import check_floats, check_integer
+from .library import Function, accumulation_dtype, define
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -51,6 +51,11 @@ def _magnitude(matrix: Tensor) -> Tensor:
     return torch.pow(2.0, exponent.clamp(-1000, 1000).to(matrix.dtype))
 
 
+def _finite(matrix: Tensor) -> Tensor:
+    """Whether all of a matrix's entries are, ``[..., 1, 1]``."""
+    return torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
+
+
 def _by_the_others(short_side: int, k: int) -> bool:
     """Whether the vectors span the other singular directions, which are fewer, and not the tail's."""
     return 2 * k > short_side
@@ -59,7 +64,7 @@ def _by_the_others(short_side: int, k: int) -> bool:
 def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """``spectrum`` gives squared singular values, ascending, and the singular vectors of the shorter side."""
     matrix = _short_side_first(_in_float64(input))
-    finite = torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
+    finite = _finite(matrix)
     values, vectors = spectrum(torch.where(finite, matrix, 0))
     value = torch.where(finite[..., 0], values, torch.nan)[..., :k].sum(-1)
     vectors = torch.where(finite, vectors, torch.nan)
@@ -138,35 +143,35 @@ define(
 
 
 class _TailProjector(Function):
-    """The projector on the eigenvectors of the k smallest eigenvalues of a symmetric matrix.
+    """The projector on the singular subspace of a matrix's k smallest singular values, on the shorter side, its rows'.
 
-    Its derivative needs only the gaps between the chosen eigenvalues and the others, so that ties among the chosen
-    ones do no harm, as they would in the derivative of the eigenvectors themselves.
+    Its derivative needs only the gaps between the chosen singular values and the others, so that ties among the chosen
+    ones do no harm, as they would in the derivative of the vectors themselves.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gram: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The projector, and all eigenvalues and eigenvectors, which carry no gradient."""
-        values, vectors = torch.linalg.eigh(gram)
+    def forward(matrix: Tensor, k: int, by_qr: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The projector, and all squared singular values and vectors, which carry no gradient."""
+        values, vectors = (_by_qr if by_qr else _by_gram)(matrix)
         return vectors[..., :k] @ vectors[..., :k].mT, values, vectors
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, ctx.k = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        matrix, ctx.k, _ = inputs
         _, values, vectors = output
-        ctx.save_for_backward(values, vectors)
+        ctx.save_for_backward(matrix, values, vectors)
         ctx.mark_non_differentiable(values, vectors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        values, vectors = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        matrix, values, vectors = ctx.saved_tensors
         chosen, others = vectors[..., : ctx.k], vectors[..., ctx.k :]
         gaps = values[..., : ctx.k, None] - values[..., None, ctx.k :]
         coupling = chosen @ ((chosen.mT @ (grad + grad.mT) @ others) / gaps) @ others.mT
-        return 0.5 * (coupling + coupling.mT), None
+        return (coupling + coupling.mT) @ matrix, None, None
 
 
 class _SpectralTail(Function):
@@ -221,8 +226,11 @@ class _SpectralTail(Function):
 
 def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     matrix = _short_side_first(_in_float64(input))
-    scaled = matrix / _magnitude(matrix.detach())  # the projector is the same, and no square overflows
-    projection = _TailProjector.apply(scaled @ scaled.mT, k)[0] @ matrix
+    finite = _finite(matrix)
+    decomposed = torch.where(finite, matrix, 0)
+    decomposed = decomposed / _magnitude(decomposed.detach())  # the projector is the same, and no square overflows
+    projector = _TailProjector.apply(decomposed, k, input.dtype == torch.float64)[0]
+    projection = torch.where(finite, projector, torch.nan) @ matrix
     if input.size(-2) > input.size(-1):
         projection = projection.mT
     return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
@@ -231,8 +239,7 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
 def _checked(input: Tensor, k: Any, name: str) -> int:
     """``k`` itself, if it suits the input."""
     check_floats(input, name)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"expected an integer k, got {k!r}")
+    check_integer(k, "k")
     if input.dim() < 2:
         raise ValueError(f"expected {name} of shape [..., b, f], got {list(input.shape)}")
     if not 0 <= k <= min(input.size(-2), input.size(-1)):

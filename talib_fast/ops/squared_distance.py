@@ -6,11 +6,11 @@ The gradient is w·(t − s), in t alone: sources and weights are constants.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, check_floats, define
+from ..checks import check_floats, check_integer
+from .library import Function, accumulation_dtype, define
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -164,19 +164,23 @@ def squared_distance(
         The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient and are there for logging.
 
     Raises:
-        TypeError: a tensor is not dense or not floating point, or ``channel_dim`` is not an integer.
+        TypeError: a tensor stands where a list should, is not dense or not floating point, or ``channel_dim`` is not an
+            integer.
         ValueError: lengths, shapes or devices do not fit, or a weight requires a gradient.
     """
+    check_integer(channel_dim, "channel_dim")
+    for name, tensors in (("targets", targets), ("sources", sources), ("weights", weights)):
+        if isinstance(tensors, Tensor):  # of which a list would make its rows
+            raise TypeError(f"expected {name} to be a list of tensors, got one tensor")
     targets = list(targets)
-    if not targets:
-        return torch.zeros(()), torch.zeros(0)
-    if isinstance(channel_dim, bool) or not isinstance(channel_dim, (int, np.integer)):
-        raise TypeError(f"expected an integer channel_dim, got {channel_dim!r}")
-    check_floats(targets[0], "target 0")
-    device = targets[0].device
+    sources, weights = (None if others is None else list(others) for others in (sources, weights))
     for name, others in (("sources", sources), ("weights", weights)):
         if others is not None and len(others) != len(targets):
             raise ValueError(f"expected {len(targets)} {name}, one per target, got {len(others)}")
+    if not targets:
+        return torch.zeros(()), torch.zeros(0)
+    check_floats(targets[0], "target 0")
+    device = targets[0].device
     for j, target in enumerate(targets):
         source = None if sources is None else sources[j]
         weight = None if weights is None else weights[j]

@@ -12,11 +12,11 @@ A channel with s = 0 differentiates through no statistic: its dx needs no reduct
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, check_floats, define
+from ..checks import check_floats, check_number
+from .library import Function, accumulation_dtype, define
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -210,13 +210,6 @@ class _StochNorm(Function):
         return (output.unflatten(1, members), mean.unflatten(0, members), invstd.unflatten(0, members)), (1, 0, 0)
 
 
-def _check_number(name: str, number: Any, most: float) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
-        raise TypeError(f"expected {name} to be a number, got {number!r}")
-    if not 0 <= number <= most:
-        raise ValueError(f"expected {name} in [0, {most:.3g}], got {number}")
-
-
 def check_count(input: Tensor) -> None:
     """Raise ValueError if a channel has only one value, which has no variance."""
     if input.numel() == input.size(1) != 0:
@@ -270,8 +263,8 @@ def stoch_norm(
         raise ValueError(f"expected input of shape [N, C, *], got {list(input.shape)}")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"expected a bool mask, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
-    _check_number("momentum", momentum, 1)
-    _check_number("eps", eps, sys.float_info.max)
+    check_number(momentum, "momentum", 1)
+    check_number(eps, "eps", sys.float_info.max)
     mean, invstd = (None, None) if statistics is None else statistics
     shape, device = (input.size(1),), input.device
     for name, vector in (
