@@ -21,7 +21,7 @@ try:
 except ImportError:
     sys.exit(
         "talib_fast builds against the torch that is installed, and found none: "
-        "pip install torch setuptools ninja, then pip install --no-build-isolation talib_fast"
+        "pip install torch setuptools ninja, and then talib_fast again with --no-build-isolation"
     )
 
 ROOT = Path(__file__).resolve().parent
@@ -106,7 +106,7 @@ class Build(BuildExtension):
         (extension,) = self.extensions
         cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's own flags ask for debug information, most of the library
         nvcc = [*build_parts.NVCC_FLAGS]
-        link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state"]
+        link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state", "-ldl"]
         cuda_sources: list[str] = []
         for_cuda = {"without_cuda": without_cuda}
         if not without_cuda:
@@ -121,7 +121,7 @@ class Build(BuildExtension):
             for stale in Path(self.build_temp).glob("csrc/cuda/*.o"):
                 stale.unlink()  # under a torch without CUDA ninja is not told which headers they depend on
             link += [f"-L{path}" for path in toolkit.library_dirs]
-            link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,libcudart_static.a"]
+            link += ["-lcudart_static", "-lrt", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a"]
         text = build_parts.build_text(torch.__version__, CPU_SOURCES, cuda_sources, for_cuda)
         cxx.append(f"-DTALIB_FAST_BUILD={build_parts.c_string(text)}")
         extension.sources = [*COMMON_SOURCES, *CPU_SOURCES, *cuda_sources]

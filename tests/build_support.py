@@ -1,6 +1,7 @@
 """Builds of the package in a copy of its tree."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import zipfile
@@ -34,11 +35,14 @@ def build_wheel(source: Path, **settings: str) -> tuple[list[str], str]:
     return zipfile.ZipFile(wheel).namelist(), said
 
 
-def info(source: Path) -> str:
+def info(source: Path, **settings: str) -> str:
     """What ``python -m talib_fast info`` prints with the wheel built from ``source``."""
     (wheel,) = source.parent.glob("*.whl")
     unpacked = source.parent / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    done = subprocess.run([sys.executable, "-m", "talib_fast", "info"], cwd=unpacked, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "talib_fast", "info"],
+        cwd=unpacked, capture_output=True, text=True, env={**os.environ, **settings},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

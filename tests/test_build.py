@@ -59,6 +59,20 @@ def test_cuda_kernels_asked_for_by_name_must_be_there(source):
     assert not list(source.parent.glob("*.whl"))
 
 
+KERNEL = """
+#include <torch/csrc/stable/library.h>
+#include "stream.h"
+__global__ void fill(float* x) { x[threadIdx.x] = 1; }
+torch::stable::Tensor forward(torch::stable::Tensor input) {
+  fill<<<1, 32>>>(static_cast<float*>(input.data_ptr()));
+  return input;
+}
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, CUDA, m) {
+  if (talib_fast::driver_serves_kernels()) m.impl("stoch_norm_forward", TORCH_BOX(&forward));
+}
+"""
+
+
 @needs_compiler
 class TestCuda:
     """Against any torch, also one without CUDA; no GPU is needed."""
@@ -66,12 +80,9 @@ class TestCuda:
     @pytest.fixture(autouse=True)
     def _one_kernel(self, source, toolkit):
         """One small kernel in place of the package's own, which take long and are compiled by other tests."""
-        for folder in ("cpu", "cuda"):
-            shutil.rmtree(source / "csrc" / folder, ignore_errors=True)
-        (source / "csrc" / "cuda").mkdir()
-        (source / "csrc" / "cuda" / "fill.cu").write_text(
-            "__global__ void fill(float* x) { x[threadIdx.x] = 1; }\nvoid launch(float* x) { fill<<<1, 32>>>(x); }\n"
-        )
+        for kernels in (*(source / "csrc" / "cpu").glob("*.cpp"), *(source / "csrc" / "cuda").glob("*.cu")):
+            kernels.unlink()
+        (source / "csrc" / "cuda" / "fill.cu").write_text(KERNEL)
 
     def test_they_are_built_on_request(self, source):
         plain = {"NVCC_APPEND_FLAGS": "--no-compress"}  # to find names in the machine code
@@ -83,6 +94,21 @@ class TestCuda:
         # of torch only what every build of it has, so that one binary serves them all; CUDA's runtime is inside
         torch_libraries = {name for name in needed(library) if re.match("libtorch|libc10|libcu", name)}
         assert torch_libraries == {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
+
+    def test_a_driver_too_old_for_them_leaves_gpus_to_pytorch(self, source, tmp_path):
+        build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+        for major, served in ((12, "PyTorch"), (99, "compiled")):
+            driver = tmp_path / "libcuda.so.1"
+            (tmp_path / "driver.cpp").write_text(
+                f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {major}080; return 0; }}'
+            )
+            subprocess.run(["c++", "-shared", "-fPIC", "-o", driver, tmp_path / "driver.cpp"], check=True)
+            said = info(source, LD_LIBRARY_PATH=str(tmp_path), PYTHONWARNINGS="ignore")
+            (line,) = re.findall(r"^stoch_norm +cuda .*", said, re.M)
+            assert re.match(rf"stoch_norm +cuda +{served} ", line)
+            assert bool(re.search(r"the kernels are of CUDA \d+\.\d+, and the driver serves CUDA 12\.8$", line)) == (
+                served == "PyTorch"
+            )
 
     def test_when_they_fail_the_rest_is_built(self, source):
         (source / "csrc" / "cuda" / "wrong.cu").write_text("__global__ void f(float* x) { x[0] = y; }\n")

@@ -93,6 +93,7 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
+  if (!talib_fast::driver_serves_kernels()) return;
   m.impl("spectral_tail_forward", TORCH_BOX(&talib_fast::spectral_tail_forward));
   m.impl("spectral_tail_backward", TORCH_BOX(&talib_fast::spectral_tail_backward));
 }

@@ -76,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
+  if (!talib_fast::driver_serves_kernels()) return;
   m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
   m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
 }

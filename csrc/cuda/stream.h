@@ -1,10 +1,11 @@
-// The device that a .cu file registers its kernels for, and the stream that they go to: CUDA and torch's current
-// stream, or, compiled by g++ with the harness of tests/simt, the CPU and the one stream that there is.
+// The device that a .cu file registers its kernels for, if its driver serves them, and the stream that they go to: CUDA
+// and torch's current stream, or, compiled by g++ with the harness of tests/simt, the CPU and the one stream there is.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../driver.h"
 #include "runtime.cuh"
 
 #if defined(__CUDACC__)
@@ -16,6 +17,15 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #endif
 
 namespace talib_fast {
+
+// Otherwise no kernel is registered, and PyTorch's implementations serve. Within a major version every driver does.
+inline bool driver_serves_kernels() {
+#if defined(__CUDACC__)
+  return driver_version() == 0 || driver_version() / 1000 >= CUDART_VERSION / 1000;
+#else
+  return true;
+#endif
+}
 
 inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor& tensor) {
 #if defined(__CUDACC__)

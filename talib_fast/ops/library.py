@@ -62,12 +62,23 @@ class Compiled:
         status: the same in a sentence, with the reason.
         build: what a loaded library says of its build: ``compiler``, ``torch`` (the version of its headers), ``cpu``
             and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
-            ``without_cuda``, the reason why there are no CUDA kernels.
+            ``without_cuda``, the reason why there are no CUDA kernels; and where there is one the CUDA of the
+            ``driver``.
     """
 
     loaded: bool
     status: str
     build: Mapping[str, str] = field(default_factory=dict)
+
+
+def _outdated_driver(build: Mapping[str, str]) -> str:
+    """Why a library registers none of the CUDA kernels that it holds; empty if it does, or holds none."""
+    if not build.get("cuda") or "driver" not in build:
+        return ""
+    kernels, driver = (int(build[name].partition(".")[0]) for name in ("nvcc", "driver"))
+    if driver >= kernels:
+        return ""
+    return f"the kernels are of CUDA {build['nvcc']}, and the driver serves CUDA {build['driver']}"
 
 
 def _load_compiled() -> Compiled:
@@ -88,7 +99,10 @@ def _load_compiled() -> Compiled:
         try:
             torch.ops.load_library(library)
             lines = torch.ops.talib_fast.build_info().splitlines()
-            return Compiled(True, f"{library.name} is loaded", dict(line.split("=", 1) for line in lines))
+            build = dict(line.split("=", 1) for line in lines)
+            if outdated := _outdated_driver(build):
+                warnings.warn(f"talib_fast falls back to PyTorch on GPUs: {outdated}", stacklevel=2)
+            return Compiled(True, f"{library.name} is loaded", build)
         except OSError as error:
             reason = f"{library.name} does not load: {error}"
     if choice == "compiled":
@@ -119,6 +133,8 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
             elif device == "cuda" and "without_cuda" in _COMPILED.build:
                 reason = f"the compiled library holds no CUDA kernels: {_COMPILED.build['without_cuda']}"
                 served[operation][device] = ("PyTorch", reason)
+            elif device == "cuda" and (outdated := _outdated_driver(_COMPILED.build)):
+                served[operation][device] = ("PyTorch", outdated)
             else:
                 served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
     return served
