@@ -6,13 +6,14 @@ An example of an operation: docs/contributing.md goes through its files. This on
 mathematics, in the docstring and in PyTorch, and what is stated here decides what every kernel has to compute.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .library import Function, accumulation_dtype, check_floats, define
+from ..checks import check_floats, check_number
+from .library import Function, accumulation_dtype, define
 
 # ---- The PyTorch implementation: it serves every device that has no kernel, and a kernel has to agree with it. It may
 # be slow. Half precision is calculated with in float32 and rounded once, as the kernels do it.
@@ -93,11 +94,10 @@ def soft_threshold(input: Tensor, threshold: float) -> Tensor:
         A tensor of the input's shape and dtype.
 
     Raises:
-        TypeError: ``input`` is not a dense tensor of floating-point numbers.
+        TypeError: ``input`` is not a dense tensor of floating-point numbers, or ``threshold`` is no number.
         ValueError: ``threshold`` is negative or not finite.
     """
     # All checks are here, before any kernel, so that they hold for every backend and a message can say what it got.
     check_floats(input, "input")
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"expected a threshold of at least 0, and finite, got {threshold}")
+    check_number(threshold, "threshold", sys.float_info.max)
     return _SoftThreshold.apply(input, threshold)
