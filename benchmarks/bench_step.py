@@ -73,6 +73,7 @@ WORKLOADS = {
     ),
 }
 FULL_NETWORKS = {"cpu": tuple(WORKLOADS), "cuda": ("resnet50",)}
+QUICK_NETWORKS = {"cpu": ("mobilenet_v2",), "cuda": ("resnet50",)}
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,7 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
     peaks = {}
     for name, make in sides(setting).items():
         step = make()
-        for _ in range(2):
-            step(*arguments)
+        step(*arguments)  # makes gradients and optimizer state
         gc.collect()
         release_memory()
         peak = PeakMemory(device)
@@ -317,7 +317,9 @@ def publish(results: dict[str, Any], folder: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = command.parser(__doc__)
-    made.add_argument("--networks", nargs="+", choices=WORKLOADS, help="on a GPU resnet50, on a CPU both")
+    made.add_argument(
+        "--networks", nargs="+", choices=WORKLOADS, help="on a GPU resnet50, on a CPU both, with --quick mobilenet_v2"
+    )
     made.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="methods; all")
     by_network = dict.fromkeys(("cpu", "cuda"), 0)
 
@@ -330,7 +332,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> list[Setting]:
     """What the options ask for. MobileNetV2 is trained in channels_last alone, as the main job does."""
     asked = []
-    for network in options.networks or FULL_NETWORKS[options.device]:
+    for network in options.networks or (QUICK_NETWORKS if options.quick else FULL_NETWORKS)[options.device]:
         work = WORKLOADS[network]
         batch = options.batch or (QUICK_BATCH if options.quick else work.batch[options.device])
         rounds = options.rounds or (QUICK_ROUNDS if options.quick else work.rounds[options.device])

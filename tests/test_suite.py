@@ -234,6 +234,8 @@ class TestStep:
         assert step.parse([]).out == command.RESULTS / "cpu" / "step"
         for arguments in (["--batch", "2"], ["--ways", "bss"], ["--networks", "resnet50"], ["--rounds", "3"]):
             assert step.parse(arguments).out == command.QUICK_RESULTS / "cpu" / "step"
+        assert networks("--quick") == {("mobilenet_v2", "channels_last")}
+        assert networks("--quick", "--networks", "resnet50") == resnet
         assert {(s.batch, s.rounds) for s in step.settings(step.parse(["--networks", "resnet50"]))} == {(16, 5)}
 
 
