@@ -62,9 +62,16 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of the package that is measured, or ``COMMIT`` where git can't tell, as in a copy without .git."""
+    """The commit of the package that is measured, or ``COMMIT`` where git can't tell, as in a copy without .git.
+
+    It ends in ``-dirty`` if files differ from it, other than results, which the benchmark before may just have written.
+    """
     folder = Path(talib_fast.__file__).parent
-    return _said("git", "describe", "--always", "--dirty", folder=folder) or os.environ.get("COMMIT", "unknown")
+    commit = _said("git", "describe", "--always", folder=folder)
+    if commit is None:
+        return os.environ.get("COMMIT", "unknown")
+    changed = ("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return f"{commit}-dirty" if _said(*changed, folder=folder) else commit
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

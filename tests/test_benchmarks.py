@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from resnet import CHANNEL_LAYERS, ResNet50
 from test_stoch_norm import inputs, oracle
 from torch import nn
 
+import talib_fast
 from talib_fast.finetune.stochnorm import StochNorm2d
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +265,24 @@ class TestReport:
         assert {"commit", "command", "cores", "torch", "date", "cpu"} <= where.keys()
         assert str(ROOT) not in json.dumps(where)
         assert "GPU" in where["device"] or "driver" in where or device.type == "cpu"
+
+    @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+    def test_the_commit_is_dirty_when_other_files_than_results_differ_from_it(self, tmp_path, monkeypatch):
+        package, results = tmp_path / "talib_fast" / "__init__.py", tmp_path / "benchmarks" / "results" / "table.md"
+        for path in (package, results):
+            path.parent.mkdir(parents=True)
+            path.touch()
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        for words in (("init",), ("add", "."), (*identity, "commit", "-m", "all")):
+            subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+        monkeypatch.setattr(talib_fast, "__file__", str(package))
+        commit = report._commit()
+        assert re.fullmatch("[0-9a-f]{7,}", commit)
+        results.write_text("written by the benchmark before")
+        (tmp_path / "notes.txt").touch()
+        assert report._commit() == commit
+        package.write_text("x = 1")
+        assert report._commit() == f"{commit}-dirty"
 
     def test_the_commit_can_be_given_where_git_knows_none(self, monkeypatch):
         monkeypatch.setattr(report, "_said", lambda *command, **options: None)
