@@ -68,8 +68,9 @@ class _InPyTorch(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *operation_backward(*grad_outputs, *ctx.saved_tensors), *[None] * 5
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        input, mean, invstd, weight, mask = ctx.saved_tensors
+        return *operation_backward(grad_output, input, mean, invstd, weight, mask), *[None] * 5
 
 
 class PyTorchStochNorm2d(StochNorm2d):
@@ -77,10 +78,10 @@ class PyTorchStochNorm2d(StochNorm2d):
 
     def _forward_training(self, input: Tensor) -> Tensor:
         mask = self._draw(input) < self.p
-        mean, variance, momentum = self._statistics_to_update(input.dtype)
-        output = _InPyTorch.apply(input, self.weight, self.bias, mean, variance, mask, momentum, self.eps)
-        self._finish_update(mean, variance)
-        return output
+        mean, variance, momentum, counter = self._statistics_to_update(input)
+        if counter is not None:
+            counter.add_(1)
+        return _InPyTorch.apply(input, self.weight, self.bias, mean, variance, mask, momentum, self.eps)
 
 
 class RecordingStochNorm2d(StochNorm2d):

@@ -22,28 +22,50 @@ inline ChannelVector channel_vector(const std::optional<Tensor>& vector, const T
   return vector ? channel_vector(*vector, input, name) : ChannelVector{};
 }
 
+// With what it reads kept alive, which may be a copy.
+struct Mask {
+  Tensor values;
+  ChannelMask channels;
+};
+
 struct ForwardCall {
   ChannelView view;
-  Tensor input, output, mean, invstd, mask;
+  Tensor input, output, mean, invstd;
+  Mask mask;
   ChannelVector weight, bias, running_mean, running_var;
+  int64_t* batches;  // to count this one; null: there is no counter, or nothing to count
   double momentum, eps;
 };
 
 struct BackwardCall {
   ChannelView view;
-  Tensor grad_output, input, mean, invstd, mask, grad_input, grad_weight, grad_bias;
+  Tensor grad_output, input, mean, invstd, grad_input, grad_weight, grad_bias;
+  Mask mask;
   ChannelVector weight;
 };
 
-inline Tensor checked_mask(const Tensor& mask, const Tensor& input) {
+inline Mask channel_mask(const Tensor& mask, double p, const Tensor& input) {
   check_channels(mask, input, "mask");
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "expected a bool mask");
-  return contiguous_vector(mask);
+  const bool drawn = mask.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(drawn || mask.scalar_type() == ScalarType::Bool, "expected a bool or float32 mask");
+  const Tensor values = contiguous_vector(mask);
+  const void* data = values.const_data_ptr();
+  return {values, {drawn ? static_cast<const float*>(data) : nullptr, drawn ? nullptr : static_cast<const bool*>(data),
+                   static_cast<float>(p)}};
+}
+
+inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& input) {
+  if (!batches || input.numel() == 0) return nullptr;
+  STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long && batches->numel() == 1,
+                  "expected one int64 in num_batches_tracked");
+  STD_TORCH_CHECK(batches->device() == input.device(), "expected num_batches_tracked on the input's device");
+  return static_cast<int64_t*>(batches->mutable_data_ptr());
 }
 
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& bias, const Tensor& running_mean,
-                                const Tensor& running_var, const Tensor& mask, double momentum, double eps) {
+                                const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
+                                const std::optional<Tensor>& num_batches_tracked) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
   Tensor output = dense_like(input);
@@ -54,17 +76,19 @@ inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>
           output,
           empty_vector(input, input.size(1), sums),
           empty_vector(input, input.size(1), sums),
-          checked_mask(mask, input),
+          channel_mask(mask, p, input),
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias"),
           channel_vector(running_mean, input, "running_mean"),
           channel_vector(running_var, input, "running_var"),
+          counter(num_batches_tracked, input),
           momentum,
           eps};
 }
 
 inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
-                                  const Tensor& invstd, const std::optional<Tensor>& weight, const Tensor& mask) {
+                                  const Tensor& invstd, const std::optional<Tensor>& weight, const Tensor& mask,
+                                  double p) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
   STD_TORCH_CHECK(grad_output.dim() == input.dim() && grad_output.scalar_type() == input.scalar_type() &&
@@ -84,10 +108,10 @@ inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input
           dense,
           contiguous_vector(mean),
           contiguous_vector(invstd),
-          checked_mask(mask, input),
           grad_input,
           empty_vector(input, input.size(1), sums),
           empty_vector(input, input.size(1), sums),
+          channel_mask(mask, p, input),
           channel_vector(weight, input, "weight")};
 }
 

@@ -10,7 +10,7 @@ import simt_support
 KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger_than_the"
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
 SMALL = {
-    "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted) "
+    "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted or drawn) "
     "and not 2048 and not 260 and not 160",
     "squared_distance": "cpu and TestKernels and not more_threads and not larger and not 1003 and not 159",
     "spectral_tail": "cpu and TestKernels and not more_threads and not 2048 and not every_size",

@@ -194,9 +194,11 @@ class TestOperation:
         forward = (x, weight, bias, args["running_mean"], args["running_var"], args["mask"], 0.1, 1e-5)
         torch.library.opcheck(OP.stoch_norm_forward.default, forward)
         _, mean, invstd = OP.stoch_norm_forward(*forward)
-        torch.library.opcheck(
-            OP.stoch_norm_backward.default, (torch.randn_like(x), x, mean, invstd, weight, args["mask"])
-        )
+        backward = (torch.randn_like(x), x, mean, invstd, weight, args["mask"])
+        torch.library.opcheck(OP.stoch_norm_backward.default, backward)
+        drawn, counter = torch.rand(4, device=device), torch.tensor(3, device=device)
+        torch.library.opcheck(OP.stoch_norm_forward.default, (*forward[:5], drawn, 0.1, 1e-5, 0.5, counter))
+        torch.library.opcheck(OP.stoch_norm_backward.default, (*backward[:5], drawn, 0.5))
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -348,6 +350,27 @@ class TestKernels:
             results.append((output, *statistics, grad, args["running_mean"], args["running_var"]))
         assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(results[0], later, strict=True))
 
+    @pytest.mark.parametrize("shape", [(0, 40), (6, 40), (2, 40, 7), (2, 40, 40, 30)], ids=str)
+    @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+    def test_numbers_drawn_are_a_mask_where_they_are_below_p(self, p, shape, device):
+        drawn = torch.rand(2 * 40)[::2].to(device)
+        drawn[::2] = p  # as float32 has it, and no number is below itself
+        flags = drawn < p
+        results = []
+        for mask, threshold in ((flags, ()), (drawn, (p,))):
+            torch.manual_seed(1)
+            args = inputs(shape, torch.float32, device)
+            statistics, counter = (args["running_mean"], args["running_var"]), torch.tensor(7, device=device)
+            forward = (args["input"], args["weight"], args["bias"], *statistics, mask, 0.1, 1e-5, *threshold)
+            output, mean, invstd = OP.stoch_norm_forward(*forward, num_batches_tracked=counter)
+            grad = torch.randn_like(output)
+            grads = OP.stoch_norm_backward(grad, args["input"], mean, invstd, args["weight"], mask, *threshold)
+            results.append((output, mean, invstd, *statistics, *grads))
+            assert counter == (8 if output.numel() else 7)
+        assert flags.any() == (p > 0)
+        for expected, got in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+
     @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 7), (2, 4, 40, 30)], ids=str)
     def test_an_infinite_value_stays_in_its_channel_and_out_of_a_running_one_s_gradient(self, shape, device):
         args = inputs(shape, device=device)
@@ -473,6 +496,17 @@ class TestLayer:
         torch.testing.assert_close(layer.running_mean, mean.to(output))
         torch.testing.assert_close(layer.running_var, var.to(output))
         assert layer.num_batches_tracked == 1
+
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_counts_batches_in_whatever_dtype_the_counter_has(self, momentum, device):
+        layer = StochNorm2d(4, momentum=momentum).to(device)
+        casted = copy.deepcopy(layer).type(torch.float64)  # all buffers
+        for size in (3, 0, 2):
+            x = torch.randn(size, 4, 2, 2, dtype=torch.float64, device=device)
+            layer.double()(x), casted(x)
+        assert casted.num_batches_tracked.dtype == torch.float64
+        assert layer.num_batches_tracked == casted.num_batches_tracked == 2
+        torch.testing.assert_close(casted.running_var, layer.running_var)
 
     def test_p_is_the_probability_of_the_batch_statistics(self):
         layer = StochNorm2d(2000, p=0.3)
@@ -645,6 +679,9 @@ class TestFunctionTransforms:
         assert gradients["weight"].shape == (3, 4) and gradients["weight"].isfinite().all()
         assert buffers["num_batches_tracked"].tolist() == [int(training)] * 3
         assert layers[0].num_batches_tracked == 0
+        counter = buffers.pop("num_batches_tracked")[0]  # a counter for all members counts once
+        vmap(lambda p, b: loss(p, {**b, "num_batches_tracked": counter}), randomness="same")(parameters, buffers)
+        assert counter == 2 * training
 
     @pytest.mark.parametrize("randomness", ["same", "different"])
     def test_masks_of_members(self, randomness):

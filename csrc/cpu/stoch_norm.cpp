@@ -238,7 +238,7 @@ struct Forward {
   T* out = static_cast<T*>(call.output.mutable_data_ptr());
   A* mean = static_cast<A*>(call.mean.mutable_data_ptr());
   A* invstd = static_cast<A*>(call.invstd.mutable_data_ptr());
-  const bool* mask = static_cast<const bool*>(call.mask.const_data_ptr());
+  const ChannelMask mask = call.mask.channels;
 
   // Near the mean, so that no large squares are summed: the average of a few values.
   A center(int64_t c) const {
@@ -258,7 +258,7 @@ struct Forward {
   }
 
   // Where they do not depend on the sums, a run is written from `source` while it is read for them.
-  bool known(int64_t c) const { return !mask[c]; }
+  bool known(int64_t c) const { return !mask(c); }
   const T* source() const { return x; }
   Constants<A> known_constants(int64_t c) const {
     return constants(load(call.running_mean, c), 1 / std::sqrt(load(call.running_var, c) + call.eps), c);
@@ -269,8 +269,8 @@ struct Forward {
     const double old_mean = load(call.running_mean, c), old_var = load(call.running_var, c);
     const double shifted = sum / n, batch_mean = center + shifted;
     const double difference = second - shifted * sum, squares = difference < 0 ? 0 : difference;
-    const double used_mean = mask[c] ? batch_mean : old_mean;
-    const double used_invstd = 1 / std::sqrt((mask[c] ? squares / n : old_var) + call.eps);
+    const double used_mean = mask(c) ? batch_mean : old_mean;
+    const double used_invstd = 1 / std::sqrt((mask(c) ? squares / n : old_var) + call.eps);
     mean[c] = static_cast<A>(used_mean), invstd[c] = static_cast<A>(used_invstd);
     const double unbiased = squares / std::max<int64_t>(n - 1, 1);
     store(call.running_mean, c, old_mean + call.momentum * (batch_mean - old_mean));
@@ -292,21 +292,21 @@ struct Backward {
   const A* invstd = static_cast<const A*>(call.invstd.const_data_ptr());
   A* dweight = static_cast<A*>(call.grad_weight.mutable_data_ptr());
   A* dbias = static_cast<A*>(call.grad_bias.mutable_data_ptr());
-  const bool* mask = static_cast<const bool*>(call.mask.const_data_ptr());
+  const ChannelMask mask = call.mask.channels;
 
   A center(int64_t c) const { return mean[c]; }
   double scale(int64_t c) const { return static_cast<double>(invstd[c]) * load_or(call.weight, c, 1); }
 
-  bool known(int64_t c) const { return !mask[c]; }
+  bool known(int64_t c) const { return !mask(c); }
   const T* source() const { return dy; }
   Constants<A> known_constants(int64_t c) const { return {A(0), static_cast<A>(scale(c)), A(0), A(0)}; }
 
   Constants<A> finish(int64_t c, double sum, double second, A) const {
     const double dgamma = second * invstd[c];
     dbias[c] = static_cast<A>(sum), dweight[c] = static_cast<A>(dgamma);
-    const double share = mask[c] ? scale(c) / call.view.per_channel() : 0;
+    const double share = mask(c) ? scale(c) / call.view.per_channel() : 0;
     // a select: statistics that are not used may be infinite
-    const double slope = mask[c] ? -share * dgamma * invstd[c] : 0, offset = mask[c] ? -share * sum : 0;
+    const double slope = mask(c) ? -share * dgamma * invstd[c] : 0, offset = mask(c) ? -share * sum : 0;
     return {mean[c], static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(scale(c))};
   }
 };
@@ -542,8 +542,11 @@ void run(const Op& op) {
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
                                                       const std::optional<Tensor>& bias, const Tensor& running_mean,
                                                       const Tensor& running_var, const Tensor& mask, double momentum,
-                                                      double eps) {
-  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps);
+                                                      double eps, double p,
+                                                      const std::optional<Tensor>& num_batches_tracked) {
+  const ForwardCall call =
+      forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked);
+  if (call.batches != nullptr) ++*call.batches;
   dispatch(float_type(input), [&](auto zero) {
     const Forward<decltype(zero)> op{call};
     if (input.numel() != 0) return run(op);
@@ -557,8 +560,9 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& mean, const Tensor& invstd,
-                                                       const std::optional<Tensor>& weight, const Tensor& mask) {
-  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask);
+                                                       const std::optional<Tensor>& weight, const Tensor& mask,
+                                                       double p) {
+  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask, p);
   dispatch(float_type(input), [&](auto zero) {
     const Backward<decltype(zero)> op{call};
     if (input.numel() != 0) return run(op);

@@ -26,11 +26,12 @@ void forward(const ForwardCall& call) {
                                   static_cast<T*>(call.output.mutable_data_ptr()),
                                   static_cast<A*>(call.mean.mutable_data_ptr()),
                                   static_cast<A*>(call.invstd.mutable_data_ptr()),
-                                  static_cast<const bool*>(call.mask.const_data_ptr()),
+                                  call.mask.channels,
                                   call.weight,
                                   call.bias,
                                   call.running_mean,
                                   call.running_var,
+                                  call.batches,
                                   static_cast<A>(call.momentum),
                                   static_cast<A>(call.eps),
                                   call.view.per_channel()};
@@ -45,7 +46,7 @@ void backward(const BackwardCall& call) {
                                    static_cast<T*>(call.grad_input.mutable_data_ptr()),
                                    static_cast<const A*>(call.mean.const_data_ptr()),
                                    static_cast<const A*>(call.invstd.const_data_ptr()),
-                                   static_cast<const bool*>(call.mask.const_data_ptr()),
+                                   call.mask.channels,
                                    call.weight,
                                    static_cast<A*>(call.grad_weight.mutable_data_ptr()),
                                    static_cast<A*>(call.grad_bias.mutable_data_ptr()),
@@ -56,18 +57,21 @@ void backward(const BackwardCall& call) {
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
                                                       const std::optional<Tensor>& bias, const Tensor& running_mean,
                                                       const Tensor& running_var, const Tensor& mask, double momentum,
-                                                      double eps) {
+                                                      double eps, double p,
+                                                      const std::optional<Tensor>& num_batches_tracked) {
   const DeviceGuard guard(input);
-  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps);
+  const ForwardCall call =
+      forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked);
   with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call); });
   return {call.output, call.mean, call.invstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& mean, const Tensor& invstd,
-                                                       const std::optional<Tensor>& weight, const Tensor& mask) {
+                                                       const std::optional<Tensor>& weight, const Tensor& mask,
+                                                       double p) {
   const DeviceGuard guard(input);
-  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask);
+  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask, p);
   with_type(float_type(input), [&](auto zero) { backward<decltype(zero)>(call); });
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }

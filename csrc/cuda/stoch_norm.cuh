@@ -97,8 +97,9 @@ struct Forward {
   T* __restrict__ out;       // [outer, channels, inner]
   A* __restrict__ mean;      // [channels]
   A* __restrict__ invstd;    // [channels]
-  const bool* __restrict__ mask;  // [channels]
+  ChannelMask mask;
   ChannelVector weight, bias, running_mean, running_var;
+  int64_t* __restrict__ batches;  // null: not to be counted
   A momentum, eps;
   int64_t count;  // values per channel
 
@@ -113,7 +114,7 @@ struct Forward {
 
   __device__ __forceinline__ Constants<A> finish(int64_t c, const Sums& sums) const {
     const A old_mean = load<A>(running_mean, c), old_var = load<A>(running_var, c);
-    const bool batch = mask[c] && count > 0;
+    const bool batch = mask(c) && count > 0;
     const A used_mean = batch ? sums.mean : old_mean;
     const A used_invstd = A(1) / sqrt((batch ? sums.squares / static_cast<A>(count) : old_var) + eps);
     mean[c] = used_mean, invstd[c] = used_invstd;
@@ -121,6 +122,7 @@ struct Forward {
       const A unbiased = sums.squares / static_cast<A>(count > 1 ? count - 1 : 1);
       store(running_mean, c, old_mean + momentum * (sums.mean - old_mean));
       store(running_var, c, old_var + momentum * (unbiased - old_var));
+      if (c == 0 && batches != nullptr) ++*batches;
     }
     return constants(used_mean, used_invstd, c);
   }
@@ -138,7 +140,7 @@ struct Backward {
   T* __restrict__ out;            // [outer, channels, inner]
   const A* __restrict__ mean;     // [channels]
   const A* __restrict__ invstd;   // [channels]
-  const bool* __restrict__ mask;  // [channels]
+  ChannelMask mask;
   ChannelVector weight;
   A* __restrict__ dweight;  // [channels]
   A* __restrict__ dbias;    // [channels]
@@ -153,7 +155,7 @@ struct Backward {
     Constants<A> constants = known(c);
     const A dgamma = count > 0 ? sums.product * invstd[c] : A(0);  // invstd may be infinite
     dbias[c] = sums.sum, dweight[c] = dgamma;
-    if (mask[c] && count > 0) {
+    if (mask(c) && count > 0) {
       const A share = -constants.scale / static_cast<A>(count);
       constants.slope = share * dgamma * invstd[c], constants.offset = share * sums.sum;
     }
@@ -254,7 +256,7 @@ struct Worker {
   // Whether no channel of the group takes the batch's statistics; if so, they are written in the first pass.
   __device__ __forceinline__ bool is_known() const {
     bool batch = false;
-    for (int i = threadIdx.x; is_channel(i); i += blockDim.x) batch |= op.mask[channel(i)];
+    for (int i = threadIdx.x; is_channel(i); i += blockDim.x) batch |= op.mask(channel(i));
     return !__syncthreads_or(batch);
   }
 

@@ -112,22 +112,21 @@ class _StochNorm(_NormBase):
         """A number in [0, 1) for each channel, which takes the batch's statistics where it is below p."""
         return draw(input, self.num_features)
 
-    def _statistics_to_update(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        """The running mean and variance that the operation moves, and its momentum."""
+    def _statistics_to_update(self, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """The running mean and variance that the operation moves, its momentum, and the counter of batches."""
+        mean, variance = self.running_mean, self.running_var
         if not self.track_running_stats:  # switched off after construction: they are used, and stay
-            return self.running_mean.clone(), self.running_var.clone(), 0.0
-        if self.momentum is None:  # it moves copies all the way to the batch's; _finish_update averages on the device
-            return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True), 1.0
-        return self.running_mean, self.running_var, self.momentum
+            return mean.clone(), variance.clone(), 0.0, None
+        if self.momentum is None:  # it moves copies all the way to the batch's; _average averages on the device
+            dtype = accumulation_dtype(input)
+            return mean.to(dtype, copy=True), variance.to(dtype, copy=True), 1.0, self.num_batches_tracked
+        return mean, variance, self.momentum, self.num_batches_tracked
 
-    def _finish_update(self, mean: Tensor, variance: Tensor) -> None:
-        if not self.track_running_stats:
-            return
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            share = self.num_batches_tracked.reciprocal().to(mean.dtype)
-            for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-                running.copy_(running.to(batch.dtype).lerp(batch, share))
+    def _average(self, mean: Tensor, variance: Tensor) -> None:
+        """Take a batch into the running statistics of a layer without momentum."""
+        share = self.num_batches_tracked.reciprocal().to(mean.dtype)
+        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(running.to(batch.dtype).lerp(batch, share))
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
@@ -140,19 +139,18 @@ class _StochNorm(_NormBase):
 
     def _forward_training(self, input: Tensor) -> Tensor:
         check_count(input)
-        drawn = self._draw(input)
-        mask = drawn < self.p
+        drawn, weight, bias, eps, p = self._draw(input), self.weight, self.bias, self.eps, self.p
         recalled = _recall(self, drawn) if _recomputing() else None
         if recalled is not None:
-            return stoch_norm_unchecked(
-                input, self.running_mean, self.running_var, mask, self.weight, self.bias, 0.0, self.eps, recalled
-            )[0]
-        mean, variance, momentum = self._statistics_to_update(accumulation_dtype(input))
-        output, statistics = stoch_norm_unchecked(
-            input, mean, variance, mask, self.weight, self.bias, momentum, self.eps, None
-        )
-        if input.numel():
-            self._finish_update(mean, variance)
+            running = (self.running_mean, self.running_var)
+            return stoch_norm_unchecked(input, *running, drawn, weight, bias, 0.0, eps, p, statistics=recalled)[0]
+        mean, variance, momentum, counter = self._statistics_to_update(input)
+        if counter is not None and counter.dtype != torch.int64:  # the module's type() casts all buffers
+            counter.add_(1 if input.numel() else 0)
+            counter = None
+        output, statistics = stoch_norm_unchecked(input, mean, variance, drawn, weight, bias, momentum, eps, p, counter)
+        if self.momentum is None and self.track_running_stats and input.numel():
+            self._average(mean, variance)
         _remember(self, drawn, statistics)
         return output
 
@@ -307,10 +305,13 @@ class SyncStochNorm(_StochNorm):
 
     @torch.no_grad()
     def _update(self, batch_mean: Tensor, batch_variance: Tensor) -> None:
-        mean, variance, momentum = self._statistics_to_update(batch_mean.dtype)
+        mean, variance, momentum, counter = self._statistics_to_update(batch_mean)
         move(mean, batch_mean, momentum)
         move(variance, batch_variance, momentum)
-        self._finish_update(mean, variance)
+        if counter is not None:
+            counter.add_(1)
+            if self.momentum is None:
+                self._average(mean, variance)
 
 
 _COUNTERPARTS: dict[type, type[_StochNorm]] = {

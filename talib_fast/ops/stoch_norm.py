@@ -68,6 +68,11 @@ def move(running: Tensor, batch: Tensor, share: float) -> None:
     running.copy_(running.to(wide).lerp(batch.to(wide), share))
 
 
+def _chosen(mask: Tensor, p: float) -> Tensor:
+    """The mask as flags: it may be numbers, of which those below ``p`` stand for True."""
+    return mask if mask.dtype == torch.bool else mask < p
+
+
 def _forward(
     input: Tensor,
     weight: Tensor | None,
@@ -77,10 +82,15 @@ def _forward(
     mask: Tensor,
     momentum: float,
     eps: float,
+    p: float = 1.0,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    mask = _chosen(mask, p)
     mean, variance = running_mean.to(accumulation_dtype(input)), running_var.to(accumulation_dtype(input))
     if input.numel() == 0:
         return torch.empty_like(input), mean.clone(), (variance + eps).rsqrt()
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     batch_mean, batch_variance = _batch_statistics(input)
     mean = torch.where(mask, batch_mean, mean)
     invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
@@ -91,30 +101,37 @@ def _forward(
 
 
 def _backward(
-    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, mask: Tensor
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    p: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
+    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, _chosen(mask, p))
     return torch.empty_like(input).copy_(dx), dweight, dbias
 
 
-def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum, eps):
+def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum, eps, p=1.0, num_batches_tracked=None):
     mean = input.new_empty(input.size(1), dtype=accumulation_dtype(input))
     return torch.empty_like(input), mean, torch.empty_like(mean)
 
 
-def _backward_fake(grad_output, input, mean, invstd, weight, mask):
+def _backward_fake(grad_output, input, mean, invstd, weight, mask, p=1.0):
     return torch.empty_like(input), torch.empty_like(mean), torch.empty_like(mean)
 
 
 _forward_op = define(
     "stoch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor mask, float momentum, float eps) -> (Tensor output, Tensor mean, Tensor invstd)",
+    "Tensor mask, float momentum, float eps, float p=1.0, Tensor(c!)? num_batches_tracked=None) "
+    "-> (Tensor output, Tensor mean, Tensor invstd)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
-    "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor mask) "
-    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor mask, "
+    "float p=1.0) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _backward,
     _backward_fake,
 )
@@ -150,19 +167,23 @@ class _StochNorm(Function):
         mask: Tensor,
         momentum: float,
         eps: float,
+        p: float,
+        num_batches_tracked: Tensor | None,
         mean: Tensor | None,
         invstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mean is None or invstd is None:
-            return _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps)
+            return _forward_op(
+                input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
+            )
         return _normalize(input, mean, invstd, weight, bias), mean.clone(), invstd.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, bias, _, _, mask, _, eps, _, _ = inputs
+        input, weight, bias, _, _, mask, _, eps, p, *_ = inputs
         _, mean, invstd = output
         ctx.save_for_backward(input, weight, mean, invstd, mask)
-        ctx.eps = eps
+        ctx.eps, ctx.p = eps, p
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)  # of the statistics, which have none
@@ -170,22 +191,23 @@ class _StochNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 12
         input, weight, mean, invstd, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
             batch_mean, batch_variance = _batch_statistics(input)
+            mask = _chosen(mask, ctx.p)
             mean = torch.where(mask, batch_mean, mean)
             invstd = torch.where(mask, (batch_variance + ctx.eps).rsqrt(), invstd)
             dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
             dx = dx.to(input.dtype)
         else:
-            dx, dweight, dbias = _backward_op(grad_output, input, mean, invstd, weight, mask)
+            dx, dweight, dbias = _backward_op(grad_output, input, mean, invstd, weight, mask, ctx.p)
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         return (
             dx if of_input else None,
             dweight.to(weight.dtype) if of_weight else None,
             dbias.to(ctx.bias_dtype) if of_bias else None,
-            *[None] * 7,
+            *[None] * 9,
         )
 
     @staticmethod
@@ -197,6 +219,10 @@ class _StochNorm(Function):
         def members_first(tensor: Tensor, dim: int | None) -> Tensor:
             return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
+        *_, num_batches_tracked, _, _ = args
+        if num_batches_tracked is not None and args[0].numel():
+            num_batches_tracked.add_(1)
+        args = (*args[:9], None, *args[10:])
         input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
         others = [
             members_first(value, dim).flatten() if isinstance(value, Tensor) else value
@@ -296,7 +322,9 @@ def stoch_norm(
         if statistic is not None and statistic.dtype != accumulation_dtype(input):
             raise TypeError(f"expected {name} in {accumulation_dtype(input)}, got {statistic.dtype}")
     check_count(input)
-    return stoch_norm_unchecked(input, running_mean, running_var, mask, weight, bias, momentum, eps, statistics)
+    return stoch_norm_unchecked(
+        input, running_mean, running_var, mask, weight, bias, momentum, eps, statistics=statistics
+    )
 
 
 def stoch_norm_unchecked(
@@ -308,11 +336,17 @@ def stoch_norm_unchecked(
     bias: Tensor | None,
     momentum: float,
     eps: float,
-    statistics: Statistics | None,
+    p: float = 1.0,
+    num_batches_tracked: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """:func:`stoch_norm` for a layer, which knows its vectors: checks take as long as a small map's normalisation."""
+    """:func:`stoch_norm` for a layer, whose time on small maps is that of Python and of launches.
+
+    A layer knows its vectors, so nothing is checked. ``mask`` may be the float32 numbers that it drew, of which those
+    below ``p`` stand for True, and ``num_batches_tracked``, one int64, is counted up unless the input is empty.
+    """
     recalled = (None, None) if statistics is None else statistics
     output, mean, invstd = _StochNorm.apply(
-        input, weight, bias, running_mean, running_var, mask, momentum, eps, *recalled
+        input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked, *recalled
     )
     return output, (mean, invstd)
