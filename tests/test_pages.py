@@ -79,7 +79,8 @@ def test_links_lead_somewhere(page):
         if parts.scheme:
             assert parts.scheme == "https" and re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", parts.netloc), link
             continue
-        target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+        # not resolve(): where a wheel is tested the package is a symbolic link to the installed one
+        target = Path(os.path.normpath(page.parent / unquote(parts.path))) if parts.path else page
         assert target.exists() and target.is_relative_to(ROOT), link
         if parts.fragment:
             assert parts.fragment in anchors(target.read_text()), link
