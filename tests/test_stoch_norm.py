@@ -482,6 +482,14 @@ class TestKernels:
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def masks(layer: StochNorm2d, *inputs: Tensor) -> list[Tensor]:
+    """Which channels took the batch's statistics in a forward pass of each input."""
+    with torch.no_grad():  # so that the layer remembers them
+        for x in inputs:
+            layer(x)
+    return [draw < layer.p for draw, *_ in reversed(stochnorm._history[layer])]
+
+
 class TestLayer:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_training_step_is_the_operation_with_the_drawn_mask(self, shape, device):
@@ -510,21 +518,14 @@ class TestLayer:
 
     def test_p_is_the_probability_of_the_batch_statistics(self):
         layer = StochNorm2d(2000, p=0.3)
-        layer(torch.randn(2, 2000, 1, 2))
-        mask = stochnorm._history[layer][0][0] < layer.p
-        assert 0.25 < mask.float().mean() < 0.35
+        assert 0.25 < masks(layer, torch.randn(2, 2000, 1, 2))[0].float().mean() < 0.35
 
     @pytest.mark.parametrize("p", [0, 1, 0.0, 1.0])
     def test_p_at_its_ends(self, p):
-        layer = StochNorm1d(1000, p=p)
-        layer(torch.randn(4, 1000))
-        assert ((stochnorm._history[layer][0][0] < layer.p) == bool(p)).all()
+        assert (masks(StochNorm1d(1000, p=p), torch.randn(4, 1000))[0] == bool(p)).all()
 
     def test_masks_are_drawn_per_channel_and_anew(self):
-        layer = StochNorm2d(64)
-        x = torch.randn(4, 64, 2, 2)
-        layer(x), layer(x)
-        second, first = (draw < layer.p for draw, *_ in stochnorm._history[layer])
+        first, second = masks(StochNorm2d(64), *[torch.randn(4, 64, 2, 2)] * 2)
         assert 0 < first.sum() < 64 and (first != second).any()
 
     @pytest.mark.parametrize("shape", SHAPES)
@@ -854,10 +855,20 @@ class TestUpstreamFaults:
             loss.backward()
             assert x.grad[0].isnan().any()
 
+    def test_only_passes_that_may_be_repeated_are_remembered(self):
+        layer, x = StochNorm1d(4), torch.randn(8, 4, requires_grad=True)
+        layer(x).sum().backward()
+        assert layer not in stochnorm._history
+        for reentrant in (True, False):
+            for _ in range(20):
+                checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+            assert len(stochnorm._history.pop(layer)) == 16
+
     @pytest.mark.parametrize("first", [torch.float64, torch.bfloat16])
     def test_checkpointing_after_the_layer_took_another_dtype(self, first):
         layer = StochNorm1d(4).to(first)
-        layer(torch.randn(8, 4, dtype=first))
+        with torch.no_grad():
+            layer(torch.randn(8, 4, dtype=first))
         layer.float()
         checkpoint(layer, torch.randn(8, 4, requires_grad=True), use_reentrant=False).sum().backward()
         assert layer.weight.grad.isfinite().all()
@@ -983,7 +994,11 @@ def _train_a_rank(rank, folder, shares, track, momentum):
         def step(x, target=target):
             return (layer(x) * target.split(shares)[rank]).pow(2).sum()
 
-        loss = step(mine) if not outputs else checkpoint(step, mine, use_reentrant=False)
+        if outputs:
+            loss = checkpoint(step, mine, use_reentrant=False)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # its draw is remembered, too
+                loss = step(mine)
         loss.backward()
         outputs.append(loss.detach()), grads.append(mine.grad)
     torch.distributed.all_reduce(layer.weight.grad)

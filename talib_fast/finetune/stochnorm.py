@@ -17,7 +17,7 @@ from ..ops.stoch_norm import Statistics, check_count, draw, move, stoch_norm_unc
 
 __all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model", "convert_sync"]
 
-# What the latest forward passes of each layer drew and normalised with, the newest first: (draw, mean, invstd).
+# What each layer's latest checkpointed forward passes drew and normalised with, newest first: (draw, mean, invstd).
 _history: "weakref.WeakKeyDictionary[nn.Module, deque[tuple[Tensor, Tensor, Tensor]]]" = weakref.WeakKeyDictionary()
 _HISTORY_LENGTH = 16
 
@@ -27,13 +27,21 @@ def _recomputing() -> bool:
     return not _traced() and torch._C._current_graph_task_id() != -1
 
 
+def _checkpointed() -> bool:
+    """Whether this forward pass may be repeated: activation checkpointing runs it without a graph, or with hooks.
+
+    Other passes are not remembered: it takes time, and small tensors that outlive their step break up a CPU's heap.
+    """
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _traced() -> bool:
     """Whether tensors stand for others, in torch.compile or a transform of torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _remember(layer: nn.Module, drawn: Tensor, statistics: Statistics) -> None:
-    if _traced():
+    if _traced() or not _checkpointed():
         return
     history = _history.get(layer)
     if history is None or (history[0][1].dtype, history[0][1].device) != (statistics[0].dtype, drawn.device):
@@ -42,7 +50,7 @@ def _remember(layer: nn.Module, drawn: Tensor, statistics: Statistics) -> None:
 
 
 def _recall(layer: nn.Module, drawn: Tensor) -> Statistics | None:
-    """The statistics of the forward pass that drew ``drawn``; None if the layer has had none.
+    """The statistics of the checkpointed forward pass that drew ``drawn``; None if the layer has had none.
 
     The running statistics have moved on since the forward pass that is repeated, so they can't be read again. Several
     passes may lie between when a layer is called more than once a step; the draw, which the restored generator
