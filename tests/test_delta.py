@@ -417,13 +417,16 @@ class TestIntermediateLayerGetter:
         assert not any(module._forward_hooks for module in net.modules())
 
     def test_names_inside_a_distributed_model(self):
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
+        def train():
             net = small_net()
             wrapped = nn.parallel.DistributedDataParallel(net)
             outputs, logits = IntermediateLayerGetter(wrapped, ["norm1"])(torch.randn(2, 3, 5, 5))
             (outputs["norm1"].square().sum() + logits.sum()).backward()
             assert net.conv1.weight.grad.abs().sum() > 0 and net.head.weight.grad.abs().sum() > 0
+
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            train()  # whose model must not outlive the group: its end would join gloo's thread, which may want the GIL
         finally:
             torch.distributed.destroy_process_group()
 
