@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_support import in_group
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -424,11 +425,7 @@ class TestIntermediateLayerGetter:
             (outputs["norm1"].square().sum() + logits.sum()).backward()
             assert net.conv1.weight.grad.abs().sum() > 0 and net.head.weight.grad.abs().sum() > 0
 
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
-            train()  # whose model must not outlive the group: its end would join gloo's thread, which may want the GIL
-        finally:
-            torch.distributed.destroy_process_group()
+        in_group(train, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def test_inside_a_compiled_function(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3))

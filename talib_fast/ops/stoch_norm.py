@@ -219,10 +219,10 @@ class _StochNorm(Function):
         def members_first(tensor: Tensor, dim: int | None) -> Tensor:
             return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-        *_, num_batches_tracked, _, _ = args
-        if num_batches_tracked is not None and args[0].numel():
+        *operands, num_batches_tracked, mean, invstd = args
+        if num_batches_tracked is not None and args[0].numel():  # here, or a counter for all members would not do
             num_batches_tracked.add_(1)
-        args = (*args[:9], None, *args[10:])
+        args = (*operands, None, mean, invstd)
         input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
         others = [
             members_first(value, dim).flatten() if isinstance(value, Tensor) else value
