@@ -225,6 +225,15 @@ SIMD_CLONES void add_columns(const acc_t<T>* sums, int64_t rows, int64_t channel
   }
 }
 
+// Adds to each sum the next of the values that lie `stride` elements apart.
+template <typename T>
+SIMD_CLONES void add_strided(const T* from, int64_t stride, int64_t n, double* sums) {
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<acc_t<T>>(from[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<acc_t<T>>(from[i * stride]);
+}
+
 // ---- The operation. Both directions take two sums per channel, derive constants from them and write with these.
 
 template <typename T>
@@ -241,15 +250,16 @@ struct Forward {
   const ChannelMask mask = call.mask.channels;
 
   // Near the mean, so that no large squares are summed: the average of a few values.
-  A center(int64_t c) const {
+  void centers(int64_t first, int64_t last, A* to) const {
     const auto [outer, channels, inner] = call.view;
     const int64_t n = outer * inner, samples = std::min<int64_t>(n, 16);
-    double sum = 0;
+    std::vector<double> sums(last - first);
     for (int64_t i = 0; i < samples; ++i) {
       const int64_t at = i * n / samples;
-      sum += static_cast<A>(x[(at / inner * channels + c) * inner + at % inner]);
+      add_strided(x + (at / inner * channels + first) * inner + at % inner, inner, last - first, sums.data());
     }
-    return std::isfinite(sum) ? static_cast<A>(sum / samples) : A(0);
+    for (int64_t c = 0; c < last - first; ++c)
+      to[c] = std::isfinite(sums[c]) ? static_cast<A>(sums[c] / samples) : A(0);
   }
 
   Constants<A> constants(double mean, double invstd, int64_t c) const {
@@ -294,7 +304,7 @@ struct Backward {
   A* dbias = static_cast<A*>(call.grad_bias.mutable_data_ptr());
   const ChannelMask mask = call.mask.channels;
 
-  A center(int64_t c) const { return mean[c]; }
+  void centers(int64_t first, int64_t last, A* to) const { std::copy(mean + first, mean + last, to); }
   double scale(int64_t c) const { return static_cast<double>(invstd[c]) * load_or(call.weight, c, 1); }
 
   bool known(int64_t c) const { return !mask(c); }
@@ -329,10 +339,9 @@ class Runs {
 
   Runs(const Op& op, int64_t first, int64_t last, bool stream)
       : op_(op), first_(first), last_(last), stream_(stream), centers_(last - first), constants_(last - first) {
-    for (int64_t c = first; c < last; ++c) {
-      centers_[c - first] = op.center(c);
+    op.centers(first, last, centers_.data());
+    for (int64_t c = first; c < last; ++c)
       if (op.known(c)) constants_[c - first] = op.known_constants(c);
-    }
   }
 
   void sum(int64_t begin, int64_t end, double* totals) const {
@@ -407,7 +416,9 @@ class Rows {
         row_((last - first) * op.call.view.inner),
         columns_(together_ * row_),
         constants_(4 * columns_) {
-    for (int64_t c = first; c < last; ++c) spread(0, c, op.center(c));
+    std::vector<A> centers(last - first);
+    op.centers(first, last, centers.data());
+    for (int64_t c = first; c < last; ++c) spread(0, c, centers[c - first]);
     repeat(0, first, last);
   }
 
@@ -490,7 +501,9 @@ void walk(const Op& op) {
   // threads idle.
   const bool fits = Op::kTensors * view.per_channel() * kSize <= kOwnCache;
   const int64_t rounds = ceil_div(channels, threads);
-  if (widest >= narrowest && channels >= threads && (fits || 5 * channels >= 4 * rounds * threads)) {
+  // Maps in channels_last that stay in the cores' caches are best taken by rows, as other operators' threads took them.
+  const bool resident = view.inner == 1 && Op::kTensors * elements * kSize <= kOwnCache * threads;
+  if (!resident && widest >= narrowest && channels >= threads && (fits || 5 * channels >= 4 * rounds * threads)) {
     int64_t width = std::clamp(ceil_div(channels, kTasks * threads), narrowest, widest);
     constexpr int64_t kLine = 64 / kSize;
     if (width > kLine) width -= width % kLine;  // whole cache lines
@@ -506,7 +519,8 @@ void walk(const Op& op) {
     return;
   }
 
-  const int64_t most = std::clamp<int64_t>(elements / 65536, 1, kTasks * threads);
+  const int64_t sharing = std::clamp<int64_t>(elements / 16384, 1, threads);
+  const int64_t most = sharing * std::clamp<int64_t>(elements / (65536 * sharing), 1, kTasks);
   const int64_t together = Layout<Op>::together(view);
   const int64_t height = ceil_div(ceil_div(rows, most), together) * together, slices = ceil_div(rows, height);
   std::vector<double> totals(2 * channels * slices);
@@ -523,11 +537,11 @@ void walk(const Op& op) {
         for (int64_t i = begin; i < begin + last - first; ++i) totals[i] += totals[2 * channels * slice + i];
     all.finish(first, last, totals.data());
   });
-  for_each_task(slices, elements, [&](int64_t task) {  // backwards: what was read last is still in the cache
-    const int64_t slice = slices - 1 - task;
+  const auto write = [&](int64_t slice) {
     all.write(slice * height, std::min(rows, (slice + 1) * height));
     settle(stream);
-  });
+  };
+  for_each_task(slices, elements, write, true);  // backwards: what was read last is still in the cache
 }
 
 template <typename Op>

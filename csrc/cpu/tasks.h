@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "../operands.h"
 
@@ -24,18 +25,28 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Hands out [0, tasks) to torch's threads one by one: with a random mask some tasks take longer than others.
+// Hands out [0, tasks) to torch's threads one by one. Each begins with a range of its own, the same in every call and
+// about what PyTorch's operators give it of a tensor, so that its cache may still hold it; with a random mask some
+// tasks take longer than others, so it goes on with what is left of the others' ranges.
 template <typename F>
-void for_each_task(int64_t tasks, int64_t elements, const F& f) {
+void for_each_task(int64_t tasks, int64_t elements, const F& f, bool backwards = false) {
   constexpr int64_t kSerialElements = 32768;
   const int64_t threads = elements < kSerialElements ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) f(task);
+    for (int64_t task = 0; task < tasks; ++task) f(backwards ? tasks - 1 - task : task);
     return;
   }
-  std::atomic<int64_t> next = 0;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+  struct alignas(64) Range {
+    std::atomic<int64_t> taken = 0;
+  };
+  std::vector<Range> ranges(threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t range = (own + i) % threads;
+      const int64_t begin = range * tasks / threads, end = (range + 1) * tasks / threads;
+      for (int64_t taken; (taken = ranges[range].taken.fetch_add(1, std::memory_order_relaxed)) < end - begin;)
+        f(backwards ? end - 1 - taken : begin + taken);
+    }
   });
 }
 

@@ -122,13 +122,14 @@ class _StochNorm(_NormBase):
 
     def _statistics_to_update(self, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
         """The running mean and variance that the operation moves, its momentum, and the counter of batches."""
-        mean, variance = self.running_mean, self.running_var
+        buffers: Any = self._buffers  # an attribute takes a module longer than all else here
+        mean, variance, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if not self.track_running_stats:  # switched off after construction: they are used, and stay
             return mean.clone(), variance.clone(), 0.0, None
         if self.momentum is None:  # it moves copies all the way to the batch's; _average averages on the device
             dtype = accumulation_dtype(input)
-            return mean.to(dtype, copy=True), variance.to(dtype, copy=True), 1.0, self.num_batches_tracked
-        return mean, variance, self.momentum, self.num_batches_tracked
+            return mean.to(dtype, copy=True), variance.to(dtype, copy=True), 1.0, counter
+        return mean, variance, self.momentum, counter
 
     def _average(self, mean: Tensor, variance: Tensor) -> None:
         """Take a batch into the running statistics of a layer without momentum."""
@@ -138,7 +139,7 @@ class _StochNorm(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
-        if not self.training or self.running_mean is None:
+        if not self.training or self._buffers["running_mean"] is None:
             use_batch = self.running_mean is None
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps

@@ -156,6 +156,10 @@ def draw(input: Tensor, channels: int) -> Tensor:
     return (_draw_op if torch.compiler.is_compiling() else _draw)(input, channels)
 
 
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # even a call that changes nothing takes microseconds
+
+
 class _StochNorm(Function):
     @staticmethod
     def forward(
@@ -205,8 +209,8 @@ class _StochNorm(Function):
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         return (
             dx if of_input else None,
-            dweight.to(weight.dtype) if of_weight else None,
-            dbias.to(ctx.bias_dtype) if of_bias else None,
+            _in_dtype(dweight, weight.dtype) if of_weight else None,
+            _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
             *[None] * 9,
         )
 
