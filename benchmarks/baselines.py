@@ -77,11 +77,11 @@ class PyTorchStochNorm2d(StochNorm2d):
     """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
 
     def _forward_training(self, input: Tensor) -> Tensor:
-        mask = self._draw(input) < self.p
-        mean, variance, momentum, counter = self._statistics_to_update(input)
-        if counter is not None:
-            counter.add_(1)
-        return _InPyTorch.apply(input, self.weight, self.bias, mean, variance, mask, momentum, self.eps)
+        drawn, mean, variance, _ = self._draw(input)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        operands = input, self.weight, self.bias, mean, variance, drawn < self.p
+        return _InPyTorch.apply(*operands, self.momentum, self.eps)
 
 
 class RecordingStochNorm2d(StochNorm2d):
@@ -91,10 +91,10 @@ class RecordingStochNorm2d(StochNorm2d):
         super().__init__(num_features, p=p, **options)
         self.masks: list[Tensor] = []
 
-    def _draw(self, input: Tensor) -> Tensor:
-        draw = super()._draw(input)
-        self.masks.append(draw < self.p)
-        return draw
+    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+        drawn = super()._draw(input)
+        self.masks.append(drawn[0] < self.p)
+        return drawn
 
     def batch_share(self) -> float:
         """The share of channels that took the batch's statistics since the last call."""

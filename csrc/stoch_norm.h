@@ -33,6 +33,7 @@ struct ForwardCall {
   Tensor input, output, mean, invstd;
   Mask mask;
   ChannelVector weight, bias, running_mean, running_var;
+  ChannelVector moved_mean, moved_var;  // the running statistics again, or where their moved values go instead
   int64_t* batches;  // to count this one; null: there is no counter, or nothing to count
   double momentum, eps;
 };
@@ -62,9 +63,11 @@ inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& inpu
   return static_cast<int64_t*>(batches->mutable_data_ptr());
 }
 
+// `moved_mean` and `moved_var` may be the running statistics themselves.
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& bias, const Tensor& running_mean,
-                                const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
+                                const Tensor& running_var, const Tensor& moved_mean, const Tensor& moved_var,
+                                const Tensor& mask, double momentum, double eps, double p,
                                 const std::optional<Tensor>& num_batches_tracked) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
@@ -81,9 +84,28 @@ inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>
           channel_vector(bias, input, "bias"),
           channel_vector(running_mean, input, "running_mean"),
           channel_vector(running_var, input, "running_var"),
+          channel_vector(moved_mean, input, "moved_mean"),
+          channel_vector(moved_var, input, "moved_var"),
           counter(num_batches_tracked, input),
           momentum,
           eps};
+}
+
+// Of the whole batch: a momentum of 1 takes it all.
+struct FunctionalCall {
+  Tensor batch_mean, batch_var;
+  ForwardCall forward;
+};
+
+inline FunctionalCall functional_call(const Tensor& input, const std::optional<Tensor>& weight,
+                                      const std::optional<Tensor>& bias, const Tensor& running_mean,
+                                      const Tensor& running_var, const Tensor& mask, double eps, double p) {
+  STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
+  const ScalarType sums = accumulation_type(input.scalar_type());
+  const Tensor batch_mean = empty_vector(input, input.size(1), sums);
+  const Tensor batch_var = empty_vector(input, input.size(1), sums);
+  return {batch_mean, batch_var,
+          forward_call(input, weight, bias, running_mean, running_var, batch_mean, batch_var, mask, 1, eps, p, {})};
 }
 
 inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const Tensor& mean,

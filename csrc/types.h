@@ -18,13 +18,16 @@ constexpr void with_float(FloatType type, const F& f) {
   }
 }
 
-// Which channels are chosen: numbers drawn for them that are below `p`, or flags where nothing is drawn.
+// Which channels are chosen: numbers drawn for them that are below `p`, or flags where nothing is drawn. The sign of a
+// number says that a forward pass is repeated, and nothing of its channel.
 struct ChannelMask {
   const float* drawn;
   const bool* flags;
   float p;
 
-  constexpr bool operator()(int64_t c) const { return drawn != nullptr ? drawn[c] < p : flags[c]; }
+  constexpr bool operator()(int64_t c) const {
+    return drawn != nullptr ? (drawn[c] < p && -drawn[c] < p) : flags[c];
+  }
 };
 
 // One number per channel, of a type that is known at run time only. No data: the operand is absent.

@@ -236,6 +236,11 @@ SIMD_CLONES void add_strided(const T* from, int64_t stride, int64_t n, double* s
 
 // ---- The operation. Both directions take two sums per channel, derive constants from them and write with these.
 
+// All the way to the batch's where the momentum is 1, whatever the old one is.
+double moved(double running, double batch, double momentum) {
+  return momentum == 1 ? batch : running + momentum * (batch - running);
+}
+
 template <typename T>
 struct Forward {
   using Element = T;
@@ -283,8 +288,8 @@ struct Forward {
     const double used_invstd = 1 / std::sqrt((mask(c) ? squares / n : old_var) + call.eps);
     mean[c] = static_cast<A>(used_mean), invstd[c] = static_cast<A>(used_invstd);
     const double unbiased = squares / std::max<int64_t>(n - 1, 1);
-    store(call.running_mean, c, old_mean + call.momentum * (batch_mean - old_mean));
-    store(call.running_var, c, old_var + call.momentum * (unbiased - old_var));
+    store(call.moved_mean, c, moved(old_mean, batch_mean, call.momentum));
+    store(call.moved_var, c, moved(old_var, unbiased, call.momentum));
     return constants(used_mean, used_invstd, c);
   }
 };
@@ -553,23 +558,36 @@ void run(const Op& op) {
   else walk<Rows>(op);
 }
 
+void forward(const ForwardCall& call) {
+  if (call.batches != nullptr) ++*call.batches;
+  dispatch(float_type(call.input), [&](auto zero) {
+    const Forward<decltype(zero)> op{call};
+    if (call.input.numel() != 0) return run(op);
+    for (int64_t c = 0; c < call.view.channels; ++c) {
+      const double mean = load(call.running_mean, c), var = load(call.running_var, c);
+      op.mean[c] = mean, op.invstd[c] = 1 / std::sqrt(var + call.eps);
+      store(call.moved_mean, c, mean), store(call.moved_var, c, var);
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
                                                       const std::optional<Tensor>& bias, const Tensor& running_mean,
                                                       const Tensor& running_var, const Tensor& mask, double momentum,
                                                       double eps, double p,
                                                       const std::optional<Tensor>& num_batches_tracked) {
-  const ForwardCall call =
-      forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked);
-  if (call.batches != nullptr) ++*call.batches;
-  dispatch(float_type(input), [&](auto zero) {
-    const Forward<decltype(zero)> op{call};
-    if (input.numel() != 0) return run(op);
-    for (int64_t c = 0; c < call.view.channels; ++c) {
-      op.mean[c] = load(call.running_mean, c);
-      op.invstd[c] = 1 / std::sqrt(load(call.running_var, c) + eps);
-    }
-  });
+  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, running_mean, running_var, mask,
+                                        momentum, eps, p, num_batches_tracked);
+  forward(call);
   return {call.output, call.mean, call.invstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double eps, double p) {
+  const FunctionalCall call = functional_call(input, weight, bias, running_mean, running_var, mask, eps, p);
+  forward(call.forward);
+  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch_mean, call.batch_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -591,5 +609,6 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
   m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
+  m.impl("stoch_norm_functional", TORCH_BOX(&talib_fast::stoch_norm_functional));
   m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
 }

@@ -31,6 +31,8 @@ void forward(const ForwardCall& call) {
                                   call.bias,
                                   call.running_mean,
                                   call.running_var,
+                                  call.moved_mean,
+                                  call.moved_var,
                                   call.batches,
                                   static_cast<A>(call.momentum),
                                   static_cast<A>(call.eps),
@@ -60,10 +62,19 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const
                                                       double eps, double p,
                                                       const std::optional<Tensor>& num_batches_tracked) {
   const DeviceGuard guard(input);
-  const ForwardCall call =
-      forward_call(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked);
+  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, running_mean, running_var, mask,
+                                        momentum, eps, p, num_batches_tracked);
   with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call); });
   return {call.output, call.mean, call.invstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double eps, double p) {
+  const DeviceGuard guard(input);
+  const FunctionalCall call = functional_call(input, weight, bias, running_mean, running_var, mask, eps, p);
+  with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call.forward); });
+  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch_mean, call.batch_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -82,5 +93,6 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
   if (!talib_fast::driver_serves_kernels()) return;
   m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
+  m.impl("stoch_norm_functional", TORCH_BOX(&talib_fast::stoch_norm_functional));
   m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
 }

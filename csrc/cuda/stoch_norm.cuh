@@ -99,12 +99,18 @@ struct Forward {
   A* __restrict__ invstd;    // [channels]
   ChannelMask mask;
   ChannelVector weight, bias, running_mean, running_var;
+  ChannelVector moved_mean, moved_var;  // the running statistics again, or where their moved values go instead
   int64_t* __restrict__ batches;  // null: not to be counted
   A momentum, eps;
   int64_t count;  // values per channel
 
   __device__ __forceinline__ Constants<A> constants(A mean, A invstd, int64_t c) const {
     return {mean, invstd * load_or<A>(weight, c, 1), load_or<A>(bias, c, 0), 0};
+  }
+
+  // All the way to the batch's where the momentum is 1, whatever the old one is.
+  __device__ __forceinline__ A moved(A running, A batch) const {
+    return momentum == 1 ? batch : running + momentum * (batch - running);
   }
 
   // The constants of a channel on running statistics.
@@ -120,9 +126,11 @@ struct Forward {
     mean[c] = used_mean, invstd[c] = used_invstd;
     if (count > 0) {
       const A unbiased = sums.squares / static_cast<A>(count > 1 ? count - 1 : 1);
-      store(running_mean, c, old_mean + momentum * (sums.mean - old_mean));
-      store(running_var, c, old_var + momentum * (unbiased - old_var));
+      store(moved_mean, c, moved(old_mean, sums.mean));
+      store(moved_var, c, moved(old_var, unbiased));
       if (c == 0 && batches != nullptr) ++*batches;
+    } else {
+      store(moved_mean, c, old_mean), store(moved_var, c, old_var);
     }
     return constants(used_mean, used_invstd, c);
   }

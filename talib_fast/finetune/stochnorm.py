@@ -1,88 +1,48 @@
 """Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html)."""
 
 import warnings
-import weakref
-from collections import deque
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_module, check_number
-from ..ops.library import accumulation_dtype
-from ..ops.stoch_norm import Statistics, check_count, draw, move, stoch_norm_unchecked
+from ..ops.draw import draw
+from ..ops.library import accumulation_dtype, is_empty, needs_pytorch_formula
+from ..ops.stoch_norm import (
+    check_count,
+    chosen,
+    functional_stoch_norm,
+    moved,
+    stoch_norm_by_formula,
+    stoch_norm_in_place,
+)
+from ..torch_private import assign
 
-__all__ = ["StochNorm1d", "StochNorm2d", "StochNorm3d", "SyncStochNorm", "convert_model", "convert_sync"]
-
-# What each layer's latest checkpointed forward passes drew and normalised with, newest first: (draw, mean, invstd).
-_history: "weakref.WeakKeyDictionary[nn.Module, deque[tuple[Tensor, Tensor, Tensor]]]" = weakref.WeakKeyDictionary()
-_HISTORY_LENGTH = 16
-
-
-def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, as activation checkpointing runs it a second time."""
-    return not _traced() and torch._C._current_graph_task_id() != -1
-
-
-def _checkpointed() -> bool:
-    """Whether this forward pass may be repeated: activation checkpointing runs it without a graph, or with hooks.
-
-    Other passes are not remembered: it takes time, and small tensors that outlive their step break up a CPU's heap.
-    """
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def _traced() -> bool:
-    """Whether tensors stand for others, in torch.compile or a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+__all__ = [
+    "StochNorm1d",
+    "StochNorm2d",
+    "StochNorm3d",
+    "SyncStochNorm",
+    "convert_model",
+    "convert_sync",
+    "restore_batch_norm",
+]
 
 
-def _remember(layer: nn.Module, drawn: Tensor, statistics: Statistics) -> None:
-    if _traced() or not _checkpointed():
-        return
-    history = _history.get(layer)
-    if history is None or (history[0][1].dtype, history[0][1].device) != (statistics[0].dtype, drawn.device):
-        history = _history[layer] = deque(maxlen=_HISTORY_LENGTH)
-    history.appendleft((drawn, *statistics))
+class _StochNorm(_BatchNorm):
+    """What stochastic norms of all ranks have in common. They are batch norms, from which they inherit all else."""
 
-
-def _recall(layer: nn.Module, drawn: Tensor) -> Statistics | None:
-    """The statistics of the checkpointed forward pass that drew ``drawn``; None if the layer has had none.
-
-    The running statistics have moved on since the forward pass that is repeated, so they can't be read again. Several
-    passes may lie between when a layer is called more than once a step; the draw, which the restored generator
-    repeats, tells them apart, on the device, without a sync.
-
-    Raises:
-        RuntimeError: there is no such pass. On other devices than the CPU, which would have to be waited for, the
-            statistics are NaN instead.
-    """
-    history = _history.get(layer)
-    if not history:
-        return None
-    draws, means, invstds = (torch.stack(column) for column in zip(*history, strict=True))
-    matches = (draws == drawn).all(1)
-    if drawn.device.type == "cpu" and not matches.any():
-        raise RuntimeError(
-            f"{type(layer).__name__} runs inside a backward pass, but repeats none of its last {len(history)} forward "
-            f"passes: activation checkpointing needs preserve_rng_state=True, and at most {_HISTORY_LENGTH} passes of "
-            "a layer between a forward pass and its backward pass"
-        )
-    found = matches.to(torch.uint8).argmax(0, keepdim=True)
-    mean, invstd = (
-        torch.where(matches.any(), column.index_select(0, found)[0], torch.nan) for column in (means, invstds)
-    )
-    return mean, invstd
-
-
-class _StochNorm(_NormBase):
     p: float
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -94,77 +54,106 @@ class _StochNorm(_NormBase):
         p: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         check_number(p, "p", 1)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
+        )
         self.p = float(p)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        raise NotImplementedError
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks every module what to compile in its place
+        raise RuntimeError(
+            f"torch.jit.script can't compile {type(self).__name__}: for evaluation script "
+            "restore_batch_norm(copy.deepcopy(model)).eval(), which computes the same, or take torch.export"
+        )
 
     def _check_input(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor) or not input.is_floating_point():
-            got = input.dtype if isinstance(input, Tensor) else type(input).__name__
-            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {got}")
+        if not input.is_floating_point():
+            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {input.dtype}")
         self._check_input_dim(input)
-        if input.size(1) != self.num_features:
+        if not torch.jit.is_tracing() and input.size(1) != self.num_features:  # sizes are tensors while it traces
             raise ValueError(
                 f"{type(self).__name__} expected {self.num_features} channels at dimension 1, "
                 f"got input of shape {list(input.shape)}"
             )
 
-    def _draw(self, input: Tensor) -> Tensor:
-        """A number in [0, 1) for each channel, which takes the batch's statistics where it is below p."""
-        return draw(input, self.num_features)
-
-    def _statistics_to_update(self, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """The running mean and variance that the operation moves, its momentum, and the counter of batches."""
-        buffers: Any = self._buffers  # an attribute takes a module longer than all else here
-        mean, variance, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if not self.track_running_stats:  # switched off after construction: they are used, and stay
-            return mean.clone(), variance.clone(), 0.0, None
-        if self.momentum is None:  # it moves copies all the way to the batch's; _average averages on the device
-            dtype = accumulation_dtype(input)
-            return mean.to(dtype, copy=True), variance.to(dtype, copy=True), 1.0, counter
-        return mean, variance, self.momentum, counter
-
-    def _average(self, mean: Tensor, variance: Tensor) -> None:
-        """Take a batch into the running statistics of a layer without momentum."""
-        share = self.num_batches_tracked.reciprocal().to(mean.dtype)
-        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(running.to(batch.dtype).lerp(batch, share))
+    def _forward_symbolic(self, input: Any) -> Any:
+        """What stands for the layer's output in a graph of torch.fx: the layer as a whole, as of batch norms."""
+        if not isinstance(input, Proxy):
+            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {type(input).__name__}")
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return self._forward_symbolic(input)
         self._check_input(input)
-        if not self.training or self._buffers["running_mean"] is None:
-            use_batch = self.running_mean is None
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
-            )
-        return self._forward_training(input)
+        return self._forward_training(input) if self.training else super().forward(input)
+
+    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+        """See :func:`~talib_fast.ops.draw.draw`."""
+        buffers: Any = self._buffers  # an attribute takes a module longer than all else here
+        return draw(input, buffers["running_mean"], buffers["running_var"])
 
     def _forward_training(self, input: Tensor) -> Tensor:
+        if self._buffers["running_mean"] is None:
+            return super().forward(input)
         check_count(input)
-        drawn, weight, bias, eps, p = self._draw(input), self.weight, self.bias, self.eps, self.p
-        recalled = _recall(self, drawn) if _recomputing() else None
-        if recalled is not None:
-            running = (self.running_mean, self.running_var)
-            return stoch_norm_unchecked(input, *running, drawn, weight, bias, 0.0, eps, p, statistics=recalled)[0]
-        mean, variance, momentum, counter = self._statistics_to_update(input)
-        if counter is not None and counter.dtype != torch.int64:  # the module's type() casts all buffers
-            counter.add_(1 if input.numel() else 0)
-            counter = None
-        output, statistics = stoch_norm_unchecked(input, mean, variance, drawn, weight, bias, momentum, eps, p, counter)
-        if self.momentum is None and self.track_running_stats and input.numel():
-            self._average(mean, variance)
-        _remember(self, drawn, statistics)
+        drawn, mean, variance, repeats = self._draw(input)
+        operands = input, mean, variance, drawn, self.weight, self.bias
+        if needs_pytorch_formula():
+            share = 0.0 if repeats or is_empty(input) else self._count_and_share()
+            return stoch_norm_by_formula(*operands, share, self.eps, self.p)[0]
+        counter, momentum = self._buffers["num_batches_tracked"], self.momentum
+        countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
+        if momentum is not None and countable and self.track_running_stats and not torch.compiler.is_compiling():
+            # a repetition moves what it read, which nobody keeps
+            return stoch_norm_in_place(*operands, momentum, self.eps, self.p, None if repeats else counter)[0]
+        output, _, _, *batch = functional_stoch_norm(*operands, self.eps, self.p)
+        if self.track_running_stats and input.numel():
+            self._move((mean, variance), batch, repeats)
         return output
 
+    def _count_and_share(self) -> float:
+        """Count a batch, and the share that it has in the running statistics, on the host."""
+        if not self.track_running_stats:
+            return 0.0
+        if self.num_batches_tracked is not None:
+            assign([self.num_batches_tracked], [self.num_batches_tracked + 1])
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else 1 / float(self.num_batches_tracked)
 
-class StochNorm1d(_StochNorm):
+    def _move(self, read: Sequence[Tensor], batch: Sequence[Tensor], repeats: bool | Tensor) -> None:
+        """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
+
+        Args:
+            read: the running mean and variance that the pass read.
+            batch: the batch's mean and unbiased variance.
+            repeats: as :func:`~talib_fast.ops.draw.draw` gave it.
+        """
+        # A repetition calls what the first pass called, on what it read: selective checkpointing counts the calls.
+        targets = list(read) if repeats is True else [self.running_mean, self.running_var]
+        counter, share = self.num_batches_tracked, cast("float | Tensor | None", self.momentum)
+        if counter is not None:
+            assign(
+                [counter], [counter + (repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats))]
+            )
+        if share is None:
+            if counter is None:
+                return  # there is nothing to average by; batch norms leave their statistics, too
+            share = counter.reciprocal()
+        values = [moved(old, new, share) for old, new in zip(read, batch, strict=True)]
+        if isinstance(repeats, Tensor):
+            values = [torch.where(repeats, *pair) for pair in zip(targets, values, strict=True)]
+        assign(targets, values)
+
+
+class StochNorm1d(_StochNorm, nn.BatchNorm1d):
     r"""Stochastic normalisation of ``[N, C]`` or ``[N, C, L]`` inputs, in :class:`torch.nn.BatchNorm1d`'s place.
 
     In training each channel draws s ~ Bernoulli(p): s = 1 normalises with the batch's mean and variance, s = 0 with
@@ -192,25 +181,13 @@ class StochNorm1d(_StochNorm):
             waited for, the output is NaN instead.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 3):
-            raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
 
-
-class StochNorm2d(_StochNorm):
+class StochNorm2d(_StochNorm, nn.BatchNorm2d):
     """Stochastic normalisation of ``[N, C, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
 
-
-class StochNorm3d(_StochNorm):
+class StochNorm3d(_StochNorm, nn.BatchNorm3d):
     """Stochastic normalisation of ``[N, C, D, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 5:
-            raise ValueError(f"expected 5D input (got {input.dim()}D input)")
 
 
 class _AllReduce(torch.autograd.Function):
@@ -253,20 +230,20 @@ class SyncStochNorm(_StochNorm):
         process_group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, p, device=device, dtype=dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, p, device, dtype, **options)
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input(input)
-        distributed = self.training and dist.is_available() and dist.is_initialized()
+    def _forward_training(self, input: Tensor) -> Tensor:
+        distributed = dist.is_available() and dist.is_initialized()
         if distributed and dist.get_world_size(self.process_group) > 1:
             return self._forward_synchronized(input)
-        return super().forward(input)
+        return super()._forward_training(input)
 
     def _joined(self, values: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's draw.
@@ -289,22 +266,18 @@ class SyncStochNorm(_StochNorm):
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
         values = input.to(accumulation_dtype(input))
-        tracked = self.running_mean is not None
-        mean, variance, count, drawn = self._joined(values, self._draw(input) if tracked else values.new_empty(0))
+        if self.running_mean is None:
+            mean, variance, *_ = self._joined(values, values.new_empty(0))
+        else:
+            drawn, *running, repeats = self._draw(input)
+            mean, variance, count, drawn = self._joined(values, drawn)
+            used = [statistic.to(mean.dtype, copy=True) for statistic in running]
+            if self.track_running_stats:
+                unbiased = variance.detach() * (count / (count - 1).clamp_min(1))
+                self._move(running, (mean.detach(), unbiased), repeats)
+            mask = chosen(drawn, self.p)
+            mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])
         invstd = (variance + self.eps).rsqrt()
-        if tracked:
-            mask = drawn < self.p
-            recalled = _recall(self, drawn) if _recomputing() else None
-            if recalled is not None:
-                running_mean, running_invstd = recalled
-            else:
-                running_mean = self.running_mean.to(mean.dtype, copy=True)
-                running_invstd = (self.running_var.to(mean.dtype) + self.eps).rsqrt()
-                self._update(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
-            mean = torch.where(mask, mean, running_mean)
-            invstd = torch.where(mask, invstd, running_invstd)
-            if recalled is None:
-                _remember(self, drawn, (mean.detach(), invstd.detach()))
         shape = [-1] + [1] * (input.dim() - 2)
         scale = invstd if self.weight is None else invstd * self.weight
         output = (values - mean.view(shape)) * scale.view(shape)
@@ -312,33 +285,54 @@ class SyncStochNorm(_StochNorm):
             output = output + self.bias.view(shape)
         return output.to(input.dtype)
 
-    @torch.no_grad()
-    def _update(self, batch_mean: Tensor, batch_variance: Tensor) -> None:
-        mean, variance, momentum, counter = self._statistics_to_update(batch_mean)
-        move(mean, batch_mean, momentum)
-        move(variance, batch_variance, momentum)
-        if counter is not None:
-            counter.add_(1)
-            if self.momentum is None:
-                self._average(mean, variance)
 
-
-_COUNTERPARTS: dict[type, type[_StochNorm]] = {
+_STOCHASTIC: dict[type, type] = {
     nn.BatchNorm1d: StochNorm1d,
     nn.BatchNorm2d: StochNorm2d,
     nn.BatchNorm3d: StochNorm3d,
     nn.SyncBatchNorm: SyncStochNorm,
 }
+_PLAIN: dict[type, type] = {stochastic: plain for plain, stochastic in _STOCHASTIC.items()}
+# Classes that torch derives, layer by layer, from the one it found: they add to it and go on being it.
+_DERIVED_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard._fully_shard")
+_derived: dict[tuple[type, type], type] = {}
+
+
+def _counterpart(kind: type, counterparts: dict[type, type]) -> type | None:
+    """What a layer of class ``kind`` becomes: its counterpart, or of a class that torch derived, one derived alike."""
+    if kind in counterparts:
+        return counterparts[kind]
+    if kind.__module__ not in _DERIVED_BY_TORCH:
+        return None
+    bases = [_counterpart(base, counterparts) for base in kind.__bases__]
+    found = [base for base in bases if base is not None]
+    if len(found) != 1:
+        return None
+    if (kind, found[0]) not in _derived:
+        (norm,) = (base for base, its in zip(kind.__bases__, bases, strict=True) if its is not None)
+        contents = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        name = kind.__name__.replace(norm.__name__, found[0].__name__)
+        rebased = (found[0] if base is norm else base for base in kind.__bases__)
+        _derived[kind, found[0]] = type(name, tuple(rebased), contents)
+        _derived[_derived[kind, found[0]], norm] = kind  # the way back
+    return _derived[kind, found[0]]
+
+
+def _listed(left: dict[str, type]) -> str:
+    """How many layers of which classes, and the first three by name."""
+    classes = Counter(f"{kind.__module__}.{kind.__qualname__}" for kind in left.values())
+    counts = ", ".join(f"{count} of {kind}" for kind, count in classes.items())
+    names = [name or "the module itself" for name in left]
+    return f"{counts} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def convert_model(module: nn.Module, p: float) -> nn.Module:
     """Turn every batch norm in ``module`` into the stochastic norm of its rank, in place.
 
     The layers stay the objects they are and change their class, so everything about them stays too: parameters
-    and buffers, ``training``, ``requires_grad``, hooks, and that a layer is shared. ``nn.SyncBatchNorm`` becomes
-    :class:`SyncStochNorm`, and a stochastic norm gets ``p``. Subclasses of a batch norm may do more than normalise:
-    they are left alone, with a warning. A stochastic norm is no ``_BatchNorm`` to code that looks for those, as
-    ``torch.optim.swa_utils.update_bn`` does.
+    and buffers, ``training``, ``requires_grad``, hooks, parametrisations, that FSDP shards them and that a layer is
+    shared. ``nn.SyncBatchNorm`` becomes :class:`SyncStochNorm`, and a stochastic norm gets ``p``. Other subclasses may
+    do more than normalise: they are left alone, with a warning. :func:`restore_batch_norm` is the way back.
 
     Args:
         module: the model, or a single layer. Convert a ``copy.deepcopy`` to keep the original.
@@ -354,16 +348,51 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     check_number(p, "p", 1)
     converted, left = 0, {}
     for name, layer in module.named_modules():
-        if type(layer) in (*_COUNTERPARTS, *_COUNTERPARTS.values()):
-            layer.__class__ = _COUNTERPARTS.get(type(layer), type(layer))
+        kind = _counterpart(type(layer), {**_STOCHASTIC, **{stochastic: stochastic for stochastic in _PLAIN}})
+        if kind is not None:
+            layer.__class__ = kind
             layer.p = float(p)
             converted += 1
         elif isinstance(layer, _BatchNorm):
-            left[name] = f"{name or 'module'} ({type(layer).__module__}.{type(layer).__qualname__})"
+            left[name] = type(layer)
     if left:
-        warnings.warn(f"convert_model leaves unknown batch norms as they are: {', '.join(left.values())}", stacklevel=2)
+        warnings.warn(f"convert_model leaves batch norms that it does not know: {_listed(left)}", stacklevel=2)
     elif not converted:
         warnings.warn("convert_model found no batch norm to convert", stacklevel=2)
+    return module
+
+
+def restore_batch_norm(module: nn.Module) -> nn.Module:
+    """Turn every stochastic norm in ``module`` back into the batch norm it came from, in place.
+
+    The way back of :func:`convert_model`: in evaluation the model computes the same. The layers stay the objects they
+    are, and all but ``p`` stays with them. :class:`SyncStochNorm` becomes ``nn.SyncBatchNorm``, which trains on GPUs
+    only. Subclasses that do more are left alone, with a warning.
+
+    Args:
+        module: the model, or a single layer.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module.
+    """
+    check_module(module, "module")
+    left = {}
+    for name, layer in module.named_modules():
+        kind = _counterpart(type(layer), _PLAIN)
+        if kind is not None:
+            layer.__class__ = kind
+            del layer.p
+            if isinstance(layer, nn.SyncBatchNorm):
+                vars(layer).setdefault("process_group", None)
+        elif isinstance(layer, _StochNorm):
+            left[name] = type(layer)
+    if left:
+        warnings.warn(
+            f"restore_batch_norm leaves stochastic norms that it does not know: {_listed(left)}", stacklevel=2
+        )
     return module
 
 
@@ -390,16 +419,15 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
         raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
     converted, left = 0, {}
     for name, layer in module.named_modules():
-        if type(layer) in (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm):
-            layer.__class__ = SyncStochNorm
+        kind = _counterpart(type(layer), dict.fromkeys(_PLAIN, SyncStochNorm))
+        if kind is not None:
+            layer.__class__ = kind
             layer.process_group = process_group
             converted += 1
         elif isinstance(layer, _StochNorm):
-            left[name] = f"{name or 'module'} ({type(layer).__module__}.{type(layer).__qualname__})"
+            left[name] = type(layer)
     if left:
-        warnings.warn(
-            f"convert_sync leaves unknown stochastic norms as they are: {', '.join(left.values())}", stacklevel=2
-        )
+        warnings.warn(f"convert_sync leaves stochastic norms that it does not know: {_listed(left)}", stacklevel=2)
     elif not converted:
         warnings.warn("convert_sync found no stochastic norm: convert_model makes them", stacklevel=2)
     return module

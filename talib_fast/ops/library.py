@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from ..torch_private import function_transforms, in_forward_mode, may_be_in_function_transform
+
 OPERATIONS = ("stoch_norm", "squared_distance", "spectral_tail")
 
+_UNSERVED = {"Jvp", "Functionalize"}  # transforms of torch.func
 _LIBRARY = torch.library.Library("talib_fast", "DEF")
 
 
@@ -34,10 +37,26 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or may_be_in_function_transform():
             return super().apply(*args)
         # past the class above, which takes the signature of ``forward`` apart on every call
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def needs_pytorch_formula() -> bool:
+    """Whether PyTorch's own operators have to serve: autograd functions do not, or an operator would run twice.
+
+    Forward-mode differentiation and ``torch.func.functionalize`` take no autograd function of ours, and
+    ``torch.jit.trace`` notes it down and the operators inside it as well.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return in_forward_mode() or torch.jit.is_tracing() or not _UNSERVED.isdisjoint(function_transforms())
+
+
+def is_empty(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no elements; ``torch.jit.trace``, which can't follow an answer, is told that it has some."""
+    return not torch.jit.is_tracing() and tensor.numel() == 0
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:

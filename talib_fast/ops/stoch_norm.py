@@ -13,10 +13,13 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floats, check_number
-from .library import Function, accumulation_dtype, define
+from ..torch_private import assign, keep_in_compiled_checkpoints
+from .draw import draw_op
+from .library import Function, accumulation_dtype, define, is_empty, needs_pytorch_formula
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -58,19 +61,57 @@ def _gradients(
     return (dy - through_statistics) * _per_channel(scale, input), dweight, dbias
 
 
-def move(running: Tensor, batch: Tensor, share: float) -> None:
-    """Move a running statistic by that share towards the batch's, in place."""
-    if running.dtype == batch.dtype:
-        running.lerp_(batch, share)
-        return
+def moved(running: Tensor, batch: Tensor, share: float | Tensor) -> Tensor:
+    """A running statistic, moved by that share towards the batch's."""
     # the batch's may be too large for the running statistic's dtype, but not that share of it
     wide = torch.promote_types(running.dtype, batch.dtype)
-    running.copy_(running.to(wide).lerp(batch.to(wide), share))
+    share = share.to(wide) if isinstance(share, Tensor) else share
+    return running.to(wide).lerp(batch.to(wide), share).to(running.dtype)
 
 
-def _chosen(mask: Tensor, p: float) -> Tensor:
-    """The mask as flags: it may be numbers, of which those below ``p`` stand for True."""
-    return mask if mask.dtype == torch.bool else mask < p
+def chosen(mask: Tensor, p: float) -> Tensor:
+    """The mask as flags: it may be numbers, of which those below ``p`` stand for True, whatever their sign."""
+    return mask if mask.dtype == torch.bool else mask.abs() < p
+
+
+def _normalized(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    eps: float,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In PyTorch's operators alone, so that anything can differentiate it.
+
+    Returns:
+        The output, the mean and invstd that it was normalised with, and the batch's mean and biased variance.
+    """
+    mask = chosen(mask, p)
+    mean, variance = running_mean.to(accumulation_dtype(input)), running_var.to(accumulation_dtype(input))
+    if is_empty(input):
+        return torch.empty_like(input), mean.clone(), (variance + eps).rsqrt(), mean.clone(), variance.clone()
+    batch_mean, batch_variance = _batch_statistics(input)
+    mean = torch.where(mask, batch_mean, mean)
+    invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
+    return _normalize(input, mean, invstd, weight, bias), mean, invstd, batch_mean, batch_variance
+
+
+def _functional(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    eps: float,
+    p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *results, batch_var = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
+    n = input.numel() // max(input.size(1), 1)
+    return *results, batch_var * (n / max(n - 1, 1)) if n else batch_var
 
 
 def _forward(
@@ -85,19 +126,13 @@ def _forward(
     p: float = 1.0,
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _chosen(mask, p)
-    mean, variance = running_mean.to(accumulation_dtype(input)), running_var.to(accumulation_dtype(input))
-    if input.numel() == 0:
-        return torch.empty_like(input), mean.clone(), (variance + eps).rsqrt()
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    batch_mean, batch_variance = _batch_statistics(input)
-    mean = torch.where(mask, batch_mean, mean)
-    invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
-    n = input.numel() // input.size(1)
-    move(running_mean, batch_mean, momentum)
-    move(running_var, batch_variance * (n / max(n - 1, 1)), momentum)
-    return _normalize(input, mean, invstd, weight, bias), mean, invstd
+    output, mean, invstd, *batch = _functional(input, weight, bias, running_mean, running_var, mask, eps, p)
+    if input.numel():
+        for running, statistic in zip((running_mean, running_var), batch, strict=True):
+            running.copy_(moved(running, statistic, momentum))
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+    return output, mean, invstd
 
 
 def _backward(
@@ -109,13 +144,18 @@ def _backward(
     mask: Tensor,
     p: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, _chosen(mask, p))
+    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, chosen(mask, p))
     return torch.empty_like(input).copy_(dx), dweight, dbias
 
 
 def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum, eps, p=1.0, num_batches_tracked=None):
     mean = input.new_empty(input.size(1), dtype=accumulation_dtype(input))
     return torch.empty_like(input), mean, torch.empty_like(mean)
+
+
+def _functional_fake(input, weight, bias, running_mean, running_var, mask, eps, p=1.0):
+    output, mean, invstd = _forward_fake(input, weight, bias, running_mean, running_var, mask, 0.0, eps)
+    return output, mean, invstd, torch.empty_like(mean), torch.empty_like(mean)
 
 
 def _backward_fake(grad_output, input, mean, invstd, weight, mask, p=1.0):
@@ -129,31 +169,21 @@ _forward_op = define(
     _forward,
     _forward_fake,
 )
+# for compiled code: it changes nothing, so that a backward pass may call it again
+_functional_op = define(
+    "stoch_norm_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "Tensor mask, float eps, float p=1.0) "
+    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor batch_mean, Tensor batch_var)",
+    _functional,
+    _functional_fake,
+)
 _backward_op = define(
     "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor mask, "
     "float p=1.0) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _backward,
     _backward_fake,
 )
-
-
-def _draw(input: Tensor, channels: int) -> Tensor:
-    return torch.rand(channels, dtype=torch.float32, device=input.device)
-
-
-def _draw_fake(input: Tensor, channels: int) -> Tensor:
-    return input.new_empty(channels, dtype=torch.float32)
-
-
-# inductor draws by a generator of its own, and other numbers than eager, but not for what it can't look into
-_draw_op = define(
-    "stoch_norm_draw(Tensor input, int channels) -> Tensor", _draw, _draw_fake, torch.Tag.nondeterministic_seeded
-)
-
-
-def draw(input: Tensor, channels: int) -> Tensor:
-    """A number in [0, 1) for each channel by torch's generator on the input's device, compiled or not: ``[C]``."""
-    return (_draw_op if torch.compiler.is_compiling() else _draw)(input, channels)
+keep_in_compiled_checkpoints(draw_op, "stoch_norm_functional", 5)
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,45 +191,26 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _StochNorm(Function):
-    @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        mask: Tensor,
-        momentum: float,
-        eps: float,
-        p: float,
-        num_batches_tracked: Tensor | None,
-        mean: Tensor | None,
-        invstd: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if mean is None or invstd is None:
-            return _forward_op(
-                input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
-            )
-        return _normalize(input, mean, invstd, weight, bias), mean.clone(), invstd.clone()
+    """What the operator in place and the functional one have in common: all but the forward pass."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, bias, _, _, mask, _, eps, p, *_ = inputs
-        _, mean, invstd = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, weight, bias, _, _, mask, eps, p, *_ = inputs
+        _, mean, invstd, *batch = output
         ctx.save_for_backward(input, weight, mean, invstd, mask)
-        ctx.eps, ctx.p = eps, p
+        ctx.eps, ctx.p, ctx.operands = eps, p, len(inputs)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, invstd)
+        ctx.mark_non_differentiable(mean, invstd, *batch)
         ctx.set_materialize_grads(False)  # of the statistics, which have none
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 12
+            return (None,) * ctx.operands
         input, weight, mean, invstd, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
             batch_mean, batch_variance = _batch_statistics(input)
-            mask = _chosen(mask, ctx.p)
+            mask = chosen(mask, ctx.p)
             mean = torch.where(mask, batch_mean, mean)
             invstd = torch.where(mask, (batch_variance + ctx.eps).rsqrt(), invstd)
             dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
@@ -211,38 +222,85 @@ class _StochNorm(Function):
             dx if of_input else None,
             _in_dtype(dweight, weight.dtype) if of_weight else None,
             _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
-            *[None] * 9,
+            *[None] * (ctx.operands - 3),
         )
+
+
+def _of_members(
+    function: type[_StochNorm], members: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> Any:
+    """``function`` under vmap: members of a mapped dimension are so many more channels.
+
+    Returns:
+        The results, each with the members first but for the output, which has them second, and the running statistics
+        as ``function`` left them, ``[members, C]``.
+    """
+    if in_dims[3] is None or in_dims[4] is None:
+        raise ValueError("expected running statistics for every member, but they are not mapped over")
+
+    def members_first(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
+    others = [
+        members_first(value, dim).flatten() if isinstance(value, Tensor) else value
+        for value, dim in zip(args[1:], in_dims[1:], strict=True)
+    ]
+    output, *vectors = function.apply(input, *others)
+    shape = (members, -1)
+    results = output.unflatten(1, shape), *(vector.unflatten(0, shape) for vector in vectors)
+    return results, (others[2].view(shape), others[3].view(shape))
+
+
+class _InPlace(_StochNorm):
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mask: Tensor,
+        eps: float,
+        p: float,
+        momentum: float,
+        num_batches_tracked: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Members of a mapped dimension are so many more channels."""
-        if in_dims[3] is None or in_dims[4] is None:
-            raise ValueError("expected running statistics for every member, but they are not mapped over")
-
-        def members_first(tensor: Tensor, dim: int | None) -> Tensor:
-            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-        *operands, num_batches_tracked, mean, invstd = args
+        *operands, num_batches_tracked = args
+        results, running = _of_members(_InPlace, info.batch_size, in_dims, (*operands, None))
+        for j, statistic in zip((3, 4), running, strict=True):  # which flatten may have copied
+            args[j].movedim(in_dims[j], 0).copy_(statistic)
         if num_batches_tracked is not None and args[0].numel():  # here, or a counter for all members would not do
             num_batches_tracked.add_(1)
-        args = (*operands, None, mean, invstd)
-        input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
-        others = [
-            members_first(value, dim).flatten() if isinstance(value, Tensor) else value
-            for value, dim in zip(args[1:], in_dims[1:], strict=True)
-        ]
-        results = _StochNorm.apply(input, *others)
-        for j in (3, 4):  # the running statistics, which flatten may have copied
-            args[j].movedim(in_dims[j], 0).copy_(others[j - 1].view(info.batch_size, -1))
-        output, mean, invstd = results
-        members = (info.batch_size, -1)
-        return (output.unflatten(1, members), mean.unflatten(0, members), invstd.unflatten(0, members)), (1, 0, 0)
+        return results, (1, 0, 0)
+
+
+class _Functional(_StochNorm):
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mask: Tensor,
+        eps: float,
+        p: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _functional_op(input, weight, bias, running_mean, running_var, mask, eps, p)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _of_members(_Functional, info.batch_size, in_dims, args)[0], (1, 0, 0, 0, 0)
 
 
 def check_count(input: Tensor) -> None:
     """Raise ValueError if a channel has only one value, which has no variance."""
-    if input.numel() == input.size(1) != 0:
+    if not torch.jit.is_tracing() and input.numel() == input.size(1) != 0:  # sizes are tensors while it traces
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
         )
@@ -257,7 +315,6 @@ def stoch_norm(
     bias: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    statistics: Statistics | None = None,
 ) -> tuple[Tensor, Statistics]:
     """Normalise each channel with the batch's statistics where ``mask`` holds, else with the running statistics.
 
@@ -275,15 +332,13 @@ def stoch_norm(
         weight, bias: ``[C]`` or None.
         momentum: share of the batch in the new running statistics, in [0, 1].
         eps: added to the variance, finite and at least 0.
-        statistics: ``(mean, invstd)`` as an earlier call returned them: normalise with these instead, and leave the
-            running statistics alone. It is how a recomputation repeats what the forward pass did.
 
     Returns:
         The output, of the input's shape and dtype, and the ``(mean, invstd)`` it was normalised with, each ``[C]``.
 
     Raises:
-        TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, ``momentum`` or ``eps`` is no
-            number, or ``statistics`` have another dtype than a call on this input returns.
+        TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, or ``momentum`` or ``eps`` is no
+            number.
         ValueError: a shape or device does not fit, ``momentum`` or ``eps`` is out of range, a channel has only one
             value, channels share their running statistics' memory, or running statistics are not mapped over where
             other operands are.
@@ -295,7 +350,6 @@ def stoch_norm(
         raise TypeError(f"expected a bool mask, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
     check_number(momentum, "momentum", 1)
     check_number(eps, "eps", sys.float_info.max)
-    mean, invstd = (None, None) if statistics is None else statistics
     shape, device = (input.size(1),), input.device
     for name, vector in (
         ("mask", mask),
@@ -303,8 +357,6 @@ def stoch_norm(
         ("running_var", running_var),
         ("weight", weight),
         ("bias", bias),
-        ("mean", mean),
-        ("invstd", invstd),
     ):
         if vector is None:
             continue
@@ -322,16 +374,19 @@ def stoch_norm(
             raise ValueError(f"expected memory of its own for every channel of {name}, got a stride of 0")
         if running.is_neg():  # which PyTorch can't hand to an operator that writes
             raise ValueError(f"expected {name} as it is in memory, got the view of a negation: resolve_neg() it")
-    for name, statistic in (("mean", mean), ("invstd", invstd)):
-        if statistic is not None and statistic.dtype != accumulation_dtype(input):
-            raise TypeError(f"expected {name} in {accumulation_dtype(input)}, got {statistic.dtype}")
     check_count(input)
-    return stoch_norm_unchecked(
-        input, running_mean, running_var, mask, weight, bias, momentum, eps, statistics=statistics
-    )
+    if needs_pytorch_formula():
+        return stoch_norm_by_formula(input, running_mean, running_var, mask, weight, bias, momentum, eps)
+    if torch.compiler.is_compiling():
+        output, mean, invstd, *batch = functional_stoch_norm(input, running_mean, running_var, mask, weight, bias, eps)
+        if input.numel():
+            for running, statistic in zip((running_mean, running_var), batch, strict=True):
+                running.copy_(moved(running, statistic, momentum))
+        return output, (mean, invstd)
+    return stoch_norm_in_place(input, running_mean, running_var, mask, weight, bias, momentum, eps)
 
 
-def stoch_norm_unchecked(
+def stoch_norm_in_place(
     input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -342,15 +397,56 @@ def stoch_norm_unchecked(
     eps: float,
     p: float = 1.0,
     num_batches_tracked: Tensor | None = None,
-    statistics: Statistics | None = None,
 ) -> tuple[Tensor, Statistics]:
     """:func:`stoch_norm` for a layer, whose time on small maps is that of Python and of launches.
 
     A layer knows its vectors, so nothing is checked. ``mask`` may be the float32 numbers that it drew, of which those
-    below ``p`` stand for True, and ``num_batches_tracked``, one int64, is counted up unless the input is empty.
+    below ``p`` stand for True, whatever their sign, and ``num_batches_tracked``, one int64, is counted up unless the
+    input is empty.
     """
-    recalled = (None, None) if statistics is None else statistics
-    output, mean, invstd = _StochNorm.apply(
-        input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked, *recalled
+    output, mean, invstd = _InPlace.apply(
+        input, weight, bias, running_mean, running_var, mask, eps, p, momentum, num_batches_tracked
     )
+    return output, (mean, invstd)
+
+
+def functional_stoch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`stoch_norm_in_place` for compiled code: it changes nothing, so that a backward pass may repeat it.
+
+    Returns:
+        The output, the mean and invstd it was normalised with, and the batch's mean and unbiased variance.
+    """
+    return _Functional.apply(input, weight, bias, running_mean, running_var, mask, eps, p)
+
+
+def stoch_norm_by_formula(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    p: float = 1.0,
+) -> tuple[Tensor, Statistics]:
+    """:func:`stoch_norm_in_place` by PyTorch's operators, where nothing else can be differentiated."""
+    output, mean, invstd, batch_mean, _ = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
+    values = input.detach()
+    if momentum and torch.jit.is_tracing():  # which drops a batch norm of which nothing but the statistics is used
+        unbiased = values.to(mean.dtype).var(_reduced_dims(input))
+        running, batch = [running_mean, running_var], (batch_mean.detach(), unbiased)
+        assign(running, [moved(old, new, momentum) for old, new in zip(running, batch, strict=True)])
+    elif momentum and input.numel():
+        # Every transform lets a batch norm move its running statistics, and only that where they are not an argument.
+        F.batch_norm(values.to(running_mean.dtype), running_mean, running_var, None, None, True, momentum)
     return output, (mean, invstd)

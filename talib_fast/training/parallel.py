@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, convert_model, convert_sync
+from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model, convert_sync
 from .common import UserError
 
 TIMEOUT = timedelta(days=1)  # rank 0 may prepare for long while the others wait; torchrun ends them when it fails
@@ -130,6 +130,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
+_SYNCHRONIZED = (nn.SyncBatchNorm, SyncStochNorm)
+
+
 def synchronize(module: nn.Module, device: torch.device) -> None:
     """Let every batch norm and stochastic norm of ``module`` take the statistics of the joined batch, in place."""
     left = []
@@ -142,7 +145,7 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
                 layer.process_group = None
             else:  # SyncBatchNorm is for GPUs; with p = 1 this computes the same anywhere
                 convert_sync(convert_model(layer, 1.0))
-        elif isinstance(layer, _BatchNorm):
+        elif isinstance(layer, _BatchNorm) and not isinstance(layer, _SYNCHRONIZED):
             left.append(f"{name} ({type(layer).__name__})")
     if left:
         warnings.warn(f"each process normalises its share of a batch alone in {', '.join(left)}", stacklevel=2)
@@ -153,7 +156,7 @@ def share_statistics(module: nn.Module) -> None:
     if world_size() == 1:
         return
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _SYNCHRONIZED):
             for buffer in layer.buffers(recurse=False):
                 dist.broadcast(buffer, 0)
 

@@ -1,0 +1,143 @@
+"""What a stochastic norm draws in a forward pass, and what a repetition of that pass draws again.
+
+Activation checkpointing runs a forward pass a second time, inside the backward pass. By then the running statistics
+have moved on, so the repetition needs those of the first time. Several passes may lie between, when a layer is called
+more than once a step; what they drew, which the restored generator draws again, tells them apart.
+"""
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..torch_private import function_transforms, in_backward_pass, is_mapped, refuses_random_numbers, saves_by_hooks
+from .library import define
+
+_PASSES = 16
+# By the memory of a running mean: the passes that may be repeated, newest first, each what it drew and the running mean
+# and variance that it found. A reference to memory, unlike its address, is never that of another tensor later.
+_history: dict[tuple[int, Any], tuple[StorageWeakRef, deque[tuple[Tensor, Tensor, Tensor]]]] = {}
+
+
+def _memory(running_mean: Tensor) -> tuple[int, Any]:
+    return running_mean.untyped_storage()._cdata, running_mean.storage_offset()
+
+
+def is_recorded(running_mean: Tensor) -> bool:
+    """Whether passes with this running mean are recorded, of which one may be repeated now."""
+    return _memory(running_mean) in _history
+
+
+def _record(drawn: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    memory = _memory(running_mean)
+    entry = _history.get(memory)
+    if entry is None:
+        for key in [key for key, (reference, _) in list(_history.items()) if reference.expired()]:
+            _history.pop(key, None)
+        entry = _history[memory] = (StorageWeakRef(running_mean.untyped_storage()), deque(maxlen=_PASSES))
+    entry[1].appendleft((drawn.clone(), running_mean.clone(), running_var.clone()))
+
+
+def _recorded(drawn: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The running mean and variance that the pass found which drew ``drawn``.
+
+    Raises:
+        RuntimeError: there is no such pass. On other devices than the CPU, which would have to be waited for, the
+            statistics are NaN instead.
+    """
+    _, passes = _history.get(_memory(running_mean), (None, ()))
+    if not passes:
+        raise RuntimeError(
+            "a compiled StochNorm runs inside a backward pass and repeats no recorded forward pass: it needs an "
+            "activation_memory_budget above 0; else put the checkpoint around the compiled code, or leave the layer "
+            "uncompiled"
+        )
+    draws, means, variances = (torch.stack(column) for column in zip(*passes, strict=True))
+    matches = (draws == drawn).all(1)
+    if drawn.device.type == "cpu" and not matches.any():
+        raise RuntimeError(
+            f"StochNorm runs inside a backward pass, but repeats none of its last {len(passes)} forward passes: "
+            f"activation checkpointing needs preserve_rng_state=True, and at most {_PASSES} passes of a layer between "
+            "a forward pass and its backward pass"
+        )
+    found = matches.to(torch.uint8).argmax(0, keepdim=True)
+    mean, variance = (
+        torch.where(matches.any(), column.index_select(0, found)[0], torch.nan) for column in (means, variances)
+    )
+    return mean, variance
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _draw(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, may_be_repeated: bool, repeats: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    repeats = in_backward_pass() if repeats is None else repeats
+    hooks = saves_by_hooks()
+    if (repeats or hooks) and _capturing(running_mean.device):
+        raise RuntimeError(
+            "a CUDA graph can't capture activation checkpointing of StochNorm, whose repetitions look for what the "
+            "first pass drew: capture the step without checkpointing"
+        )
+    drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+    if repeats:
+        return -drawn, *_recorded(drawn, running_mean)
+    if (may_be_repeated or hooks) and not _capturing(running_mean.device):
+        _record(drawn, running_mean, running_var)
+    return drawn, running_mean.clone(), running_var.clone()
+
+
+def _draw_fake(input, running_mean, running_var, may_be_repeated, repeats=None):
+    drawn = running_mean.new_empty(running_mean.size(0), dtype=torch.float32)
+    return drawn, torch.empty_like(running_mean), torch.empty_like(running_var)
+
+
+# The input is there for the order of things: inductor keeps random operators in it that share an operand's history. It
+# draws by a generator of its own, and other numbers than eager, but not for an operator that it can't look into.
+draw_op = define(
+    "stoch_norm_draw(Tensor input, Tensor running_mean, Tensor running_var, bool may_be_repeated, bool? repeats=None) "
+    "-> (Tensor drawn, Tensor mean, Tensor var)",
+    _draw,
+    _draw_fake,
+    torch.Tag.nondeterministic_seeded,
+)
+
+
+def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+    """What a forward pass of a stochastic norm draws, and the running statistics that it reads.
+
+    Args:
+        input: the layer's.
+        running_mean, running_var: the layer's, ``[C]``.
+
+    Returns:
+        A number in [0, 1) for each channel, float32, by torch's generator on the input's device, compiled or not,
+        ``[C]``; with its sign set it stands for itself. Then the running mean and variance: the layer's own, or if the
+        pass repeats another one, or is compiled, copies of what it has to read. At last whether it repeats another one
+        and has no running statistics to move; of compiled code, which learns it when it runs, that for each channel.
+
+    Raises:
+        RuntimeError: the pass repeats none that is recorded, or a CUDA graph captures activation checkpointing.
+    """
+    if torch.compiler.is_compiling():
+        drawn, mean, variance = draw_op(input, running_mean, running_var, not torch.is_grad_enabled())
+        return drawn, mean, variance, torch.signbit(drawn)
+    if function_transforms():
+        if refuses_random_numbers() and not is_mapped(input) and not is_mapped(running_mean):
+            drawn, *_ = draw_op(input, running_mean, running_var, False, False)  # the same for all, which are one
+        else:
+            drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+        return drawn, running_mean, running_var, False
+    repeats = in_backward_pass() and is_recorded(running_mean)
+    # Other passes are not recorded: it takes time, and small tensors that outlive their step break up a CPU's heap.
+    may_be_repeated = not torch.is_grad_enabled() or saves_by_hooks()
+    if torch.jit.is_tracing() or not (repeats or may_be_repeated):
+        drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+        return drawn, running_mean, running_var, False
+    # by an operator in both passes, as selective checkpointing asks for
+    drawn, mean, variance = draw_op(input, running_mean, running_var, True, repeats)
+    return (drawn, mean, variance, True) if repeats else (drawn, running_mean, running_var, False)

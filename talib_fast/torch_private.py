@@ -1,0 +1,142 @@
+"""The private parts of torch that the layers and operations rely on.
+
+Each stands behind a function that says what it is for and what happens where a version of torch is without it:
+something slower or an error, never another result.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd's engine is running a backward pass in this thread.
+
+    Activation checkpointing repeats a forward pass there. Without torch's answer, the node that the engine is at gives
+    the same one, but for a hook that runs between two nodes.
+
+    Raises:
+        RuntimeError: this torch has neither, so that a repetition can't be told from a first pass.
+    """
+    current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+    if current_graph_task_id is not None:
+        return current_graph_task_id() != -1
+    current_node = getattr(torch._C, "_current_autograd_node", None)
+    if current_node is not None:
+        return current_node() is not None
+    raise RuntimeError(
+        f"StochNorm can't be trained by torch {torch.__version__}, which does not say whether a backward pass runs: "
+        "activation checkpointing would give wrong gradients; take a version that talib_fast was tested with"
+    )
+
+
+def saves_by_hooks() -> bool:
+    """Whether hooks receive what autograd saves, as those of activation checkpointing do.
+
+    Without torch's answer they might: every pass is treated as one that may be repeated, which takes longer.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def may_be_in_function_transform() -> bool:
+    """Whether a transform of ``torch.func`` is around this call.
+
+    Without torch's answer one may be: autograd functions are then called in the way that suits both, which takes
+    longer.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
+
+
+def function_transforms() -> tuple[str, ...]:
+    """The transforms of ``torch.func`` around this call, outermost first: "Vmap", "Grad", "Jvp", "Functionalize".
+
+    Without torch's answer none is seen. A layer that trains inside one then raises torch's own error, or under
+    ``torch.func.grad`` and ``torch.vmap`` takes longer.
+    """
+    get_stack = getattr(torch._C._functorch, "get_interpreter_stack", None)
+    stack = None if get_stack is None else get_stack()
+    return () if stack is None else tuple(interpreter.key().name for interpreter in stack)
+
+
+def in_forward_mode() -> bool:
+    """Whether ``torch.autograd.forward_ad`` has a level open, in which tensors may carry tangents.
+
+    Without torch's answer none is seen, and differentiating in forward mode raises torch's own error.
+    """
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def refuses_random_numbers() -> bool:
+    """Whether a ``torch.vmap`` around this call has ``randomness="error"``, as has that of ``torch.func.jacfwd``.
+
+    Without torch's answer none is seen, and drawing in one that has raises torch's own error.
+    """
+    functorch = torch._C._functorch
+    try:
+        vmaps = [i for i in functorch.get_interpreter_stack() or () if i.key().name == "Vmap"]
+        return any(functorch.CVmapInterpreterPtr(vmap).randomness().name == "Error" for vmap in vmaps)
+    except AttributeError:
+        return False
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a ``torch.vmap`` around this call maps over ``tensor``; without torch's answer it may be."""
+    functorch = torch._C._functorch
+    try:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    except AttributeError:
+        return True
+    return False
+
+
+def assign(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy each value into its target, also where torch refuses ``copy_`` for what that returns.
+
+    A transform of ``torch.func`` refuses it for tensors that are no arguments of its function, and a selective
+    checkpoint that saves the result finds it changed. Without torch's way for lists it is ``copy_``, and torch's error.
+    """
+    is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    plain = is_wrapped is not None and not torch.compiler.is_compiling() and not any(map(is_wrapped, targets))
+    if plain and hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def keep_in_compiled_checkpoints(producer: Callable, consumer: str, argument: int) -> None:
+    """Have compiled code save what ``producer`` returned for the backward pass, whatever a checkpoint's policy says.
+
+    An activation checkpoint inside ``torch.compile`` is a tag on the nodes of a graph, by which the partitioner repeats
+    them in the backward pass. The tag of an operator is set after it is traced, so the operator that consumes the
+    result, as its positional argument number ``argument``, changes it. Without these tags a producer that is repeated
+    has to notice, and raise.
+
+    Args:
+        producer: an operator whose results are to be saved.
+        consumer: the name of an operator that gets the first of them.
+        argument: the position in which it gets it.
+    """
+    try:
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+        from torch.utils.checkpoint import CheckpointPolicy
+    except ImportError:
+        return
+
+    def trace(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node = getattr(mode.tracer.unwrap_proxy(args[argument]), "node", None)
+        while node is not None and node.target is not producer:  # through views and casts of the first result
+            node = node.args[0] if node.op == "call_function" and node.args else None
+            node = node if isinstance(node, torch.fx.Node) else None
+        for saved in (node, *node.users) if node is not None else ():
+            saved.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+
+    torch.library.register_torch_dispatch(f"talib_fast::{consumer}", ProxyTorchDispatchMode, trace)

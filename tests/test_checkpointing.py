@@ -1,0 +1,372 @@
+"""StochNorm under activation checkpointing, in eager and in compiled code: gradients and running statistics are those
+of a run without it, and the statistics move once; what can't be served raises."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+from compiler_support import needs_inductor
+from torch import nn
+from torch._library import simple_registry
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, SyncStochNorm
+
+# dynamo looks at every input of a compiled block for a gradient
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default]
+
+
+class Network(nn.Module):
+    """A stem and two residual blocks, of which each may be checkpointed; norms have statistics of their own making."""
+
+    def __init__(self, p=0.5, shared=False, tracked=True, norm=StochNorm2d, **options):
+        super().__init__()
+
+        def made():
+            layer = norm(8, p=p, **options)
+            layer.running_mean.normal_(1.0)
+            layer.running_var.uniform_(0.5, 3)
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            layer.track_running_stats = tracked
+            return layer
+
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), made(), nn.ReLU())
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            first = made()
+            convolutions = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)]
+            norms = first, first if shared else made()
+            self.blocks.append(nn.Sequential(convolutions[0], norms[0], nn.ReLU(), convolutions[1], norms[1]))
+        self.head = nn.Linear(8, 5)
+        self.run = lambda block, x: block(x)  # how a block is run
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(x + self.run(block, x))
+        return self.head(x.mean((2, 3)))
+
+
+def train(model, call, steps=3, passes=1, batches=(6,)):
+    """Every step's gradients, and the running statistics at the end."""
+    gradients = []
+    for step in range(steps):
+        torch.manual_seed(10 + step)
+        images = [torch.randn(batches[step % len(batches)], 3, 5, 5, requires_grad=True) for _ in range(passes)]
+        model.zero_grad()
+        sum(call(x).pow(3).sum() for x in images).backward()
+        wanted = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append([g.clone() for g in wanted] + [x.grad for x in images])
+    return gradients, [buffer.clone() for buffer in model.buffers()]
+
+
+def assert_as_without(wrap, prepare=lambda model: None, network=None, **options):
+    """``wrap`` makes of a network what is called in its place; compared with that network, uncompiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model = Network(**network or {})
+    prepare(model)
+    twin = copy.deepcopy(model)
+    expected = train(twin, twin, **options)  # of which the buffers count the passes
+    torch.testing.assert_close(train(model, wrap(model), **options), expected, rtol=1e-4, atol=1e-4)
+
+
+def eager(run):
+    """Blocks run by ``run``."""
+
+    def wrap(model):
+        model.run = run
+        return model
+
+    return wrap
+
+
+def checkpointed(reentrant=False, **options):
+    return lambda block, x: checkpoint(block, x, use_reentrant=reentrant, **options)
+
+
+def selective(policy):
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpointed(context_fn=contexts)
+
+
+def inside(backend, reentrant=False, **options):
+    """Checkpoints inside the compiled code."""
+
+    def wrap(model):
+        model.run = checkpointed(reentrant)
+        return torch.compile(model, backend=backend, **options)
+
+    return wrap
+
+
+def blocks(backend, reentrant=False, **options):
+    """Checkpoints around compiled blocks."""
+
+    def wrap(model):
+        model.run = checkpointed(reentrant)
+        for block in model.blocks:
+            block.compile(backend=backend, **options)
+        return model
+
+    return wrap
+
+
+def around(backend, reentrant=False, **options):
+    """A checkpoint around the whole compiled network."""
+
+    def wrap(model):
+        compiled = torch.compile(model, backend=backend, **options)
+        return lambda x: checkpoint(compiled, x, use_reentrant=reentrant)
+
+    return wrap
+
+
+def both(backend, reentrant=False, **options):
+    """Checkpoints inside and around."""
+    outer = around(backend, reentrant, **options)
+
+    def wrap(model):
+        model.run = checkpointed()
+        return outer(model)
+
+    return wrap
+
+
+def broken(backend, reentrant=False, **options):
+    """A graph break inside a checkpointed block, which leaves the checkpoint to eager code."""
+
+    def wrap(model):
+        def run(block, x):
+            def halves(x):
+                x = block(x)
+                torch._dynamo.graph_break()
+                return x
+
+            return checkpoint(halves, x, use_reentrant=reentrant)
+
+        model.run = run
+        return torch.compile(model, backend=backend, **options)
+
+    return wrap
+
+
+WAYS = [inside, blocks, around, both, broken]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_eager(p, reentrant, momentum):
+    assert_as_without(eager(checkpointed(reentrant)), network={"p": p, "momentum": momentum})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled(way, reentrant):
+    assert_as_without(way("aot_eager", reentrant))
+
+
+@needs_inductor
+@pytest.mark.parametrize("way", [inside, blocks, around])
+def test_compiled_by_inductor(way):
+    assert_as_without(way("inductor"))
+
+
+@pytest.mark.parametrize("way", [inside, blocks])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"p": 0.0},
+        {"p": 1.0},
+        {"momentum": None},
+        {"shared": True},
+        {"bias": False},
+        {"norm": SyncStochNorm},
+    ],
+    ids=str,
+)
+def test_compiled_layers_of_every_kind(way, network):
+    assert_as_without(way("aot_eager"), network=network)
+
+
+@pytest.mark.parametrize("way", [inside, blocks])
+def test_two_forward_passes_before_a_backward_pass(way):
+    assert_as_without(way("aot_eager"), network={"shared": True}, passes=2)
+
+
+@pytest.mark.parametrize("way", [inside, blocks])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_batches_of_several_sizes(way, dynamic):
+    assert_as_without(way("aot_eager", dynamic=dynamic), batches=(6, 4, 5))
+
+
+@pytest.mark.parametrize("way", [inside, blocks, around])
+def test_frozen_layers_before_trained_ones(way):
+    def freeze(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("head", "blocks.1.3", "blocks.1.4")))
+
+    assert_as_without(way("aot_eager"), freeze)
+    assert_as_without(way("aot_eager_default_partitioner" if way is inside else "aot_eager"), freeze)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5])
+@pytest.mark.parametrize("way", [lambda backend: functools.partial(torch.compile, backend=backend), inside])
+def test_activation_memory_budgets(way, budget):
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        assert_as_without(way("aot_eager"))
+
+
+@needs_inductor
+def test_no_memory_for_activations_at_all_is_refused():
+    with (
+        torch._functorch.config.patch(activation_memory_budget=0.0),
+        pytest.raises(RuntimeError, match="needs an activation_memory_budget above 0"),
+    ):
+        assert_as_without(torch.compile)
+
+
+@pytest.mark.parametrize("way", [lambda backend: functools.partial(torch.compile, backend=backend), *WAYS[:3]])
+def test_compiled_autograd(way):
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        assert_as_without(way("aot_eager"))
+
+
+@pytest.mark.parametrize("outer", ["compiled", "eager"])
+def test_nested_checkpoints(outer):
+    def wrap(model):
+        model.run = checkpointed()
+        if outer == "eager":
+            for block in model.blocks:
+                block.compile(backend="aot_eager")
+            return lambda x: checkpoint(model, x, use_reentrant=False)
+        return torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager")
+
+    assert_as_without(wrap)
+
+
+def save_nothing(context, operator, *args, **kwargs):
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_all(context, operator, *args, **kwargs):
+    return CheckpointPolicy.PREFER_SAVE
+
+
+def save_matmuls(context, operator, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if operator in MATMULS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_draws(context, operator, *args, **kwargs):
+    saved = operator is torch.ops.talib_fast.stoch_norm_draw.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("policy", [save_nothing, save_all, save_matmuls, save_draws, [], MATMULS])
+@pytest.mark.parametrize("network", [{}, {"momentum": None}, {"tracked": False}], ids=str)
+def test_selective_checkpointing(policy, network):
+    assert_as_without(eager(selective(policy)), network=network)
+
+
+@pytest.mark.parametrize("policy", [save_nothing, save_all, save_matmuls, MATMULS])
+@pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
+def test_compiled_selective_checkpointing(policy):
+    def wrap(model):
+        model.run = selective(policy)
+        return torch.compile(model, backend="aot_eager")
+
+    assert_as_without(wrap)
+
+
+def test_other_in_place_operators_of_the_region_keep_their_turn():
+    """A policy saves by operator and count: one call more or less in a repetition would shift all later ones."""
+    for momentum in (0.1, None):
+        layers = nn.Sequential(StochNorm1d(4, momentum=momentum), StochNorm1d(4, momentum=momentum))
+        x = torch.randn(6, 4, requires_grad=True)
+
+        def region(x, layers=layers):
+            filled = torch.zeros(6, 4).copy_(layers[0](x)).add_(1)
+            return torch.zeros(6, 4).copy_(layers[1](filled * filled)).add_(2).exp()
+
+        torch.manual_seed(2)
+        twin = copy.deepcopy(layers)
+        (expected,) = torch.autograd.grad(region(x, twin).sum(), x)
+        torch.manual_seed(2)
+        contexts = functools.partial(create_selective_checkpoint_contexts, save_all, allow_cache_entry_mutation=True)
+        (got,) = torch.autograd.grad(checkpoint(region, x, use_reentrant=False, context_fn=contexts).sum(), x)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(dict(layers.state_dict()), dict(twin.state_dict()))
+
+
+@pytest.mark.parametrize("run", [checkpointed(), checkpointed(True), selective(MATMULS)])
+def test_fake_tensors(run):
+    """No operator of a step reads what a tensor holds."""
+    with FakeTensorMode():
+        model = Network()
+        model.run = run
+        x = torch.randn(6, 3, 5, 5, requires_grad=True)
+        for _ in range(2):
+            model(x).sum().backward()
+        assert x.grad.shape == x.shape
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that a mode sees, of which none may be one that waits for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_mode_sees_no_operator_that_reads_on_the_host(reentrant):
+    model = Network()
+    model.run = checkpointed(reentrant)
+    with Recorded() as recorded:
+        model(torch.randn(6, 3, 5, 5, requires_grad=True)).sum().backward()
+    assert "talib_fast::stoch_norm_draw" in recorded.names
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal"} & set(recorded.names)
+
+
+def test_a_memory_tracker_follows_a_checkpointed_step():
+    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    with FakeTensorMode():
+        model = Network()
+        model.run = checkpointed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        memory = tracker.MemTracker()
+        memory.track_external(model, optimizer)
+        with memory:
+            model(torch.randn(6, 3, 5, 5)).sum().backward()
+            optimizer.step()
+        assert max(peak["Total"] for peak in memory.get_tracker_snapshot("peak").values()) > 0
+
+
+def test_a_repetition_that_draws_otherwise_is_refused():
+    def wrap(model):
+        model.run = checkpointed(preserve_rng_state=False)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        return model
+
+    with pytest.raises(RuntimeError, match="repeats none of its last 1 forward passes"):
+        assert_as_without(wrap)
+
+
+def test_without_its_tags_a_compiled_checkpoint_is_refused(monkeypatch):
+    """As if torch did not heed them: what is drawn is repeated in the backward pass."""
+    rules = simple_registry.singleton.find("talib_fast::stoch_norm_functional").torch_dispatch_rules
+    monkeypatch.setattr(rules, "_data", {})
+    with pytest.raises(RuntimeError, match="inside a backward pass and repeats no recorded forward pass"):
+        assert_as_without(inside("aot_eager"))
