@@ -4,8 +4,9 @@ import torch.distributed as dist
 from cuda_support import capture, kernels, no_synchronisation
 from rank_support import needs_gloo, spawn_ranks
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jacrev, vmap
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from talib_fast.finetune.bss import BatchSpectralShrinkage
 from talib_fast.ops import backends, spectral_tail
@@ -48,8 +49,10 @@ class TestValuesAndGradients:
 
     def test_gradcheck_and_gradgradcheck(self, shape, k, device):
         matrix = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
-        assert gradcheck(lambda m: spectral_tail(m, k), (matrix,))
-        assert gradgradcheck(lambda m: spectral_tail(m, k), (matrix,))
+        assert gradcheck(
+            lambda m: spectral_tail(m, k), (matrix,), check_forward_ad=True, check_batched_forward_grad=True
+        )
+        assert gradgradcheck(lambda m: spectral_tail(m, k), (matrix,), check_fwd_over_rev=True)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
     def test_opcheck(self, shape, k, dtype, device):
@@ -276,6 +279,118 @@ class TestFunctionTransforms:
         torch.testing.assert_close(hessian, expected)
 
 
+def dual_jvp(function, primals, tangents):
+    """torch.func.jvp by torch.autograd.forward_ad, for a function of one result."""
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(function(*map(forward_ad.make_dual, primals, tangents))))
+
+
+SECOND_DERIVATIVES = {
+    "hessian": hessian,
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f)),
+    "jacrev of jacfwd": lambda f: jacrev(jacfwd(f)),
+    "functionalize": lambda f: functionalize(hessian(f)),
+    "functionalize within": lambda f: jacrev(jacrev(functionalize(f))),
+    "autograd": lambda f: (
+        lambda m: torch.autograd.functional.hessian(f, m, vectorize=True, outer_jacobian_strategy="forward-mode")
+    ),
+}
+second_derivatives = pytest.mark.parametrize("second", SECOND_DERIVATIVES.values(), ids=SECOND_DERIVATIVES)
+
+
+class TestForwardMode:
+    @pytest.mark.parametrize("forward", [jvp, dual_jvp, functionalize(jvp)], ids=["jvp", "dual", "functionalize"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(("shape", "k"), [*CASES, ((2, 2, 3, 4), 2)])
+    def test_tangents_equal_the_oracles(self, shape, k, dtype, forward, device):
+        matrix, direction = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        found = forward(lambda m: spectral_tail(m, k), (matrix,), (direction,))
+        expected = jvp(lambda m: oracle(m, k), (matrix.double(),), (direction.double(),))
+        result = torch.float64 if dtype == torch.float64 else torch.float32
+        torch.testing.assert_close(found, tuple(x.to(result) for x in expected))
+
+    @second_derivatives
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize(("spectrum", "k"), [([4, 3, 2, 1], 2), ([3, 2, 2, 2], 3), ([3, 2, 0, 0], 2), ([1] * 4, 4)])
+    def test_second_derivatives(self, spectrum, k, dtype, second, device):
+        """Also at ties, whose singular values are whole numbers, against a difference of the oracle's gradients."""
+        matrix = torch.zeros(2, 6, 4, dtype=dtype, device=device)
+        matrix[0, [5, 2, 0, 3], range(4)] = torch.tensor(spectrum).to(matrix)
+        matrix[1] = torch.randn(6, 4)
+        found = second(lambda m: spectral_tail(m, k).sum())(matrix).double()
+        leaf, step = matrix.double().requires_grad_(), torch.randn(2, 6, 4).to(found)
+
+        def gradient(times):
+            return torch.autograd.grad(oracle(leaf + times * step, k).sum(), leaf)[0]
+
+        expected = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
+        torch.testing.assert_close((found * step).sum((-1, -2, -3)), expected, rtol=1e-5, atol=1e-5)
+
+    @second_derivatives
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("spectrum", [[1, 1, 1], [2, 0, 0], [0, 0, 0]])
+    def test_a_tie_with_others_leaves_a_subgradient_and_no_second_derivative(self, spectrum, dtype, second):
+        matrix = torch.stack([torch.diag(torch.tensor(spectrum)).to(dtype), torch.randn(3, 3).to(dtype)])
+        direction = torch.randn_like(matrix)
+        value, tangent = jvp(lambda m: spectral_tail(m, 1), (matrix,), (direction,))
+        expected = grad(lambda m: spectral_tail(m, 1).sum())(matrix)
+        torch.testing.assert_close(value, spectral_tail(matrix, 1))
+        torch.testing.assert_close(tangent, (expected * direction).sum((-1, -2)))
+        assert second(lambda m: spectral_tail(m, 1))(matrix[0]).isnan().all()
+        assert hessian(lambda m: spectral_tail(m, 1).sum())(matrix)[1, :, :, 1].isfinite().all()
+
+    @pytest.mark.parametrize("third", [jacfwd, jacrev])
+    @pytest.mark.parametrize("name", list(SECOND_DERIVATIVES)[:-1])
+    def test_third_derivatives_are_nan(self, name, third):
+        matrix = torch.randn(3, 5, dtype=torch.float64)
+        for k in (0, 1, 3):
+            found = third(SECOND_DERIVATIVES[name](lambda m, k=k: spectral_tail(m, k)))(matrix)
+            assert found.isnan().all() if k == 1 else not found.any()
+
+    def test_vmap_of_jvp_and_lists(self):
+        matrices, tall = torch.randn(4, 3, 5), torch.randn(6, 2)
+
+        def member(matrix, direction):
+            return jvp(lambda *m: spectral_tail(m, [2, 1]), (matrix, tall), (direction, tall))
+
+        (of_members, of_tall), tangents = vmap(member, (0, None), ((0, None), (0, None)))(matrices, matrices[0])
+        expected = jvp(lambda m: oracle(m, 2), (matrices.double(),), (matrices[:1].double().expand(4, 3, 5),))
+        torch.testing.assert_close(torch.stack([of_members, tangents[0]]), torch.stack(expected).float())
+        torch.testing.assert_close(torch.stack([of_tall, tangents[1]]), torch.stack([of_tall, 2 * of_tall]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_functional_graphs(self, dtype):
+        matrix = torch.randn(2, 3, 5, dtype=dtype)
+
+        def gradient(m):
+            return grad(lambda m: spectral_tail(m, 1).sum())(m)
+
+        torch.testing.assert_close(make_fx(functionalize(gradient))(matrix)(matrix - 1), gradient(matrix - 1))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("entry", [torch.nan, torch.inf])
+    def test_what_is_not_finite(self, entry, dtype):
+        matrix = torch.randn(2, 3, 5).to(dtype)
+        matrix[0, 1, 2] = entry
+        for k in (1, 3):
+            for found in jvp(lambda m, k=k: spectral_tail(m, k), (matrix,), (torch.ones_like(matrix),)):
+                assert found.isnan().tolist() == [True, False]
+        of_first, of_other = hessian(lambda m: spectral_tail(m, 1).sum())(matrix)
+        assert of_first[..., 0, :, :].isnan().all() and of_other[..., 1, :, :].isfinite().all()
+
+    @pytest.mark.parametrize("scale", [1e-200, 1e160, 1e300])
+    def test_float64_that_can_not_be_squared(self, scale):
+        matrix, direction = torch.randn(2, 3, 5, dtype=torch.float64)
+
+        def tail(m):
+            return spectral_tail(m, 2)
+
+        value, tangent = jvp(tail, (matrix * scale,), (direction,))
+        assert value == (0 if scale < 1 else torch.inf)
+        torch.testing.assert_close(tangent / scale, jvp(tail, (matrix,), (direction,))[1])
+        torch.testing.assert_close(hessian(tail)(matrix * scale), hessian(tail)(matrix))
+
+
 class TestLists:
     def test_one_k_for_all(self):
         matrices = [torch.randn(3, 4), torch.randn(6, 5)]
@@ -307,7 +422,9 @@ class TestLists:
 def test_float32_accuracy(condition, tolerance):
     matrix = with_condition_number(condition, 48, 512).float()
     expected = oracle(matrix, 1)
-    assert abs(spectral_tail(matrix, 1).double() - expected) <= tolerance * expected
+    in_forward_mode, tangent = jvp(lambda m: spectral_tail(m, 1), (matrix,), (matrix,))
+    for value in (spectral_tail(matrix, 1), in_forward_mode, tangent / 2):
+        assert abs(value.double() - expected) <= tolerance * expected
 
 
 @pytest.mark.parametrize("condition", [1e4, 1e7])
@@ -315,8 +432,9 @@ def test_float64_is_as_accurate_as_lapack(condition):
     """Against the singular values that the matrix was built from."""
     matrix = with_condition_number(condition, 24, 64)
     exact = condition**-2.0
-    error, lapack = (abs(value - exact) for value in (spectral_tail(matrix, 1), oracle(matrix, 1)))
-    assert error <= 4 * lapack + 1e-9 * exact
+    in_forward_mode, tangent = jvp(lambda m: spectral_tail(m, 1), (matrix,), (matrix,))
+    for value in (spectral_tail(matrix, 1), in_forward_mode, tangent / 2):
+        assert abs(value - exact) <= 4 * abs(oracle(matrix, 1) - exact) + 1e-9 * exact
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
@@ -355,8 +473,10 @@ def test_second_derivatives_of_float64_do_not_square_the_condition_number():
     # moved along u_3 v_2ᵀ, the chosen and the next direction turn into each other: 2·σ_3 Δσ_3 has this derivative
     along = torch.outer(left[:, 2], right[:, 1])
     (second,) = torch.autograd.grad((grad * along).sum(), matrix)
+    forward = hessian(lambda m: spectral_tail(m, 1))(matrix.detach())
     _, next_one, last = singular_values.square()
-    torch.testing.assert_close((second * along).sum(), 2 - 2 * next_one / (next_one - last), rtol=1e-6, atol=0)
+    for found in ((second * along).sum(), along.flatten() @ forward.view(21, 21) @ along.flatten()):
+        torch.testing.assert_close(found, 2 - 2 * next_one / (next_one - last), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

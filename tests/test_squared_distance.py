@@ -1,8 +1,9 @@
 import pytest
 import torch
 from cuda_support import capture, kernels, no_synchronisation
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jacrev, vmap
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from talib_fast.ops import squared_distance
 
@@ -53,7 +54,7 @@ class TestOperation:
             return squared_distance(targets, sources, weights)[0]
 
         leaves = tuple(target.requires_grad_() for target in targets)
-        assert gradcheck(distance, leaves)
+        assert gradcheck(distance, leaves, check_forward_ad=True, check_batched_forward_grad=True)
         assert gradgradcheck(distance, leaves)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -349,6 +350,92 @@ class TestFunctionTransforms:
         target = torch.randn(3, 2, 3)
         gradient = vmap(grad(lambda t: squared_distance([t])[1].sum()))(target)
         assert not gradient.any()
+
+
+def dual_jvp(function, primals, tangents):
+    """torch.func.jvp by torch.autograd.forward_ad, for squared_distance."""
+    with forward_ad.dual_level():
+        results = function(*map(forward_ad.make_dual, primals, tangents))
+        (total, tangent), (terms, of_terms) = map(forward_ad.unpack_dual, results)
+    return (total, terms), (tangent, torch.zeros_like(terms) if of_terms is None else of_terms)
+
+
+SECOND_DERIVATIVES = {
+    "hessian": hessian,
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f)),
+    "jacrev of jacfwd": lambda f: jacrev(jacfwd(f)),
+    "functionalize": lambda f: functionalize(hessian(f)),
+    "functionalize within": lambda f: jacfwd(grad(functionalize(f))),
+    "autograd": lambda f: (
+        lambda t: torch.autograd.functional.hessian(f, t, vectorize=True, outer_jacobian_strategy="forward-mode")
+    ),
+}
+
+
+class TestForwardMode:
+    @pytest.mark.parametrize("forward", [jvp, dual_jvp, functionalize(jvp)], ids=["jvp", "dual", "functionalize"])
+    @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+    @pytest.mark.parametrize("with_others", [True, False])
+    def test_tangents_equal_the_oracles(self, with_others, dtype, forward, device):
+        """In one dtype, or with one for each of the list."""
+        dtypes = DTYPES if dtype is None else [dtype] * len(DTYPES)
+        targets, sources, weights, tangents = (
+            [x.to(dtype) for x, dtype in zip(xs, dtypes, strict=True)]
+            for xs in (*lists(device=device, shapes=SHAPES[:4]), lists(device=device, shapes=SHAPES[:4])[0])
+        )
+        others = (sources, weights) if with_others else ()
+        (total, terms), (tangent, of_terms) = forward(
+            lambda *targets: squared_distance(targets, *others), tuple(targets), tuple(tangents)
+        )
+        exact = (tuple(x.double() for x in xs) for xs in (targets, tangents))
+        expected, of_expected = jvp(lambda *targets: oracle(targets, *others), *exact)
+        result = torch.float64 if torch.float64 in dtypes else torch.float32
+        assert total.dtype == terms.dtype == tangent.dtype == result and not of_terms.any()
+        tolerance = {} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 1e-4}
+        found = torch.stack([total, *terms, tangent]).double()
+        torch.testing.assert_close(found, torch.stack([expected.sum(), *expected, of_expected.sum()]), **tolerance)
+
+    def test_sources_and_weights_are_constants(self):
+        targets, sources, weights = lists()
+        tangents = jvp(lambda *others: squared_distance(targets, *others), *[(sources, weights)] * 2)[1]
+        assert not any(tangent.any() for tangent in tangents)
+
+    @pytest.mark.parametrize("channel_dim", [0, -1])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("second", SECOND_DERIVATIVES.values(), ids=SECOND_DERIVATIVES)
+    def test_second_derivatives(self, second, dtype, channel_dim):
+        target, source = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 4)
+        weight = torch.rand(target.size(channel_dim))
+        found = second(lambda t: squared_distance([t, t], [source, t], [weight, weight], channel_dim)[0])(target)
+        of_each = weight.view(-1, 1, 1) if channel_dim == 0 else weight
+        expected = torch.diag(2 * of_each.expand(2, 3, 4).flatten())
+        torch.testing.assert_close(found.view(24, 24).to(dtype), expected.to(dtype))
+
+    def test_vmap_of_jvp(self):
+        targets, tangents, sources = torch.randn(3, 5, 2, 3)  # five of each
+        weights = torch.rand(5, 3)
+
+        def tangent(*operands):
+            target, tangent, source, weight = operands
+            return jvp(lambda t: squared_distance([t], [source], [weight])[0], (target,), (tangent,))[1]
+
+        expected = (weights[:, None] * (targets - sources) * tangents).sum((1, 2))
+        torch.testing.assert_close(vmap(tangent)(targets, tangents, sources, weights), expected)
+
+    def test_scalars_keep_their_dtype(self):
+        target = torch.tensor(3.0)
+
+        def half_square(t):
+            return squared_distance([t])[0]
+
+        value, tangent = jvp(half_square, (target,), (torch.tensor(2.0),))
+        second = jacfwd(jacfwd(half_square))(target)
+        assert [(x.item(), x.dtype) for x in (value, tangent, second)] == [(x, torch.float32) for x in (4.5, 6, 1)]
+
+    def test_functional_graphs(self):
+        target, source, weight = torch.randn(2, 3), torch.randn(2, 3), torch.rand(3)
+        traced = make_fx(functionalize(grad(lambda t: squared_distance([t], [source], [weight])[0])))(target)
+        torch.testing.assert_close(traced(2 * target), weight * (2 * target - source))
 
 
 def test_compiles_with_the_same_tensor_twice():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_integer
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, define, needs_pytorch_formula
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -236,6 +236,40 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     return (projection * (2 * grad.to(projection)[..., None, None])).to(input)
 
 
+def _without_derivative(order: int, tensor: Tensor) -> Tensor:
+    """Of zeros 0, with derivatives that are 0, too, below that order, and NaN from there on."""
+    return tensor.abs().pow(order - 0.5)
+
+
+def _by_formula(input: Tensor, k: int) -> Tensor:
+    """The value by PyTorch's operators, for what differentiates no others: see needs_pytorch_formula.
+
+    With the k chosen singular vectors U, the others V and the squared singular values λ as constants, the value is::
+
+        ‖UᵀF‖² + Σ_ij δ_ij²/(λ_i − λ_j)        δ = Uᵀ·F·Fᵀ·V
+
+    up to terms of third order in F's distance from where they were found. There δ is 0, so this has the value's first
+    and second derivatives, and no gap but those between chosen and other singular values is divided by. Derivatives
+    that it has not, the third ones and where a gap is 0 the second, are made NaN.
+    """
+    matrix = _short_side_first(_in_float64(input))
+    constant = matrix.detach()
+    finite = _finite(constant)
+    constant = torch.where(finite, constant, 0)
+    scale = _magnitude(constant)  # so that no square overflows
+    values, vectors = (_by_qr if input.dtype == torch.float64 else _by_gram)(constant / scale)
+    vectors = torch.where(finite, vectors, torch.nan)
+    chosen, others = (part.mT @ matrix for part in (vectors[..., :k], vectors[..., k:]))
+    coupling = chosen @ (others / scale).mT
+    coupling = coupling - coupling.detach()  # what rounding leaves of 0
+    by_gap = 1 / (values[..., :k, None] - values[..., None, k:])
+    tied = by_gap.isinf()
+    at_second_order = coupling.square() * by_gap.masked_fill(tied, 0) + _without_derivative(3, coupling)
+    at_ties = _without_derivative(2, torch.where(tied, coupling, 1)).masked_fill(~tied, 0)
+    value = chosen.square().sum((-1, -2)) + (at_second_order + at_ties).sum((-1, -2))
+    return value.to(device=input.device, dtype=accumulation_dtype(input))
+
+
 def _checked(input: Tensor, k: Any, name: str) -> int:
     """``k`` itself, if it suits the input."""
     check_floats(input, name)
@@ -258,11 +292,13 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
     """The sum of the ``k`` smallest squared singular values of each matrix.
 
     Computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN and a
-    non-finite gradient. Differentiable twice; where σ_k = σ_(k+1) the gradient is one of several subgradients. Under
-    :func:`torch.vmap` a mapped dimension is one more of the batch.
+    non-finite gradient. Differentiable twice, also in forward mode and under :func:`torch.func.functionalize`, which
+    make a third derivative NaN; where σ_k = σ_(k+1) the gradient is one of several subgradients, and there is no second
+    derivative. Under :func:`torch.vmap` a mapped dimension is one more of the batch.
 
-    On a GPU float64 input, and matrices with both sides longer than 256, are decomposed by ``torch.linalg``, which
-    waits for the device; all others are served without, and can be captured in a CUDA graph.
+    On a GPU float64 input, matrices with both sides longer than 256, and all in forward mode and under
+    ``functionalize``, are decomposed by ``torch.linalg``, which waits for the device; all others are served without,
+    and can be captured in a CUDA graph.
 
     Args:
         input: ``[..., b, f]``, float16, bfloat16, float32 or float64, or several such tensors on one device, whose
@@ -279,6 +315,8 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
     """
     if isinstance(input, Tensor):
         number = _checked(input, k, "input")
+        if needs_pytorch_formula():
+            return _by_formula(input, number)
         if input.dim() > 3:
             return spectral_tail(input.flatten(0, -3), number).view(input.shape[:-2])
         return _SpectralTail.apply([number], input)[0]
@@ -290,6 +328,8 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
         numbers[j] = _checked(tensor, number, f"input {j}")
         if tensor.device != inputs[0].device:
             raise ValueError(f"expected input {j} on {inputs[0].device}, the first one's device, got {tensor.device}")
+    if needs_pytorch_formula():
+        return tuple(map(_by_formula, inputs, numbers))
     values: dict[int, Tensor] = {}
     for doubles in (False, True):
         group = [j for j, tensor in enumerate(inputs) if (tensor.dtype == torch.float64) == doubles]

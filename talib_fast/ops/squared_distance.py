@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_integer
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, define, needs_pytorch_formula
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -37,9 +37,17 @@ def _forward(
         squares = _difference(target, sources[j] if sources else None).square()
         if weights:
             squares = squares * _per_channel(weights[j].to(squares.dtype), target, channel_dim)
-        terms.append(0.5 * squares.sum(dtype=dtype))
-    stacked = torch.stack(terms)
+        terms.append(squares.sum(dtype=dtype))
+    stacked = 0.5 * torch.stack(terms)  # the tangent of half a 0-dim tensor would be of float64
     return stacked.sum(), stacked
+
+
+def _by_formula(
+    targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """What the autograd function returns, for any transform to differentiate."""
+    total, terms = _forward(targets, sources, weights, channel_dim)
+    return total, terms.detach()
 
 
 def _gradients(
@@ -134,8 +142,7 @@ class _SquaredDistance(Function):
         *tensors: Tensor,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         def in_pytorch(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            total, terms = _forward(*_split(tensors, num_targets, num_sources), channel_dim)
-            return total, terms.detach()
+            return _by_formula(*_split(tensors, num_targets, num_sources), channel_dim)
 
         return torch.vmap(in_pytorch, in_dims[3:])(*tensors), (0, 0)
 
@@ -148,10 +155,11 @@ def squared_distance(
 ) -> tuple[Tensor, Tensor]:
     """Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² over lists of tensors of any shapes, dtypes and layouts on one device.
 
-    Sums are taken in float32 (float64 for float64 targets). Differentiable, also twice, in ``targets``; ``sources``
-    are detached and ``weights`` are constants. The compiled kernels read every tensor once and store no difference;
-    they copy a target that is not dense, and a source whose order in memory differs from its target's by more than the
-    exchange of two neighbouring groups of dimensions (NCHW and NHWC differ by one). Under :func:`torch.vmap` PyTorch's
+    Sums are taken in float32 (float64 for float64 targets). Differentiable in ``targets``, also twice, in forward mode
+    and under :func:`torch.func.functionalize`; ``sources`` are detached and ``weights`` are constants. The compiled
+    kernels read every tensor once and store no difference; they copy a target that is not dense, and a source whose
+    order in memory differs from its target's by more than the exchange of two neighbouring groups of dimensions (NCHW
+    and NHWC differ by one). Under :func:`torch.vmap`, in forward mode and under ``functionalize`` PyTorch's
     implementation serves.
 
     Args:
@@ -161,7 +169,8 @@ def squared_distance(
         channel_dim: the targets' dimension that ``weights`` run along.
 
     Returns:
-        The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient and are there for logging.
+        The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient or tangent and are there
+        for logging.
 
     Raises:
         TypeError: a tensor stands where a list should, is not dense or not floating point, or ``channel_dim`` is not an
@@ -209,7 +218,11 @@ def squared_distance(
                 raise ValueError(
                     f"expected weight {j} detached, got one that requires a gradient: weights are constants"
                 )
-    tensors = [*targets, *(source.detach() for source in sources or ()), *(weights or ())]
+    sources = [source.detach() for source in sources or ()]
+    weights = weights or []
+    if needs_pytorch_formula():
+        return _by_formula(targets, sources, [weight.detach() for weight in weights], int(channel_dim))
+    tensors = [*targets, *sources, *weights]
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return _SquaredDistance.apply(int(channel_dim), len(targets), len(sources or ()), *tensors)
+    return _SquaredDistance.apply(int(channel_dim), len(targets), len(sources), *tensors)

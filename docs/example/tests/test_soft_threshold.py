@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_support import capture, kernels, no_synchronisation
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, vmap
+from torch.func import functionalize, grad, hessian, jvp, vmap
 
 from talib_fast.ops import backends, soft_threshold
 
@@ -37,7 +37,7 @@ class TestOperation:
 
     def test_gradcheck_and_gradgradcheck(self, device):
         x = draw(3, 4, device=device).requires_grad_()
-        assert gradcheck(soft_threshold, (x, T))
+        assert gradcheck(soft_threshold, (x, T), check_forward_ad=True, check_batched_forward_grad=True)
         assert gradgradcheck(soft_threshold, (x, T))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -116,6 +116,22 @@ def test_vmap_and_grad(device):
     x = draw(3, 4, device=device)
     torch.testing.assert_close(vmap(soft_threshold, (1, None), 1)(x, T), soft_threshold(x, T))
     torch.testing.assert_close(grad(lambda x: soft_threshold(x, T).sum())(x), (x.abs() > T).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3, 4)], ids=str)
+def test_forward_mode_and_functionalize(shape, dtype, device):
+    x, dx = (draw(*shape, dtype=dtype, device=device) for _ in range(2))
+    for forward in (jvp, functionalize(jvp)):
+        y, dy = forward(lambda x: soft_threshold(x, T), (x,), (dx,))
+        assert torch.equal(y, soft_threshold(x, T)) and torch.equal(dy, dx.masked_fill(x.double().abs() <= T, 0))
+
+
+def test_hessian(device):
+    x = draw(12, device=device)
+    squares = hessian(lambda x: soft_threshold(x, T).square().sum())
+    for function in (squares, functionalize(squares)):
+        torch.testing.assert_close(function(x), torch.diag(2.0 * (x.abs() > T)).double())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_number
-from .library import Function, accumulation_dtype, define
+from .library import Function, accumulation_dtype, define, needs_pytorch_formula
 
 # ---- The PyTorch implementation: it serves every device that has no kernel, and a kernel has to agree with it. It may
 # be slow. Half precision is calculated with in float32 and rounded once, as the kernels do it.
@@ -84,7 +84,7 @@ class _SoftThreshold(Function):
 def soft_threshold(input: Tensor, threshold: float) -> Tensor:
     """Move every value towards 0 by ``threshold``, and to 0 what would cross it.
 
-    Differentiable, also twice, in ``input``; at ±threshold the derivative is 0. NaN stays NaN.
+    Differentiable in ``input``, also twice and in forward mode; at ±threshold the derivative is 0. NaN stays NaN.
 
     Args:
         input: of any shape and layout, float16, bfloat16, float32 or float64.
@@ -100,4 +100,6 @@ def soft_threshold(input: Tensor, threshold: float) -> Tensor:
     # All checks are here, before any kernel, so that they hold for every backend and a message can say what it got.
     check_floats(input, "input")
     check_number(threshold, "threshold", sys.float_info.max)
+    if needs_pytorch_formula():  # forward mode and torch.func.functionalize take no autograd function like ours
+        return _shrunk(input, threshold).to(input.dtype)
     return _SoftThreshold.apply(input, threshold)
