@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from process_support import finish
 from training_support import arguments, make_images, tiny_network
 
 from talib_fast import __main__ as cli
@@ -320,9 +320,10 @@ def test_info_tells_of_the_build():
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from training_support import register_tiny
+from training_support import hold_until_a_signal, register_tiny
 from talib_fast.__main__ import main
 register_tiny()
+{more}
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -331,28 +332,26 @@ sys.exit(main(sys.argv[1:]))
 def test_interrupted_process_resumes_exactly(images, tmp_path, number):
     """A real Ctrl-C (or SIGTERM) in the middle of a run, then the same command again."""
 
-    def start(out):
-        script = SCRIPT.format(tests=str(Path(__file__).parent))
+    def start(out, more=""):
+        script = SCRIPT.format(tests=str(Path(__file__).parent), more=more)
         command = arguments(images, tmp_path / out, "--method", "stochnorm", "--steps", "1200")
         return subprocess.Popen(
             [sys.executable, "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    process = start("out")
+    process = start("out", "hold_until_a_signal('stochnorm', step=1000)")
     assert "step 200/1200" in process.stderr.readline()
-    os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 130, err
     assert "Traceback" not in err and "interrupted; the same command continues" in err
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     done = len(torch.load(checkpoint, weights_only=True)["record"]["losses"])
     assert 200 <= done < 1200
-    process = start("out")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "step 200/" not in err and not checkpoint.exists()
+    code, _, err = finish(start("out"))
+    assert code == 0 and "step 200/" not in err and not checkpoint.exists()
     if number == signal.SIGINT:
-        process = start("whole")
-        process.communicate(timeout=60)
+        assert finish(start("whole"))[0] == 0
         whole = json.loads((tmp_path / "whole" / "results.json").read_text())["runs"][0]
         resumed = results(tmp_path)["runs"][0]
         for measured in ("seconds_per_step", "preparation_seconds", "peak_mib"):

@@ -28,6 +28,7 @@ import architectures
 import pytest
 import report
 import simt_support
+from process_support import PATIENCE
 from test_recipes import run
 
 import talib_fast
@@ -453,7 +454,7 @@ def run_in(folder: Path, *command: object, **environment: str) -> str:
     """What a command prints that finds the package in ``folder``, not this one."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "PYTEST_", "FORCE_"))}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=600,
+        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=PATIENCE,
         env={**inherited, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

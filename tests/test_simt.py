@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import simt_support
+from process_support import PATIENCE
 
 SIMT = simt_support.ROOT / "tests" / "simt"
 RACE = "ThreadSanitizer: data race"
@@ -50,7 +51,7 @@ def build():
 def run(program: Path, *arguments: str, blocks: int = 1, seed: int = 0, **settings: str):
     environment = {**os.environ, "SIMT_BLOCKS": str(blocks), "SIMT_SEED": str(seed), **settings}
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=PATIENCE)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -150,7 +151,7 @@ def test_a_python_process_with_torch_finds_planted_bugs(build, kind, operation, 
     for variant in ("correct", "planted"):
         done = subprocess.run(
             [sys.executable, "-c", CALL_AN_OPERATION, library, operation, variant],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=PATIENCE,
             env={**simt_support.sanitizer_environment(kind), "SIMT_BLOCKS": "2"},
         )  # fmt: skip
         codes.append(done.returncode)

@@ -94,15 +94,18 @@ def test_interrupt_in_the_last_step_keeps_the_run(data, checkpoint, monkeypatch)
 
 
 def test_record(data, checkpoint):
-    record = make_run("delta_attention", data, checkpoint, "--lr", "0.05").finish()
+    run = make_run("delta_attention", data, checkpoint, "--lr", "0.05")
+    start = time.perf_counter()
+    record = run.finish()
+    took = time.perf_counter() - start
     result = record.result()
     assert [step for step, _ in record.accuracies] == [2, 4, 6, 8, 10, 12]
     assert all(0 <= accuracy <= 100 for _, accuracy in record.accuracies)
     assert result["accuracy"] == record.accuracies[-1][1]
-    assert result["preparation_seconds"] > 0
     assert result["peak_mib"] > 10
     assert len(result["losses"]) == len(result["cross_entropies"]) == 12
-    assert 0 < result["seconds_per_step"] < 5
+    assert result["preparation_seconds"] > 0 and result["seconds_per_step"] > 0
+    assert result["preparation_seconds"] + 6 * result["seconds_per_step"] < took  # six took the median or more
     assert "step_seconds" not in result
 
 

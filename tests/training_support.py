@@ -1,6 +1,9 @@
 """A network, images and options small enough that a whole run takes a fraction of a second."""
 
 import argparse
+import itertools
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from talib_fast.training import networks, options
-from talib_fast.training.data import TaskData, load_image_folder
+from talib_fast.training.data import Batch, TaskData, load_image_folder
+from talib_fast.training.methods import METHODS, Method
 from talib_fast.training.networks import Network
 from talib_fast.training.options import Options
 from talib_fast.training.trainer import Run
@@ -38,6 +42,24 @@ def tiny_network(weights: Path | None = None) -> Network:
 def register_tiny() -> None:
     """Make the network known as ``--network tiny``."""
     networks.NETWORKS["tiny"] = tiny_network
+
+
+def hold_until_a_signal(method: str, step: int) -> None:
+    """Let this process stop in its ``step``-th step of a method until it has got a SIGINT or SIGTERM.
+
+    However late that comes, the run has not ended before.
+    """
+    got, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)  # each signal with a handler of Python's leaves a byte there
+    forward, numbers = METHODS[method].forward, itertools.count(1)
+
+    def held(self: Method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(numbers) == step:
+            os.read(got, 1)
+        return forward(self, batch)
+
+    METHODS[method].forward = held
 
 
 def make_images(folder: Path, classes: int = 3, images: int = 8, size: int = 20) -> Path:
