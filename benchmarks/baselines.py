@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from talib_fast.finetune.bi_tuning import BiTuning
 from talib_fast.finetune.stochnorm import StochNorm2d
+from talib_fast.ops.draw import Draw
 from talib_fast.ops.spectral_tail import _forward_by_gram as tail_forward
 from talib_fast.ops.spectral_tail import _gradient as tail_backward
 from talib_fast.ops.squared_distance import _backward as distance_backward
@@ -77,7 +78,7 @@ class PyTorchStochNorm2d(StochNorm2d):
     """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
 
     def _forward_training(self, input: Tensor) -> Tensor:
-        drawn, mean, variance, _ = self._draw(input)
+        drawn, (mean, variance), _ = self._draw(input)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         operands = input, self.weight, self.bias, mean, variance, drawn < self.p
@@ -91,7 +92,7 @@ class RecordingStochNorm2d(StochNorm2d):
         super().__init__(num_features, p=p, **options)
         self.masks: list[Tensor] = []
 
-    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+    def _draw(self, input: Tensor) -> Draw:
         drawn = super()._draw(input)
         self.masks.append(drawn[0] < self.p)
         return drawn

@@ -28,12 +28,16 @@ struct Mask {
   ChannelMask channels;
 };
 
+struct RunningStatistics {
+  ChannelVector mean, var;
+};
+
 struct ForwardCall {
   ChannelView view;
   Tensor input, output, mean, invstd;
   Mask mask;
-  ChannelVector weight, bias, running_mean, running_var;
-  ChannelVector moved_mean, moved_var;  // the running statistics again, or where their moved values go instead
+  ChannelVector weight, bias;
+  RunningStatistics running, moved;  // moved: the running ones again, or where their moved values go instead
   int64_t* batches;  // to count this one; null: there is no counter, or nothing to count
   double momentum, eps;
 };
@@ -63,12 +67,10 @@ inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& inpu
   return static_cast<int64_t*>(batches->mutable_data_ptr());
 }
 
-// `moved_mean` and `moved_var` may be the running statistics themselves.
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
-                                const std::optional<Tensor>& bias, const Tensor& running_mean,
-                                const Tensor& running_var, const Tensor& moved_mean, const Tensor& moved_var,
-                                const Tensor& mask, double momentum, double eps, double p,
-                                const std::optional<Tensor>& num_batches_tracked) {
+                                const std::optional<Tensor>& bias, const RunningStatistics& running,
+                                const RunningStatistics& moved, const Tensor& mask, double momentum, double eps,
+                                double p, const std::optional<Tensor>& num_batches_tracked) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
   Tensor output = dense_like(input);
@@ -82,30 +84,37 @@ inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>
           channel_mask(mask, p, input),
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias"),
-          channel_vector(running_mean, input, "running_mean"),
-          channel_vector(running_var, input, "running_var"),
-          channel_vector(moved_mean, input, "moved_mean"),
-          channel_vector(moved_var, input, "moved_var"),
+          running,
+          moved,
           counter(num_batches_tracked, input),
           momentum,
           eps};
 }
 
-// Of the whole batch: a momentum of 1 takes it all.
+// Of [2, channels], contiguous.
+inline RunningStatistics rows(const Tensor& statistics) {
+  const ChannelVector mean{statistics.data_ptr(), float_type(statistics), 1};
+  const int64_t bytes = statistics.size(1) * static_cast<int64_t>(statistics.element_size());
+  return {mean, {static_cast<char*>(mean.data) + bytes, mean.type, 1}};
+}
+
 struct FunctionalCall {
-  Tensor batch_mean, batch_var;
+  Tensor running, batch;
   ForwardCall forward;
 };
 
 inline FunctionalCall functional_call(const Tensor& input, const std::optional<Tensor>& weight,
-                                      const std::optional<Tensor>& bias, const Tensor& running_mean,
-                                      const Tensor& running_var, const Tensor& mask, double eps, double p) {
+                                      const std::optional<Tensor>& bias, const Tensor& running, const Tensor& mask,
+                                      double eps, double p) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
-  const ScalarType sums = accumulation_type(input.scalar_type());
-  const Tensor batch_mean = empty_vector(input, input.size(1), sums);
-  const Tensor batch_var = empty_vector(input, input.size(1), sums);
-  return {batch_mean, batch_var,
-          forward_call(input, weight, bias, running_mean, running_var, batch_mean, batch_var, mask, 1, eps, p, {})};
+  const int64_t sizes[] = {2, input.size(1)}, strides[] = {input.size(1), 1};
+  STD_TORCH_CHECK(running.dim() == 2 && running.size(0) == 2 && running.size(1) == input.size(1),
+                  "expected running of shape [2, ", input.size(1), "]");
+  STD_TORCH_CHECK(running.device() == input.device(), "expected running on the input's device");
+  const Tensor read = running.is_contiguous() ? running : torch::stable::contiguous(running);
+  const Tensor batch = empty_strided(input, 2, sizes, strides, accumulation_type(input.scalar_type()));
+  // a momentum of 1 makes the moved statistics the batch's
+  return {read, batch, forward_call(input, weight, bias, rows(read), rows(batch), mask, 1, eps, p, {})};
 }
 
 inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const Tensor& mean,

@@ -62,6 +62,11 @@ def function_transforms() -> tuple[str, ...]:
     return () if stack is None else tuple(interpreter.key().name for interpreter in stack)
 
 
+# What torch.compiler.assume_constant_result sets, but without importing the compiler: torch.compile asks once, while it
+# traces, in the same transforms, and writes the answer into the code.
+function_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def in_forward_mode() -> bool:
     """Whether ``torch.autograd.forward_ad`` has a level open, in which tensors may carry tangents.
 

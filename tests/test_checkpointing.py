@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from compiler_support import needs_inductor
+from rank_support import needs_gloo, spawn_ranks
 from torch import nn
 from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -351,6 +352,36 @@ def test_a_memory_tracker_follows_a_checkpointed_step():
             model(torch.randn(6, 3, 5, 5)).sum().backward()
             optimizer.step()
         assert max(peak["Total"] for peak in memory.get_tracker_snapshot("peak").values()) > 0
+
+
+def _train_a_rank(rank, folder):
+    def trained(wrap):
+        torch._dynamo.reset()
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 4), SyncStochNorm(4), nn.Tanh(), nn.Linear(4, 4), SyncStochNorm(4, p=0.0))
+        model[4].running_mean.fill_(1.0)
+        call, found = wrap(model), []
+        for step in range(2):
+            torch.manual_seed(10 * step + rank)
+            x = torch.randn(5, 4, requires_grad=True)
+            model.zero_grad()
+            call(x).pow(3).sum().backward()
+            found += [x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+        return [*found, *model.buffers()]
+
+    expected = trained(lambda model: model)
+    for wrap in (
+        lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+        *(lambda model, r=r: lambda x: checkpoint(model, x, use_reentrant=r) for r in (True, False)),
+        lambda model: torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager"),
+        *(around("aot_eager", reentrant) for reentrant in (True, False)),
+    ):
+        torch.testing.assert_close(trained(wrap), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_gloo
+def test_synchronised_layers(tmp_path):
+    spawn_ranks(2, _train_a_rank, tmp_path)
 
 
 def test_a_repetition_that_draws_otherwise_is_refused():

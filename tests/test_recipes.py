@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from process_support import PATIENCE
 from test_patching import write_tllib
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
@@ -15,7 +16,7 @@ CHECKS = {
     "timm": """
 from talib_fast.finetune.stochnorm import StochNorm2d
 layers = [layer for layer in model.modules() if isinstance(layer, StochNorm2d)]
-assert layers and not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+assert layers and not any(type(layer) is nn.BatchNorm2d for layer in model.modules())
 assert all(layer.num_batches_tracked == 2 for layer in layers) and loss.isfinite()
 assert bss(features).requires_grad and not torch.equal(bss(features), loss)
 """,
@@ -48,6 +49,13 @@ import tllib.regularization.delta
 assert tllib.regularization.delta.SPRegularization is not delta.SPRegularization
 """,
 }
+# which the packages import, and which beside a build of torch for CPUs has to be told what it holds
+TORCHVISION = """
+import importlib.util
+from talib_fast.training.networks import import_library
+if importlib.util.find_spec("torchvision"):
+    import_library("torchvision")
+"""
 
 
 def recipes():
@@ -62,7 +70,7 @@ def run(script, folder):
     folder.joinpath("recipe.py").write_text(script)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "recipe.py"]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -80,7 +88,7 @@ def test_recipe(key, packages, tmp_path):
     for package in packages:  # not imported here, where their warnings would be errors
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"no {package}")
-    run(recipe(key) + CHECKS[key], tmp_path)
+    run(TORCHVISION + recipe(key) + CHECKS[key], tmp_path)
 
 
 def test_recipe_for_an_upstream_script(tmp_path):

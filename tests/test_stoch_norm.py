@@ -1,23 +1,38 @@
 import copy
+import functools
+import importlib
 import itertools
 import pickle
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rank_support import needs_gloo, spawn_ranks
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model
+from talib_fast.finetune.stochnorm import (
+    StochNorm1d,
+    StochNorm2d,
+    StochNorm3d,
+    SyncStochNorm,
+    convert_model,
+    convert_sync,
+    restore_batch_norm,
+)
 from talib_fast.ops import draw, stoch_norm
 from talib_fast.ops.draw import is_recorded
 from talib_fast.ops.stoch_norm import _backward as reference_backward
 from talib_fast.ops.stoch_norm import _forward as reference_forward
+from talib_fast.training.networks import import_library
 
 SHAPES = [(6, 5), (4, 5, 7), (3, 5, 4, 3), (2, 5, 3, 2, 4)]
 LAYERS = {2: StochNorm1d, 3: StochNorm1d, 4: StochNorm2d, 5: StochNorm3d}
@@ -199,6 +214,10 @@ class TestOperation:
         drawn, counter = torch.rand(4, device=device), torch.tensor(3, device=device)
         torch.library.opcheck(OP.stoch_norm_forward.default, (*forward[:5], drawn, 0.1, 1e-5, 0.5, counter))
         torch.library.opcheck(OP.stoch_norm_backward.default, (*backward[:5], drawn, 0.5))
+        running = torch.stack(forward[3:5])
+        torch.library.opcheck(OP.stoch_norm_functional.default, (*forward[:3], running, args["mask"], 1e-5))
+        torch.library.opcheck(OP.stoch_norm_functional.default, (*forward[:3], running, -drawn, 1e-5, 0.5))
+        torch.library.opcheck(OP.stoch_norm_mask.default, (drawn, 0.5))
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -365,6 +384,34 @@ class TestKernels:
         for expected, got in zip(*results, strict=True):
             assert torch.equal(got, expected)
 
+    @pytest.mark.parametrize("shape", [(0, 5, 3), (6, 5), (48, 40, 7), (3, 5, 40, 30)], ids=str)
+    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    def test_the_functional_operator_changes_nothing_and_gives_the_batch_s_statistics(self, shape, dtype, device):
+        args = inputs(shape, dtype, device)
+        args["running_mean"][0] = torch.inf  # of which nothing may get into the batch's
+        drawn = torch.rand(shape[1]).to(device)
+        drawn[0] = 0
+        vectors = [args[name].clone() for name in ("weight", "bias", "running_mean", "running_var")]
+        before = [vector.clone() for vector in vectors]
+        # a repetition has drawn the same numbers, with their signs set
+        for mask, p in ((drawn < 0.5, 1.0), (drawn, 0.5), (-drawn, 0.5)):
+            output, mean, invstd, batch = OP.stoch_norm_functional(
+                args["input"], *vectors[:2], torch.stack(vectors[2:]), mask, 1e-5, p
+            )
+            assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
+            moving = [vector.clone() for vector in vectors]
+            expected = OP.stoch_norm_forward(args["input"], *moving, drawn, 0.1, 1e-5, 0.5)
+            assert all(torch.equal(*pair) for pair in zip((output, mean, invstd), expected, strict=True))
+            grad = torch.ones_like(output)
+            backward = [
+                OP.stoch_norm_backward(grad, args["input"], mean, invstd, args["weight"], m, q)
+                for m, q in ((mask, p), (drawn, 0.5))
+            ]
+            assert all(torch.equal(*pair) for pair in zip(*backward, strict=True))
+        if output.numel():
+            var, mean = torch.var_mean(args["input"].double(), [0, *range(2, len(shape))])
+            assert_near(batch, torch.stack((mean, var)), 2e-5)
+
     @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 7), (2, 4, 40, 30)], ids=str)
     def test_an_infinite_value_stays_in_its_channel_and_out_of_a_running_one_s_gradient(self, shape, device):
         args = inputs(shape, device=device)
@@ -478,10 +525,10 @@ class TestKernels:
 
 def record_draws(layer: nn.Module) -> list[Tensor]:
     """The list that gets what the layer draws in each forward pass from now on."""
-    draws, draw = [], layer._draw
+    draws, original = [], layer._draw
 
-    def recorded(input: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
-        drawn = draw(input)
+    def recorded(input: Tensor) -> draw.Draw:
+        drawn = original(input)
         draws.append(drawn[0].abs())
         return drawn
 
@@ -766,6 +813,316 @@ class TestConvertModel:
             convert_model({}, 0.5)
 
 
+def formula(x, weight, bias, mask, statistics):
+    """The output in float64, of PyTorch's operators, each with a derivative of every kind."""
+    x, shape = x.double(), [1, -1, *[1] * (x.dim() - 2)]
+    dims = [0, *range(2, x.dim())]
+    mean, var = (statistic.double().view(shape) for statistic in statistics)
+    mask = mask.view(shape)
+    mean = torch.where(mask, x.mean(dims, keepdim=True), mean)
+    var = torch.where(mask, (x - x.mean(dims, keepdim=True)).square().mean(dims, keepdim=True), var)
+    return (x - mean) / (var + 1e-5).sqrt() * weight.double().view(shape) + bias.double().view(shape)
+
+
+class TestForwardMode:
+    """jvp, jacfwd, hessian, forward_ad and functionalize, against reverse mode or a formula in float64."""
+
+    @pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def layer(self, request):
+        layer = StochNorm2d(4).to(request.param)
+        for tensor in (layer.weight.data, layer.running_var):
+            tensor.uniform_(0.5, 2)
+        for tensor in (layer.bias.data, layer.running_mean):
+            tensor.normal_()
+        return layer
+
+    @staticmethod
+    def expected(layer, x, seed=3):
+        """A function of the input in float64 and the mask's seed, and the statistics that a step leaves."""
+        torch.manual_seed(seed)
+        mask = torch.rand(4) < layer.p
+        statistics = layer.running_mean.clone(), layer.running_var.clone()
+        _, mean, var = oracle(x.detach(), *statistics, mask)
+        torch.manual_seed(seed)
+        return lambda x: formula(x, layer.weight, layer.bias, mask, statistics), mean, var
+
+    @staticmethod
+    def close(got, expected, dtype):
+        scale = max(expected.abs().max().item(), 1)
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=TOLERANCES[dtype])
+
+    @pytest.mark.parametrize("way", ["jvp", "forward_ad", "functional_call"])
+    def test_the_tangent_and_the_statistics(self, layer, way):
+        dtype = layer.weight.dtype
+        x, tangent = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64).to(dtype)
+        function, mean, var = self.expected(layer, x)
+        if way == "forward_ad":
+            with forward_ad.dual_level():
+                output = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+        elif way == "jvp":
+            output = torch.func.jvp(layer, (x,), (tangent,))
+        else:
+            buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+            state = dict(layer.named_parameters()), buffers
+            output = torch.func.jvp(lambda x: functional_call(layer, state, (x,)), (x,), (tangent,))
+            layer.load_state_dict({**layer.state_dict(), **buffers})
+        for got, expected in zip(output, torch.func.jvp(function, (x.double(),), (tangent.double(),)), strict=True):
+            assert got.dtype == dtype
+            self.close(got, expected, dtype)
+        self.close(layer.running_mean, mean, dtype)
+        self.close(layer.running_var, var, dtype)
+        assert layer.num_batches_tracked == 1
+
+    def test_jacobians_and_hessians(self, layer):
+        dtype = layer.weight.dtype
+        x = torch.randn(2, 4, 1, 2, dtype=torch.float64).to(dtype)
+        function, *_ = self.expected(layer, x)
+        expected = torch.func.jacrev(function)(x.double())
+        self.close(torch.func.jacfwd(layer)(x), expected, dtype)
+        layer.momentum = 0.0  # the statistics stay from here on
+        if dtype.itemsize < 4:
+            return  # of differences of differences little is left
+        function, *_ = self.expected(layer, x)
+        expected = torch.func.hessian(lambda x: function(x).pow(3).sum())(x.double())
+        for transform in (torch.func.hessian, lambda f: torch.func.jacfwd(torch.func.jacfwd(f))):
+            torch.manual_seed(3)
+            self.close(transform(lambda x: layer(x).pow(3).sum())(x), expected, torch.float32)
+
+    def test_functionalize(self, layer):
+        dtype = layer.weight.dtype
+        x = torch.randn(3, 4, 2, 2, dtype=torch.float64).to(dtype)
+        function, mean, _ = self.expected(layer, x)
+        self.close(torch.func.functionalize(layer)(x), function(x), dtype)
+        self.close(layer.running_mean, mean, dtype)
+        function, *_ = self.expected(layer, x)
+        expected = torch.func.grad(lambda x: function(x).pow(3).sum())(x.double())
+        gradient = torch.func.functionalize(grad(lambda x: layer(x).pow(3).sum()))
+        self.close(gradient(x), expected, torch.bfloat16 if dtype.itemsize < 4 else torch.float32)
+        traced = make_fx(torch.func.functionalize(layer))(x)
+        assert not any(str(node.target).startswith("talib_fast.") for node in traced.graph.nodes)
+
+    @pytest.mark.parametrize("members", [None, 3])
+    def test_the_operation_with_tangents_of_all_its_operands(self, members):
+        args = [inputs((3, 4, 5)) for _ in range(members or 1)]
+        names = ("input", "weight", "bias")
+        tangents = [tuple(torch.randn_like(its[name]) for name in names) for its in args]
+        expected = []
+        for its, tangent in zip(args, tangents, strict=True):
+            fixed = its["running_mean"], its["running_var"], its["mask"]
+            torch_formula = functools.partial(formula, mask=fixed[2], statistics=[t.clone() for t in fixed[:2]])
+            primals = tuple(its[name] for name in names)
+            expected.append((torch.func.jvp(torch_formula, primals, tangent)[1], *oracle(**its)[1:]))
+
+        def tangent_of(operands, tangent, *fixed):
+            return torch.func.jvp(lambda x, weight, bias: stoch_norm(x, *fixed, weight, bias)[0], operands, tangent)[1]
+
+        arguments = [
+            (tuple(its[name] for name in names), tangent, its["running_mean"], its["running_var"], its["mask"])
+            for its, tangent in zip(args, tangents, strict=True)
+        ]
+        if members is None:
+            ((operands, tangent, *fixed),) = arguments
+            got = [(tangent_of(operands, tangent, *fixed), *fixed[:2])]
+        else:
+            stacked = pytree.tree_map(lambda *tensors: torch.stack(tensors), *arguments)
+            got = list(zip(vmap(tangent_of)(*stacked), *stacked[2:4], strict=True))
+        torch.testing.assert_close(got, expected)
+
+
+class TestGraphs:
+    """torch.fx and torch.jit."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_symbolic_tracing_takes_the_layer_whole(self, training):
+        net = small_net(0.5).train(training)
+        twin, x = copy.deepcopy(net), torch.randn(4, 3, 8, 8)
+        graph = torch.fx.symbolic_trace(net)
+        for mode in (training, not training):  # which is not written into the graph
+            graph.train(mode), twin.train(mode)
+            torch.manual_seed(1)
+            expected = twin(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(graph(x), expected)
+        torch.testing.assert_close(dict(net.state_dict()), dict(twin.state_dict()))
+
+    def test_preparing_for_quantization_keeps_the_layer(self):
+        quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapping = torch.ao.quantization.get_default_qat_qconfig_mapping("x86")
+            x = torch.randn(4, 3, 8, 8)
+            prepared = quantize_fx.prepare_qat_fx(small_net(0.5).train(), mapping, (x,))
+            prepared(x).sum().backward()
+        assert sum(type(module) is StochNorm2d for module in prepared.modules()) == 2
+
+    def test_fusion_of_symbolic_graphs_leaves_the_layer_alone(self):
+        optimization = pytest.importorskip("torch.fx.experimental.optimization")
+        net, x = small_net(0.5).eval(), torch.randn(4, 3, 8, 8)
+        net(x)
+        torch.testing.assert_close(optimization.fuse(net)(x), net(x))
+
+    def test_feature_extractors(self):
+        try:
+            torchvision = import_library("torchvision")
+            timm = import_library("timm")
+        except ImportError:
+            pytest.skip("needs torchvision and timm")
+        x = torch.randn(2, 3, 32, 32)
+        resnet = convert_model(torchvision.models.resnet18(), 0.5).eval()
+        extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
+        features = extract(resnet, ["layer1", "layer4.1.bn2", "fc"])(x)
+        torch.testing.assert_close(features["fc"], resnet(x))
+        first = resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x)))))
+        torch.testing.assert_close(features["layer1"], first)
+        model = convert_model(timm.create_model("resnet10t"), 0.5).eval()
+        fx = importlib.import_module("timm.models._features_fx")
+        names = {"layer1": "first", "layer4": "last"}
+        features = fx.create_feature_extractor(model, names)(x)
+        torch.testing.assert_close(features["last"], model.forward_features(x))
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("p", [0.0, 1.0])
+    def test_tracing_is_right_and_warns_no_more_than_of_batch_norms(self, p, training, tmp_path):
+        nets = small_net().train(training), small_net(p).train(training)
+        x, said = torch.randn(4, 3, 8, 8), []
+        for net in nets:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                traced = torch.jit.trace(net, x)
+                torch.jit.save(traced, tmp_path / "traced.pt")
+                loaded = torch.jit.load(tmp_path / "traced.pt")
+            said.append([str(warning.message) for warning in caught])
+        assert len(said[1]) <= len(said[0])
+        net.load_state_dict(loaded.state_dict())
+        x = torch.randn(6, 3, 8, 8, requires_grad=True)  # of another size
+        results = [(model(x), torch.autograd.grad(model(x).pow(3).sum(), x)) for model in (loaded, net)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(dict(loaded.state_dict()), dict(net.state_dict()))
+
+    def test_scripting_says_what_to_do_instead_each_time(self):
+        net = small_net(0.5).eval()
+        for _ in range(2):
+            with (
+                warnings.catch_warnings(),
+                pytest.raises(RuntimeError, match=r"^torch.jit.script can't compile StochNorm2d: .*restore_batch_norm"),
+            ):
+                warnings.simplefilter("ignore")
+                torch.jit.script(net)
+        x = torch.randn(2, 3, 8, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scripted = torch.jit.script(restore_batch_norm(copy.deepcopy(net)).eval())
+        torch.testing.assert_close(scripted(x), net(x))
+
+
+class TestRestoreBatchNorm:
+    def test_it_is_the_way_back(self):
+        net = nn.ModuleDict(
+            {
+                "a": nn.BatchNorm1d(3, momentum=None),
+                "b": nn.BatchNorm2d(3, affine=False).eval(),
+                "c": nn.BatchNorm3d(3, track_running_stats=False),
+                "d": nn.SyncBatchNorm(3),
+            }
+        )
+        net["shared"] = net["a"]
+        net["a"].weight.requires_grad_(False)
+        seen = []
+        net["a"].register_forward_hook(lambda *_: seen.append(1))
+        before = [(id(layer), type(layer), dict(vars(layer))) for layer in net.modules()]
+        parameters, state = list(net.parameters()), copy.deepcopy(net.state_dict())
+        assert restore_batch_norm(convert_model(net, 0.25)) is net
+        assert [(id(layer), type(layer), dict(vars(layer))) for layer in net.modules()] == before
+        assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+        torch.testing.assert_close(dict(net.state_dict()), dict(state))
+        net["a"](torch.randn(4, 3))
+        assert seen and net["shared"] is net["a"]
+
+    def test_it_evaluates_as_before_and_trains_as_a_batch_norm(self):
+        net = small_net(0.5)
+        net(torch.randn(4, 3, 8, 8))
+        twin, x = copy.deepcopy(net).eval(), torch.randn(4, 3, 8, 8)
+        restored = restore_batch_norm(copy.deepcopy(net))
+        torch.testing.assert_close(restored.eval()(x), twin(x))
+        assert type(restored[1]) is nn.BatchNorm2d and not hasattr(restored[1], "p")
+        torch.testing.assert_close(restored.train()(x), convert_model(net, 1.0)(x))
+
+    def test_a_synchronised_layer_becomes_a_synchronised_batch_norm(self):
+        layer = restore_batch_norm(SyncStochNorm(3))
+        assert type(layer) is nn.SyncBatchNorm and layer.process_group is None
+        layer = restore_batch_norm(convert_sync(convert_model(nn.BatchNorm2d(3), 0.5)))
+        assert type(layer) is nn.SyncBatchNorm
+
+    def test_what_it_does_not_know_is_left_with_a_warning(self):
+        class Louder(StochNorm2d):
+            pass
+
+        layer = Louder(3)
+        with pytest.warns(UserWarning, match=r"restore_batch_norm leaves .* 1 of .*Louder \(the module itself\)$"):
+            restore_batch_norm(layer)
+        assert type(layer) is Louder
+        with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got list"):
+            restore_batch_norm([])
+
+
+def parametrized(layer):
+    return parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def _convert_a_sharded_layer(rank, folder):
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer, kind in ((nn.BatchNorm2d(4), nn.BatchNorm2d), (StochNorm2d(4), StochNorm2d)):
+        net = nn.Sequential(layer)
+        fsdp.fully_shard(net[0], mesh=mesh)
+        fsdp.fully_shard(net, mesh=mesh)
+        before = type(net[0])
+        convert_model(net, 0.25)
+        assert isinstance(net[0], StochNorm2d) and isinstance(net[0], fsdp.FSDPModule) and net[0].p == 0.25
+        net(torch.randn(3, 4, 2, 2)).sum().backward()
+        assert net[0].weight.grad is not None
+        restore_batch_norm(net)
+        assert isinstance(net[0], nn.BatchNorm2d) and not isinstance(net[0], StochNorm2d)
+        assert type(net[0]) is before or kind is StochNorm2d
+
+
+class TestLayersThatTorchDerives:
+    """Parametrised and sharded layers have classes of their own, which go on being what they were derived from."""
+
+    def test_parametrised_layers(self):
+        net = nn.Sequential(parametrized(nn.BatchNorm2d(4)), parametrized(StochNorm2d(4)))
+        before = type(net[0])
+        convert_model(net, 0.1)
+        assert all(isinstance(layer, StochNorm2d) and layer.p == 0.1 for layer in net)
+        net(torch.randn(3, 4, 2, 2)).sum().backward()
+        assert net[0].parametrizations.weight.original.grad is not None
+        restore_batch_norm(net)
+        assert type(net[0]) is before and isinstance(net[1], nn.BatchNorm2d) and not isinstance(net[1], StochNorm2d)
+        convert_sync(convert_model(net, 0.1))
+        assert all(isinstance(layer, SyncStochNorm) and parametrize.is_parametrized(layer) for layer in net)
+
+    @needs_gloo
+    def test_sharded_layers(self, tmp_path):
+        spawn_ranks(1, _convert_a_sharded_layer, tmp_path)
+
+    def test_a_class_of_somebody_s_is_left_with_a_warning(self):
+        class Louder(StochNorm2d):
+            pass
+
+        net = nn.Sequential(parametrized(Louder(4)), Louder(4), StochNorm2d(4))
+        with pytest.warns(UserWarning, match=r"1 of .*ParametrizedLouder, 1 of .*Louder \(0, 1\)$"):
+            convert_model(net, 0.1)
+        assert [layer.p for layer in net] == [0.5, 0.5, 0.1]
+
+    def test_warnings_name_three_layers(self):
+        class BatchNormAct2d(nn.BatchNorm2d):
+            pass
+
+        net = nn.Sequential(*[BatchNormAct2d(4) for _ in range(40)])
+        with pytest.warns(UserWarning, match=r"that it does not know: 40 of .*BatchNormAct2d \(0, 1, 2, ...\)$"):
+            convert_model(net, 0.1)
+
+
 class TestUpstreamFaults:
     def test_fault_convert_model_handed_p_to_track_running_stats(self):
         layer = convert_model(nn.BatchNorm2d(4), 0.25)
@@ -907,6 +1264,14 @@ class TestUpstreamFaults:
             ours(x), theirs(x)
             torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
 
+    def test_averages_need_a_counter_and_without_one_stay_as_batch_norm_s(self):
+        for momentum in (0.1, None):
+            ours, theirs = (cls(4, momentum=momentum) for cls in (StochNorm1d, nn.BatchNorm1d))
+            for layer in (ours, theirs):
+                layer.num_batches_tracked = None
+                layer(torch.arange(24.0).view(6, 4))
+            torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
     def test_fault_track_running_stats_false_raised(self):
         ours, theirs = (cls(4, track_running_stats=False) for cls in (StochNorm2d, nn.BatchNorm2d))
         for training in (True, False):
@@ -1028,7 +1393,7 @@ def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tm
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
     alone = StochNorm1d(6, momentum=momentum, track_running_stats=track).double()
     draws = iter(ranks[0][4])
-    alone._draw = lambda _: (next(draws), alone.running_mean, alone.running_var, False)
+    alone._draw = lambda _: (next(draws), (alone.running_mean, alone.running_var), False)
     for step, (x, target) in enumerate(data):
         x.requires_grad_()
         loss = (alone(x) * target).pow(2).sum()

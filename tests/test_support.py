@@ -13,7 +13,7 @@ from compiler_support import needs_inductor
 from cuda_support import capture
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -162,9 +162,21 @@ SUPPORT = {
 ON_GPUS = ("CUDA graph", "side stream", "`cuda:1`, DataParallel")
 
 
+# the same in compiled code
+COMPILED = {
+    "AMP": "test_compiled_mixed_precision",
+    "copy, pickle, state": "test_compiled_models_copy_and_load",
+    "checkpointing": "test_compiled_activation_checkpointing",
+    "double backward": "test_compiled_double_backward_is_refused",
+    "`torch.func`": "test_compiled_function_transforms",
+    "determinism": "test_compiled_deterministic_algorithms",
+}
+
+
 def subjects(test):
     """Parametrize a test over what is behind the rows that have its column."""
-    (rows,) = (having for name, having in SUPPORT.values() if name == test.__name__)
+    tests = {**SUPPORT, **{f"compiled {name}": (its, SUPPORT[name][1]) for name, its in COMPILED.items()}}
+    (rows,) = (having for name, having in tests.values() if name == test.__name__)
     cases = [pytest.param(*subject, id=name) for row in rows for name, subject in SUBJECTS[row].items()]
     return pytest.mark.parametrize(("make", "inputs"), cases)(test)
 
@@ -179,7 +191,8 @@ def leaves_of(inputs):
 
 def loss_of(outputs):
     """A number that depends on every value of the outputs, in different ways."""
-    differentiable = [output for output in tensors(outputs) if output.requires_grad]
+    dual = [forward_ad.unpack_dual(output).tangent is not None for output in tensors(outputs)]
+    differentiable = [o for o, is_dual in zip(tensors(outputs), dual, strict=True) if o.requires_grad or is_dual]
     weights = (torch.linspace(-1, 2, o.numel(), device=o.device, dtype=torch.float32) for o in differentiable)
     return sum((o.float() * w.view_as(o)).sum() for o, w in zip(differentiable, weights, strict=True))
 
@@ -193,6 +206,11 @@ def step(module, call, inputs, seed=1):
     loss_of(outputs).backward()
     given = [*outputs, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters()), *module.buffers()]
     return [None if value is None else value.detach().clone() for value in given]
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
 def assert_alike(got, expected, **tolerance):
@@ -298,6 +316,15 @@ def test_copies_pickles_and_loads(make, inputs):
         assert_alike(step(other, other, arguments), expected)
 
 
+def without_batch_norms(model, values):
+    """What a step gave, without the statistics of PyTorch's own batch norms: a checkpoint moves those twice."""
+    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    buffers = list(model.buffers())
+    given, statistic_values = values[: -len(buffers) or None], values[len(values) - len(buffers) :]
+    return given + [v for b, v in zip(buffers, statistic_values, strict=True) if id(b) not in statistics]
+
+
 @subjects
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(make, inputs, reentrant):
@@ -305,10 +332,7 @@ def test_activation_checkpointing(make, inputs, reentrant):
     twin = copy.deepcopy(model)
     got = step(model, lambda x: checkpoint(model, x, use_reentrant=reentrant), arguments)
     expected = step(twin, twin, arguments)
-    norms = [name for name, module in model.named_modules() if type(module) is nn.BatchNorm2d]
-    statistics = {id(b) for name in norms for b in model.get_submodule(name).buffers()}  # PyTorch's own move twice
-    kept = [True] * (len(got) - len(list(model.buffers()))) + [id(b) not in statistics for b in model.buffers()]
-    assert_alike(*([x for x, keep in zip(xs, kept, strict=True) if keep] for xs in (got, expected)))
+    assert_alike(*(without_batch_norms(model, values) for values in (got, expected)))
 
 
 @subjects
@@ -335,13 +359,23 @@ def test_function_transforms(make, inputs):
         return loss_of(functional_call(model, (parameters, buffers), (x, *arguments[1:])))
 
     of_parameters, of_input = torch.func.grad(loss, (0, 2))(parameters, buffers, arguments[0])
+
+    # along any direction the derivative in forward mode is that of reverse mode
+    directions = {name: torch.randn_like(p) for name, p in parameters.items()}, torch.randn_like(arguments[0])
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, directions[0][name]) for name, p in parameters.items()}
+        state = {name: b.clone() for name, b in model.named_buffers()}
+        tangent = forward_ad.unpack_dual(loss(duals, state, forward_ad.make_dual(arguments[0], directions[1]))).tangent
+    slopes = [(of_parameters[name] * direction).sum() for name, direction in directions[0].items()]
+    torch.testing.assert_close(tangent, sum(slopes) + (of_input * directions[1]).sum(), rtol=1e-4, atol=1e-4)
+
     x = arguments[0].clone().requires_grad_()
 
     for module in twin.modules():
         if isinstance(
             module, (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm)
         ):  # the mask that a transform draws
-            module._draw = lambda _, m=module: torch.rand(m.num_features)
+            module._draw = lambda _, m=module: (torch.rand(m.num_features), (m.running_mean, m.running_var), False)
     torch.manual_seed(1)
     loss_of(twin(x, *arguments[1:])).backward()
     torch.testing.assert_close(of_input, x.grad)
@@ -350,6 +384,84 @@ def test_function_transforms(make, inputs):
             torch.testing.assert_close(of_parameters[name], parameter.grad)
     for name, buffer in twin.named_buffers():
         torch.testing.assert_close(buffers[name], buffer)
+
+
+@subjects
+def test_compiled_mixed_precision(make, inputs):
+    model, arguments = make(), inputs()
+    twin, call = copy.deepcopy(model), compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = step(model, call, arguments), step(twin, twin, arguments)
+    # a rounding of bfloat16 may fall otherwise
+    assert_alike(got, expected, rtol=0.02, atol=0.02)
+
+
+@subjects
+def test_compiled_models_copy_and_load(make, inputs):
+    model = make()
+    call = compiled(model)
+    step(model, call, inputs())
+    arguments = inputs()
+    copied, loaded = copy.deepcopy(model), make()
+    loaded.load_state_dict(copied.state_dict())
+    others = [copied] if isinstance(model, (Regularized, Distance)) else [copied, loaded]  # a start is no state
+    expected = step(model, call, arguments)
+    for other in others:
+        assert_alike(step(other, compiled(other), arguments), expected, rtol=1e-4, atol=1e-5)
+
+
+@subjects
+@pytest.mark.parametrize("way", ["inside", "around", "around, reentrant"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of dynamo
+def test_compiled_activation_checkpointing(make, inputs, way):
+    model, arguments = make(), inputs()
+    twin = copy.deepcopy(model)
+    if way == "inside":
+        call = compiled(lambda x: checkpoint(model, x, use_reentrant=False))
+    else:
+        inner = compiled(model)
+        call = lambda x: checkpoint(inner, x, use_reentrant="reentrant" in way)  # noqa: E731
+    for seed in (1, 2):
+        got, expected = step(model, call, arguments, seed), step(twin, twin, arguments, seed)
+        assert_alike(*(without_batch_norms(model, values) for values in (got, expected)), rtol=1e-4, atol=1e-5)
+
+
+@subjects
+def test_compiled_double_backward_is_refused(make, inputs):
+    model, leaves = make(), leaves_of(inputs())
+    loss = loss_of(compiled(model)(*leaves))
+    (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+@subjects
+def test_compiled_function_transforms(make, inputs):
+    model, arguments = make(), inputs()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, buffers, x):
+        return loss_of(functional_call(model, (parameters, buffers), (x, *arguments[1:])))
+
+    gradients = torch.func.grad(loss, (0, 2))
+    found = []
+    for call in (gradients, compiled(gradients)):
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        torch.manual_seed(1)
+        found.append((call(parameters, buffers, arguments[0]), buffers))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@subjects
+def test_compiled_deterministic_algorithms(make, inputs):
+    model, arguments = make(), inputs()
+    twin = copy.deepcopy(model)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for a, b in zip(*(step(m, compiled(m), arguments) for m in (model, twin)), strict=True):
+            assert a is b is None or torch.equal(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @subjects
@@ -430,5 +542,5 @@ def test_the_readmes_matrix_is_what_is_tested():
     expected = [[mark if row in its else "–" for mark, its in zip(marks, having, strict=True)] for row in SUBJECTS]
     assert rows == [[row, *cells] for row, cells in zip(SUBJECTS, expected, strict=True)]
     named = re.findall(r"`(test_\w+)`", "\n".join(lines))
-    assert set(named) >= {test for test, _ in SUPPORT.values()}
-    assert all(test in globals() for test, _ in SUPPORT.values())
+    tests = {test for test, _ in SUPPORT.values()} | set(COMPILED.values())
+    assert tests <= set(named) and tests <= set(globals())

@@ -276,20 +276,20 @@ struct Forward {
   bool known(int64_t c) const { return !mask(c); }
   const T* source() const { return x; }
   Constants<A> known_constants(int64_t c) const {
-    return constants(load(call.running_mean, c), 1 / std::sqrt(load(call.running_var, c) + call.eps), c);
+    return constants(load(call.running.mean, c), 1 / std::sqrt(load(call.running.var, c) + call.eps), c);
   }
 
   Constants<A> finish(int64_t c, double sum, double second, A center) const {
     const int64_t n = call.view.per_channel();
-    const double old_mean = load(call.running_mean, c), old_var = load(call.running_var, c);
+    const double old_mean = load(call.running.mean, c), old_var = load(call.running.var, c);
     const double shifted = sum / n, batch_mean = center + shifted;
     const double difference = second - shifted * sum, squares = difference < 0 ? 0 : difference;
     const double used_mean = mask(c) ? batch_mean : old_mean;
     const double used_invstd = 1 / std::sqrt((mask(c) ? squares / n : old_var) + call.eps);
     mean[c] = static_cast<A>(used_mean), invstd[c] = static_cast<A>(used_invstd);
     const double unbiased = squares / std::max<int64_t>(n - 1, 1);
-    store(call.moved_mean, c, moved(old_mean, batch_mean, call.momentum));
-    store(call.moved_var, c, moved(old_var, unbiased, call.momentum));
+    store(call.moved.mean, c, moved(old_mean, batch_mean, call.momentum));
+    store(call.moved.var, c, moved(old_var, unbiased, call.momentum));
     return constants(used_mean, used_invstd, c);
   }
 };
@@ -564,9 +564,9 @@ void forward(const ForwardCall& call) {
     const Forward<decltype(zero)> op{call};
     if (call.input.numel() != 0) return run(op);
     for (int64_t c = 0; c < call.view.channels; ++c) {
-      const double mean = load(call.running_mean, c), var = load(call.running_var, c);
+      const double mean = load(call.running.mean, c), var = load(call.running.var, c);
       op.mean[c] = mean, op.invstd[c] = 1 / std::sqrt(var + call.eps);
-      store(call.moved_mean, c, mean), store(call.moved_var, c, var);
+      store(call.moved.mean, c, mean), store(call.moved.var, c, var);
     }
   });
 }
@@ -576,18 +576,22 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const
                                                       const Tensor& running_var, const Tensor& mask, double momentum,
                                                       double eps, double p,
                                                       const std::optional<Tensor>& num_batches_tracked) {
-  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, running_mean, running_var, mask,
-                                        momentum, eps, p, num_batches_tracked);
+  const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
+                                  channel_vector(running_var, input, "running_var")};
+  const ForwardCall call =
+      forward_call(input, weight, bias, running, running, mask, momentum, eps, p, num_batches_tracked);
   forward(call);
   return {call.output, call.mean, call.invstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double eps, double p) {
-  const FunctionalCall call = functional_call(input, weight, bias, running_mean, running_var, mask, eps, p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(const Tensor& input,
+                                                                 const std::optional<Tensor>& weight,
+                                                                 const std::optional<Tensor>& bias,
+                                                                 const Tensor& running, const Tensor& mask, double eps,
+                                                                 double p) {
+  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p);
   forward(call.forward);
-  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch_mean, call.batch_var};
+  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,

@@ -29,10 +29,10 @@ void forward(const ForwardCall& call) {
                                   call.mask.channels,
                                   call.weight,
                                   call.bias,
-                                  call.running_mean,
-                                  call.running_var,
-                                  call.moved_mean,
-                                  call.moved_var,
+                                  call.running.mean,
+                                  call.running.var,
+                                  call.moved.mean,
+                                  call.moved.var,
                                   call.batches,
                                   static_cast<A>(call.momentum),
                                   static_cast<A>(call.eps),
@@ -62,19 +62,23 @@ std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const
                                                       double eps, double p,
                                                       const std::optional<Tensor>& num_batches_tracked) {
   const DeviceGuard guard(input);
-  const ForwardCall call = forward_call(input, weight, bias, running_mean, running_var, running_mean, running_var, mask,
-                                        momentum, eps, p, num_batches_tracked);
+  const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
+                                  channel_vector(running_var, input, "running_var")};
+  const ForwardCall call =
+      forward_call(input, weight, bias, running, running, mask, momentum, eps, p, num_batches_tracked);
   with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call); });
   return {call.output, call.mean, call.invstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double eps, double p) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(const Tensor& input,
+                                                                 const std::optional<Tensor>& weight,
+                                                                 const std::optional<Tensor>& bias,
+                                                                 const Tensor& running, const Tensor& mask, double eps,
+                                                                 double p) {
   const DeviceGuard guard(input);
-  const FunctionalCall call = functional_call(input, weight, bias, running_mean, running_var, mask, eps, p);
+  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p);
   with_type(float_type(input), [&](auto zero) { forward<decltype(zero)>(call.forward); });
-  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch_mean, call.batch_var};
+  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,

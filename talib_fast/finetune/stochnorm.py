@@ -1,5 +1,6 @@
 """Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html)."""
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..checks import check_module, check_number
-from ..ops.draw import draw
+from ..ops.draw import Draw, draw, drawn_mask
 from ..ops.library import accumulation_dtype, is_empty, needs_pytorch_formula
 from ..ops.stoch_norm import (
     check_count,
-    chosen,
     functional_stoch_norm,
     moved,
     stoch_norm_by_formula,
@@ -34,6 +35,26 @@ __all__ = [
     "convert_sync",
     "restore_batch_norm",
 ]
+
+
+def _warn_of_a_lost_method(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    replaced = parent._modules.get(name)
+    if isinstance(module, nn.SyncBatchNorm) and isinstance(replaced, _StochNorm):
+        warnings.warn(
+            f"a SyncBatchNorm takes the place of a {type(replaced).__name__} and draws nothing: call convert_sync, not "
+            "SyncBatchNorm.convert_sync_batchnorm, or before that restore_batch_norm",
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _watch_for_lost_methods() -> None:
+    """Have torch's convert_sync_batchnorm, to which stochastic norms are batch norms, say what it does to them.
+
+    It asks the layers nothing, but registers what it makes in their places. Processes without a stochastic norm are
+    spared the question.
+    """
+    register_module_module_registration_hook(_warn_of_a_lost_method)
 
 
 class _StochNorm(_BatchNorm):
@@ -57,9 +78,9 @@ class _StochNorm(_BatchNorm):
         **options: Any,
     ) -> None:
         check_number(p, "p", 1)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
-        )
+        _watch_for_lost_methods()
+        options = {"device": device, "dtype": dtype, **options}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.p = float(p)
 
     def extra_repr(self) -> str:
@@ -92,9 +113,13 @@ class _StochNorm(_BatchNorm):
         if not isinstance(input, Tensor):
             return self._forward_symbolic(input)
         self._check_input(input)
-        return self._forward_training(input) if self.training else super().forward(input)
+        if not self.training:
+            return super().forward(input)
+        if self.eps <= 0:
+            raise ValueError(f"{type(self).__name__} expected eps to be positive during training, got {self.eps}")
+        return self._forward_training(input)
 
-    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+    def _draw(self, input: Tensor) -> Draw:
         """See :func:`~talib_fast.ops.draw.draw`."""
         buffers: Any = self._buffers  # an attribute takes a module longer than all else here
         return draw(input, buffers["running_mean"], buffers["running_var"])
@@ -103,19 +128,22 @@ class _StochNorm(_BatchNorm):
         if self._buffers["running_mean"] is None:
             return super().forward(input)
         check_count(input)
-        drawn, mean, variance, repeats = self._draw(input)
-        operands = input, mean, variance, drawn, self.weight, self.bias
-        if needs_pytorch_formula():
-            share = 0.0 if repeats or is_empty(input) else self._count_and_share()
-            return stoch_norm_by_formula(*operands, share, self.eps, self.p)[0]
+        drawn, running, repeats = self._draw(input)
+        operands = drawn, self.weight, self.bias
         counter, momentum = self._buffers["num_batches_tracked"], self.momentum
         countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
-        if momentum is not None and countable and self.track_running_stats and not torch.compiler.is_compiling():
-            # a repetition moves what it read, which nobody keeps
-            return stoch_norm_in_place(*operands, momentum, self.eps, self.p, None if repeats else counter)[0]
-        output, _, _, *batch = functional_stoch_norm(*operands, self.eps, self.p)
+        if not isinstance(running, Tensor):
+            if needs_pytorch_formula():
+                share = 0.0 if repeats or is_empty(input) else self._count_and_share()
+                return stoch_norm_by_formula(input, *running, *operands, share, self.eps, self.p)[0]
+            if self.track_running_stats and momentum is not None and countable:
+                # a repetition moves what it read, which nobody keeps
+                counted = None if repeats else counter
+                return stoch_norm_in_place(input, *running, *operands, momentum, self.eps, self.p, counted)[0]
+        joined = running if isinstance(running, Tensor) else torch.stack(running)
+        output, _, _, batch = functional_stoch_norm(input, joined, *operands, self.eps, self.p)
         if self.track_running_stats and input.numel():
-            self._move((mean, variance), batch, repeats)
+            self._move(running, batch, repeats)
         return output
 
     def _count_and_share(self) -> float:
@@ -128,7 +156,7 @@ class _StochNorm(_BatchNorm):
             return self.momentum
         return 0.0 if self.num_batches_tracked is None else 1 / float(self.num_batches_tracked)
 
-    def _move(self, read: Sequence[Tensor], batch: Sequence[Tensor], repeats: bool | Tensor) -> None:
+    def _move(self, read: Tensor | Sequence[Tensor], batch: Tensor | Sequence[Tensor], repeats: bool | Tensor) -> None:
         """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
 
         Args:
@@ -140,9 +168,8 @@ class _StochNorm(_BatchNorm):
         targets = list(read) if repeats is True else [self.running_mean, self.running_var]
         counter, share = self.num_batches_tracked, cast("float | Tensor | None", self.momentum)
         if counter is not None:
-            assign(
-                [counter], [counter + (repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats))]
-            )
+            counts = repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats)
+            assign([counter], [counter + counts])
         if share is None:
             if counter is None:
                 return  # there is nothing to average by; batch norms leave their statistics, too
@@ -162,8 +189,9 @@ class StochNorm1d(_StochNorm, nn.BatchNorm1d):
     (NeurIPS 2020)
     <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`_.
 
-    Activation checkpointing repeats what the forward pass did and moves the running statistics once, as long as a
-    layer is called at most sixteen times between its forward pass and its backward pass.
+    Activation checkpointing, also inside and around compiled code, repeats what the forward pass did and moves the
+    running statistics once, as long as a layer is called at most sixteen times between its forward pass and its
+    backward pass. Differentiable twice, and in forward mode.
 
     Args:
         num_features: number of channels C.
@@ -172,13 +200,14 @@ class StochNorm1d(_StochNorm, nn.BatchNorm1d):
         affine: learn a weight and a bias per channel.
         track_running_stats: False keeps no running statistics: every channel takes the batch's, always.
         p: probability of the batch's statistics, in [0, 1].
+        options: what else :class:`torch.nn.BatchNorm1d` takes.
 
     Raises:
         ValueError: p is out of range; the input's rank or channel count does not fit; in training a channel has
-            only one value.
+            only one value, or eps is not positive.
         TypeError: the input is not floating point.
         RuntimeError: a forward pass inside a backward pass repeats none of the last sixteen. On a GPU, which is not
-            waited for, the output is NaN instead.
+            waited for, the output is NaN instead. Or a CUDA graph captures activation checkpointing.
     """
 
 
@@ -245,8 +274,8 @@ class SyncStochNorm(_StochNorm):
             return self._forward_synchronized(input)
         return super()._forward_training(input)
 
-    def _joined(self, values: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's draw.
+    def _joined(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's mask.
 
         All in one collective: a sum over the ranks of tables in which each rank has filled its own row.
         """
@@ -254,28 +283,27 @@ class SyncStochNorm(_StochNorm):
         count = values.numel() // self.num_features
         mean = values.sum(dims) / max(count, 1)
         squares = (values - mean.view(shape)).square().sum(dims)
-        row = torch.cat([mean, squares, drawn.to(values.dtype), values.new_full((1,), count)])
+        row = torch.cat([mean, squares, mask.to(values.dtype), values.new_full((1,), count)])
         rank, world_size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
         table = _AllReduce.apply(F.pad(row[None], (0, 0, rank, world_size - 1 - rank)), self.process_group)
-        means, squares, draws, counts = table.split([self.num_features, self.num_features, len(drawn), 1], dim=1)
+        means, squares, masks, counts = table.split([self.num_features, self.num_features, len(mask), 1], dim=1)
         counts = counts.detach()
         total = counts.sum().clamp_min(1)
         mean = (counts * means).sum(0) / total
         variance = (squares + counts * (means - mean).square()).sum(0) / total
-        return mean, variance, total, draws[0].detach().to(drawn.dtype)
+        return mean, variance, total, masks[0].detach() > 0
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
         values = input.to(accumulation_dtype(input))
         if self.running_mean is None:
-            mean, variance, *_ = self._joined(values, values.new_empty(0))
+            mean, variance, *_ = self._joined(values, torch.empty(0, dtype=torch.bool, device=values.device))
         else:
-            drawn, *running, repeats = self._draw(input)
-            mean, variance, count, drawn = self._joined(values, drawn)
+            drawn, running, repeats = self._draw(input)
+            mean, variance, count, mask = self._joined(values, drawn_mask(drawn, self.p))
             used = [statistic.to(mean.dtype, copy=True) for statistic in running]
             if self.track_running_stats:
                 unbiased = variance.detach() * (count / (count - 1).clamp_min(1))
                 self._move(running, (mean.detach(), unbiased), repeats)
-            mask = chosen(drawn, self.p)
             mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])
         invstd = (variance + self.eps).rsqrt()
         shape = [-1] + [1] * (input.dim() - 2)
@@ -294,7 +322,7 @@ _STOCHASTIC: dict[type, type] = {
 }
 _PLAIN: dict[type, type] = {stochastic: plain for plain, stochastic in _STOCHASTIC.items()}
 # Classes that torch derives, layer by layer, from the one it found: they add to it and go on being it.
-_DERIVED_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard._fully_shard")
+_DERIVED_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.fsdp")
 _derived: dict[tuple[type, type], type] = {}
 
 
@@ -302,7 +330,7 @@ def _counterpart(kind: type, counterparts: dict[type, type]) -> type | None:
     """What a layer of class ``kind`` becomes: its counterpart, or of a class that torch derived, one derived alike."""
     if kind in counterparts:
         return counterparts[kind]
-    if kind.__module__ not in _DERIVED_BY_TORCH:
+    if not kind.__module__.startswith(_DERIVED_BY_TORCH):
         return None
     bases = [_counterpart(base, counterparts) for base in kind.__bases__]
     found = [base for base in bases if base is not None]
@@ -346,6 +374,7 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     """
     check_module(module, "module")
     check_number(p, "p", 1)
+    _watch_for_lost_methods()
     converted, left = 0, {}
     for name, layer in module.named_modules():
         kind = _counterpart(type(layer), {**_STOCHASTIC, **{stochastic: stochastic for stochastic in _PLAIN}})

@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..torch_private import function_transforms, in_backward_pass, is_mapped, refuses_random_numbers, saves_by_hooks
+from ..torch_private import (
+    function_transforms,
+    in_backward_pass,
+    is_mapped,
+    keep_in_compiled_checkpoints,
+    refuses_random_numbers,
+    saves_by_hooks,
+)
 from .library import define
 
 _PASSES = 16
-# By the memory of a running mean: the passes that may be repeated, newest first, each what it drew and the running mean
-# and variance that it found. A reference to memory, unlike its address, is never that of another tensor later.
-_history: dict[tuple[int, Any], tuple[StorageWeakRef, deque[tuple[Tensor, Tensor, Tensor]]]] = {}
+# By the memory of a running mean: the passes that may be repeated, newest first, each what it drew and the running
+# statistics that it found. A reference to memory, unlike its address, is never that of another tensor later.
+_history: dict[tuple[int, Any], tuple[StorageWeakRef, deque[tuple[Tensor, Tensor]]]] = {}
 
 
 def _memory(running_mean: Tensor) -> tuple[int, Any]:
@@ -30,18 +37,18 @@ def is_recorded(running_mean: Tensor) -> bool:
     return _memory(running_mean) in _history
 
 
-def _record(drawn: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+def _record(drawn: Tensor, running_mean: Tensor, running: Tensor) -> None:
     memory = _memory(running_mean)
     entry = _history.get(memory)
     if entry is None:
         for key in [key for key, (reference, _) in list(_history.items()) if reference.expired()]:
             _history.pop(key, None)
         entry = _history[memory] = (StorageWeakRef(running_mean.untyped_storage()), deque(maxlen=_PASSES))
-    entry[1].appendleft((drawn.clone(), running_mean.clone(), running_var.clone()))
+    entry[1].appendleft((drawn.clone(), running.clone()))
 
 
-def _recorded(drawn: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The running mean and variance that the pass found which drew ``drawn``.
+def _recorded(drawn: Tensor, running_mean: Tensor) -> Tensor:
+    """The running statistics that the pass found which drew ``drawn``, ``[2, C]``.
 
     Raises:
         RuntimeError: there is no such pass. On other devices than the CPU, which would have to be waited for, the
@@ -54,7 +61,7 @@ def _recorded(drawn: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
             "activation_memory_budget above 0; else put the checkpoint around the compiled code, or leave the layer "
             "uncompiled"
         )
-    draws, means, variances = (torch.stack(column) for column in zip(*passes, strict=True))
+    draws, statistics = (torch.stack(column) for column in zip(*passes, strict=True))
     matches = (draws == drawn).all(1)
     if drawn.device.type == "cpu" and not matches.any():
         raise RuntimeError(
@@ -63,10 +70,7 @@ def _recorded(drawn: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
             "a forward pass and its backward pass"
         )
     found = matches.to(torch.uint8).argmax(0, keepdim=True)
-    mean, variance = (
-        torch.where(matches.any(), column.index_select(0, found)[0], torch.nan) for column in (means, variances)
-    )
-    return mean, variance
+    return torch.where(matches.any(), statistics.index_select(0, found)[0], torch.nan)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -75,7 +79,7 @@ def _capturing(device: torch.device) -> bool:
 
 def _draw(
     input: Tensor, running_mean: Tensor, running_var: Tensor, may_be_repeated: bool, repeats: bool | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     repeats = in_backward_pass() if repeats is None else repeats
     hooks = saves_by_hooks()
     if (repeats or hooks) and _capturing(running_mean.device):
@@ -85,29 +89,52 @@ def _draw(
         )
     drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
     if repeats:
-        return -drawn, *_recorded(drawn, running_mean)
+        return -drawn, _recorded(drawn, running_mean)
+    running = torch.stack((running_mean, running_var))
     if (may_be_repeated or hooks) and not _capturing(running_mean.device):
-        _record(drawn, running_mean, running_var)
-    return drawn, running_mean.clone(), running_var.clone()
+        _record(drawn, running_mean, running)
+    return drawn, running
 
 
 def _draw_fake(input, running_mean, running_var, may_be_repeated, repeats=None):
     drawn = running_mean.new_empty(running_mean.size(0), dtype=torch.float32)
-    return drawn, torch.empty_like(running_mean), torch.empty_like(running_var)
+    return drawn, running_mean.new_empty((2, running_mean.size(0)))
 
 
 # The input is there for the order of things: inductor keeps random operators in it that share an operand's history. It
 # draws by a generator of its own, and other numbers than eager, but not for an operator that it can't look into.
 draw_op = define(
     "stoch_norm_draw(Tensor input, Tensor running_mean, Tensor running_var, bool may_be_repeated, bool? repeats=None) "
-    "-> (Tensor drawn, Tensor mean, Tensor var)",
+    "-> (Tensor drawn, Tensor running)",
     _draw,
     _draw_fake,
     torch.Tag.nondeterministic_seeded,
 )
 
 
-def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor, bool | Tensor]:
+def chosen(mask: Tensor, p: float) -> Tensor:
+    """The mask as flags: it may be numbers, of which those below ``p`` stand for True, whatever their sign."""
+    return mask if mask.dtype == torch.bool else mask.abs() < p
+
+
+# an operator to hang the tag of what was drawn on, where compiled code has no other that takes it
+_chosen_op = define(
+    "stoch_norm_mask(Tensor drawn, float p) -> Tensor",
+    chosen,
+    lambda drawn, p: drawn.new_empty(drawn.shape, dtype=torch.bool),
+)
+keep_in_compiled_checkpoints(draw_op, "stoch_norm_mask", 0)
+
+
+def drawn_mask(drawn: Tensor, p: float) -> Tensor:
+    """Which channels take the batch's statistics, for a layer that works in PyTorch's operators: ``[C]``, bool."""
+    return (_chosen_op if torch.compiler.is_compiling() else chosen)(drawn, p)
+
+
+Draw = tuple[Tensor, Tensor | tuple[Tensor, Tensor], bool | Tensor]
+
+
+def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> Draw:
     """What a forward pass of a stochastic norm draws, and the running statistics that it reads.
 
     Args:
@@ -116,28 +143,31 @@ def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tens
 
     Returns:
         A number in [0, 1) for each channel, float32, by torch's generator on the input's device, compiled or not,
-        ``[C]``; with its sign set it stands for itself. Then the running mean and variance: the layer's own, or if the
-        pass repeats another one, or is compiled, copies of what it has to read. At last whether it repeats another one
-        and has no running statistics to move; of compiled code, which learns it when it runs, that for each channel.
+        ``[C]``; with its sign set it stands for itself. Then the running mean and variance: the layer's own, or copies
+        of what a pass that repeats another one has to read; of compiled code copies in one tensor, ``[2, C]``. At last
+        whether it repeats another one and has no running statistics to move; of compiled code, which learns it when it
+        runs, that for each channel, ``[C]``.
 
     Raises:
         RuntimeError: the pass repeats none that is recorded, or a CUDA graph captures activation checkpointing.
     """
-    if torch.compiler.is_compiling():
-        drawn, mean, variance = draw_op(input, running_mean, running_var, not torch.is_grad_enabled())
-        return drawn, mean, variance, torch.signbit(drawn)
     if function_transforms():
-        if refuses_random_numbers() and not is_mapped(input) and not is_mapped(running_mean):
-            drawn, *_ = draw_op(input, running_mean, running_var, False, False)  # the same for all, which are one
+        one_for_all = not torch.compiler.is_compiling() and refuses_random_numbers()
+        if one_for_all and not is_mapped(input) and not is_mapped(running_mean):
+            drawn, _ = draw_op(input, running_mean, running_var, False, False)
         else:
             drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
-        return drawn, running_mean, running_var, False
+        return drawn, (running_mean, running_var), False
+    if torch.compiler.is_compiling():
+        drawn, running = draw_op(input, running_mean, running_var, not torch.is_grad_enabled())
+        return drawn, running, torch.signbit(drawn)
     repeats = in_backward_pass() and is_recorded(running_mean)
     # Other passes are not recorded: it takes time, and small tensors that outlive their step break up a CPU's heap.
     may_be_repeated = not torch.is_grad_enabled() or saves_by_hooks()
-    if torch.jit.is_tracing() or not (repeats or may_be_repeated):
+    if not (repeats or may_be_repeated) or torch.jit.is_tracing():
         drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
-        return drawn, running_mean, running_var, False
+        return drawn, (running_mean, running_var), False
     # by an operator in both passes, as selective checkpointing asks for
-    drawn, mean, variance = draw_op(input, running_mean, running_var, True, repeats)
-    return (drawn, mean, variance, True) if repeats else (drawn, running_mean, running_var, False)
+    drawn, running = draw_op(input, running_mean, running_var, True, repeats)
+    mean, variance = running.unbind()
+    return drawn, ((mean, variance) if repeats else (running_mean, running_var)), repeats

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from ..torch_private import function_transforms, in_forward_mode, may_be_in_function_transform
+from ..torch_private import (
+    function_transforms,
+    in_forward_mode,
+    may_be_in_function_transform,
+)
 
 OPERATIONS = ("stoch_norm", "squared_distance", "spectral_tail")
 
@@ -46,11 +50,12 @@ class Function(torch.autograd.Function):
 def needs_pytorch_formula() -> bool:
     """Whether PyTorch's own operators have to serve: autograd functions do not, or an operator would run twice.
 
-    Forward-mode differentiation and ``torch.func.functionalize`` take no autograd function of ours, and
-    ``torch.jit.trace`` notes it down and the operators inside it as well.
+    Forward-mode differentiation and ``torch.func.functionalize`` take no autograd function of ours, ``torch.compile``
+    drops its derivative in any transform of ``torch.func``, and ``torch.jit.trace`` notes it down and the operators
+    inside it as well.
     """
     if torch.compiler.is_compiling():
-        return False
+        return bool(function_transforms())
     return in_forward_mode() or torch.jit.is_tracing() or not _UNSERVED.isdisjoint(function_transforms())
 
 

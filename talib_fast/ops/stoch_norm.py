@@ -10,6 +10,7 @@ A channel with s = 0 differentiates through no statistic: its dx needs no reduct
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_floats, check_number
 from ..torch_private import assign, keep_in_compiled_checkpoints
-from .draw import draw_op
+from .draw import chosen, draw_op
 from .library import Function, accumulation_dtype, define, is_empty, needs_pytorch_formula
 
 Statistics = tuple[Tensor, Tensor]
@@ -69,11 +70,6 @@ def moved(running: Tensor, batch: Tensor, share: float | Tensor) -> Tensor:
     return running.to(wide).lerp(batch.to(wide), share).to(running.dtype)
 
 
-def chosen(mask: Tensor, p: float) -> Tensor:
-    """The mask as flags: it may be numbers, of which those below ``p`` stand for True, whatever their sign."""
-    return mask if mask.dtype == torch.bool else mask.abs() < p
-
-
 def _normalized(
     input: Tensor,
     weight: Tensor | None,
@@ -103,15 +99,17 @@ def _functional(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running: Tensor,
     mask: Tensor,
     eps: float,
     p: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *results, batch_var = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    running_mean, running_var = running.unbind()
+    normalized = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
+    output, mean, invstd, batch_mean, batch_var = normalized
     n = input.numel() // max(input.size(1), 1)
-    return *results, batch_var * (n / max(n - 1, 1)) if n else batch_var
+    unbiased = batch_var * (n / max(n - 1, 1)) if n else batch_var
+    return output, mean, invstd, torch.stack((batch_mean, unbiased)).detach()
 
 
 def _forward(
@@ -126,10 +124,11 @@ def _forward(
     p: float = 1.0,
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output, mean, invstd, *batch = _functional(input, weight, bias, running_mean, running_var, mask, eps, p)
+    running = torch.stack((running_mean, running_var))
+    output, mean, invstd, batch = _functional(input, weight, bias, running, mask, eps, p)
     if input.numel():
-        for running, statistic in zip((running_mean, running_var), batch, strict=True):
-            running.copy_(moved(running, statistic, momentum))
+        for target, statistic in zip((running_mean, running_var), batch, strict=True):
+            target.copy_(moved(target, statistic, momentum))
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
     return output, mean, invstd
@@ -153,9 +152,9 @@ def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum
     return torch.empty_like(input), mean, torch.empty_like(mean)
 
 
-def _functional_fake(input, weight, bias, running_mean, running_var, mask, eps, p=1.0):
-    output, mean, invstd = _forward_fake(input, weight, bias, running_mean, running_var, mask, 0.0, eps)
-    return output, mean, invstd, torch.empty_like(mean), torch.empty_like(mean)
+def _functional_fake(input, weight, bias, running, mask, eps, p=1.0):
+    output, mean, invstd = _forward_fake(input, weight, bias, None, None, mask, 0.0, eps)
+    return output, mean, invstd, mean.new_empty((2, mean.size(0)))
 
 
 def _backward_fake(grad_output, input, mean, invstd, weight, mask, p=1.0):
@@ -171,9 +170,8 @@ _forward_op = define(
 )
 # for compiled code: it changes nothing, so that a backward pass may call it again
 _functional_op = define(
-    "stoch_norm_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    "Tensor mask, float eps, float p=1.0) "
-    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor batch_mean, Tensor batch_var)",
+    "stoch_norm_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor running, Tensor mask, float eps, "
+    "float p=1.0) -> (Tensor output, Tensor mean, Tensor invstd, Tensor batch)",
     _functional,
     _functional_fake,
 )
@@ -183,7 +181,7 @@ _backward_op = define(
     _backward,
     _backward_fake,
 )
-keep_in_compiled_checkpoints(draw_op, "stoch_norm_functional", 5)
+keep_in_compiled_checkpoints(draw_op, "stoch_norm_functional", 4)
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,7 +193,7 @@ class _StochNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, weight, bias, _, _, mask, eps, p, *_ = inputs
+        input, weight, bias, mask, eps, p, *_ = inputs
         _, mean, invstd, *batch = output
         ctx.save_for_backward(input, weight, mean, invstd, mask)
         ctx.eps, ctx.p, ctx.operands = eps, p, len(inputs)
@@ -226,30 +224,23 @@ class _StochNorm(Function):
         )
 
 
-def _of_members(
-    function: type[_StochNorm], members: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> Any:
+def _of_members(function: type[_StochNorm], members: int, in_dims: tuple[int | None, ...], args: Sequence[Any]) -> Any:
     """``function`` under vmap: members of a mapped dimension are so many more channels.
 
     Returns:
-        The results, each with the members first but for the output, which has them second, and the running statistics
-        as ``function`` left them, ``[members, C]``.
+        The results, the dimensions that have the members in them, and the operands as ``function`` got them.
     """
-    if in_dims[3] is None or in_dims[4] is None:
+    if any(dim is None for arg, dim in zip(args[6:], in_dims[6:], strict=True) if isinstance(arg, Tensor)):
         raise ValueError("expected running statistics for every member, but they are not mapped over")
 
-    def members_first(tensor: Tensor, dim: int | None) -> Tensor:
-        return tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    def joined(tensor: Tensor, dim: int | None) -> Tensor:
+        tensor = tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.flatten() if tensor.dim() == 2 else tensor.movedim(0, 1).flatten(1, 2)
 
-    input = members_first(args[0], in_dims[0]).movedim(0, 1).flatten(1, 2)
-    others = [
-        members_first(value, dim).flatten() if isinstance(value, Tensor) else value
-        for value, dim in zip(args[1:], in_dims[1:], strict=True)
-    ]
-    output, *vectors = function.apply(input, *others)
-    shape = (members, -1)
-    results = output.unflatten(1, shape), *(vector.unflatten(0, shape) for vector in vectors)
-    return results, (others[2].view(shape), others[3].view(shape))
+    operands = [joined(a, d) if isinstance(a, Tensor) else a for a, d in zip(args, in_dims, strict=True)]
+    results = function.apply(*operands)
+    dims = tuple(0 if result.dim() == 1 else 1 for result in results)
+    return tuple(r.unflatten(dim, (members, -1)) for r, dim in zip(results, dims, strict=True)), dims, operands
 
 
 class _InPlace(_StochNorm):
@@ -258,11 +249,11 @@ class _InPlace(_StochNorm):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
         mask: Tensor,
         eps: float,
         p: float,
+        running_mean: Tensor,
+        running_var: Tensor,
         momentum: float,
         num_batches_tracked: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,13 +261,13 @@ class _InPlace(_StochNorm):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        *operands, num_batches_tracked = args
-        results, running = _of_members(_InPlace, info.batch_size, in_dims, (*operands, None))
-        for j, statistic in zip((3, 4), running, strict=True):  # which flatten may have copied
-            args[j].movedim(in_dims[j], 0).copy_(statistic)
+        num_batches_tracked = args[-1]
+        results, dims, operands = _of_members(_InPlace, info.batch_size, in_dims, (*args[:-1], None))
+        for j in (6, 7):  # the running statistics, which flatten may have copied
+            args[j].movedim(in_dims[j], 0).copy_(operands[j].view(info.batch_size, -1))
         if num_batches_tracked is not None and args[0].numel():  # here, or a counter for all members would not do
             num_batches_tracked.add_(1)
-        return results, (1, 0, 0)
+        return results, dims
 
 
 class _Functional(_StochNorm):
@@ -285,17 +276,17 @@ class _Functional(_StochNorm):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
         mask: Tensor,
         eps: float,
         p: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _functional_op(input, weight, bias, running_mean, running_var, mask, eps, p)
+        running: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _functional_op(input, weight, bias, running, mask, eps, p)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _of_members(_Functional, info.batch_size, in_dims, args)[0], (1, 0, 0, 0, 0)
+        results, dims, _ = _of_members(_Functional, info.batch_size, in_dims, args)
+        return results, dims
 
 
 def check_count(input: Tensor) -> None:
@@ -378,10 +369,11 @@ def stoch_norm(
     if needs_pytorch_formula():
         return stoch_norm_by_formula(input, running_mean, running_var, mask, weight, bias, momentum, eps)
     if torch.compiler.is_compiling():
-        output, mean, invstd, *batch = functional_stoch_norm(input, running_mean, running_var, mask, weight, bias, eps)
+        joined = torch.stack((running_mean, running_var))
+        output, mean, invstd, batch = functional_stoch_norm(input, joined, mask, weight, bias, eps)
         if input.numel():
-            for running, statistic in zip((running_mean, running_var), batch, strict=True):
-                running.copy_(moved(running, statistic, momentum))
+            for target, statistic in zip((running_mean, running_var), batch, strict=True):
+                target.copy_(moved(target, statistic, momentum))
         return output, (mean, invstd)
     return stoch_norm_in_place(input, running_mean, running_var, mask, weight, bias, momentum, eps)
 
@@ -405,27 +397,32 @@ def stoch_norm_in_place(
     input is empty.
     """
     output, mean, invstd = _InPlace.apply(
-        input, weight, bias, running_mean, running_var, mask, eps, p, momentum, num_batches_tracked
+        input, weight, bias, mask, eps, p, running_mean, running_var, momentum, num_batches_tracked
     )
     return output, (mean, invstd)
 
 
 def functional_stoch_norm(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running: Tensor,
     mask: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     p: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`stoch_norm_in_place` for compiled code: it changes nothing, so that a backward pass may repeat it.
 
+    Args:
+        running: the running mean and variance, ``[2, C]``.
+
     Returns:
-        The output, the mean and invstd it was normalised with, and the batch's mean and unbiased variance.
+        The output, the mean and invstd it was normalised with, and the batch's mean and unbiased variance, ``[2, C]``.
     """
-    return _Functional.apply(input, weight, bias, running_mean, running_var, mask, eps, p)
+    if needs_pytorch_formula():
+        output, mean, invstd, batch = _functional(input, weight, bias, running, mask, eps, p)
+        return output, mean.detach(), invstd.detach(), batch
+    return _Functional.apply(input, weight, bias, mask, eps, p, running)
 
 
 def stoch_norm_by_formula(
