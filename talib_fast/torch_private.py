@@ -4,6 +4,7 @@ Each stands behind a function that says what it is for and what happens where a 
 something slower or an error, never another result.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,30 @@ def assign(targets: list[Tensor], values: list[Tensor]) -> None:
         return
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
+
+
+def keep_in_order(operator: str) -> None:
+    """Have compiled code call ``operator`` in the order in which eager code does, whatever lies between.
+
+    Inductor orders a graph's branches by the memory that they take, also where they draw random numbers. So each call
+    gets the first result of the call before as its keyword argument ``after``, which it waits for and does not read.
+    Without the tracer the order is inductor's, and so are the numbers that a layer gets.
+    """
+    try:
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    except ImportError:
+        return
+    latest: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # by the tracer of a graph
+
+    def trace(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = latest.get(mode.tracer)
+        if before is not None and before.device == args[0].device:
+            kwargs = {**kwargs, "after": before}
+        results = mode.__torch_dispatch__(func, types, args, kwargs)
+        latest[mode.tracer] = results[0]
+        return results
+
+    torch.library.register_torch_dispatch(f"talib_fast::{operator}", ProxyTorchDispatchMode, trace)
 
 
 def keep_in_compiled_checkpoints(producer: Callable, consumer: str, argument: int) -> None:

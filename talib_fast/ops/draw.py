@@ -17,6 +17,7 @@ from ..torch_private import (
     in_backward_pass,
     is_mapped,
     keep_in_compiled_checkpoints,
+    keep_in_order,
     refuses_random_numbers,
     saves_by_hooks,
 )
@@ -78,7 +79,12 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _draw(
-    input: Tensor, running_mean: Tensor, running_var: Tensor, may_be_repeated: bool, repeats: bool | None = None
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    may_be_repeated: bool,
+    repeats: bool | None = None,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     repeats = in_backward_pass() if repeats is None else repeats
     hooks = saves_by_hooks()
@@ -96,20 +102,22 @@ def _draw(
     return drawn, running
 
 
-def _draw_fake(input, running_mean, running_var, may_be_repeated, repeats=None):
+def _draw_fake(input, running_mean, running_var, may_be_repeated, repeats=None, after=None):
     drawn = running_mean.new_empty(running_mean.size(0), dtype=torch.float32)
     return drawn, running_mean.new_empty((2, running_mean.size(0)))
 
 
-# The input is there for the order of things: inductor keeps random operators in it that share an operand's history. It
-# draws by a generator of its own, and other numbers than eager, but not for an operator that it can't look into.
+# Inductor draws by a generator of its own, and so other numbers, but not for an operator that it can't look into. Both
+# tensors that are not read keep the order: `input` behind what was drawn for it, as by a dropout, `after` behind the
+# stochastic norm before.
 draw_op = define(
-    "stoch_norm_draw(Tensor input, Tensor running_mean, Tensor running_var, bool may_be_repeated, bool? repeats=None) "
-    "-> (Tensor drawn, Tensor running)",
+    "stoch_norm_draw(Tensor input, Tensor running_mean, Tensor running_var, bool may_be_repeated, bool? repeats=None, "
+    "Tensor? after=None) -> (Tensor drawn, Tensor running)",
     _draw,
     _draw_fake,
     torch.Tag.nondeterministic_seeded,
 )
+keep_in_order("stoch_norm_draw")
 
 
 def chosen(mask: Tensor, p: float) -> Tensor:
