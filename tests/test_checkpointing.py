@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from compiler_support import needs_inductor
+from cuda_support import capture
 from rank_support import needs_gloo, spawn_ranks
 from torch import nn
 from torch._library import simple_registry
@@ -387,6 +388,18 @@ def _train_a_rank(rank, folder):
 @needs_gloo
 def test_synchronised_layers(tmp_path):
     spawn_ranks(2, _train_a_rank, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_holds_passes_without_gradients_and_no_checkpoints():
+    layer, x = StochNorm1d(4).cuda(), torch.randn(8, 4, device="cuda", requires_grad=True)
+    with torch.no_grad():
+        graph, _ = capture(lambda: layer(x))
+    before = layer.num_batches_tracked.clone()
+    graph.replay()
+    assert layer.num_batches_tracked == before + 1
+    with pytest.raises(RuntimeError, match="a CUDA graph can't capture activation checkpointing of StochNorm"):
+        capture(lambda: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False))
 
 
 def test_a_repetition_that_draws_otherwise_is_refused():
