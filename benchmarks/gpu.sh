@@ -21,7 +21,7 @@ small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blo
 small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}")
-host_only=(architectures build build_parts distributed kernels_on_host packages pages recipes simt)  # reach no GPU
+host_only=(architectures batch_norm_tools build build_parts distributed kernels_on_host packages pages recipes simt torch_private)  # reach no GPU
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 ignored=("${ignored[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)

@@ -453,7 +453,8 @@ def stoch_norm_oracle(call: Normalization, exact: dict[str, Tensor], mask: Tenso
         ("running_mean", running_mean, batch_mean),
         ("running_var", running_var, squares / max(n - 1, 1)),
     ):
-        moved[name] = old + number["momentum"] * (batch - old)
+        # all the way, whatever the old one is
+        moved[name] = batch if call.momentum == 1 else old + number["momentum"] * (batch - old)
 
     mean = batch_mean.where(s, running_mean)
     invstd = ((squares / n).where(s, running_var) + number["eps"]).rsqrt()
@@ -486,6 +487,7 @@ def run_stoch_norm(call: Normalization, device: torch.device):
     wanted = [name for name in ("input", "weight", "bias") if name in call.wanted and name in tensors]
     for name in wanted:
         tensors[name] = tensors[name].detach().requires_grad_()
+    running = torch.stack([tensors[name].double() for name in ("running_mean", "running_var")])
     output, statistics = stoch_norm(**tensors, mask=mask, momentum=call.momentum, eps=call.eps)
     results = {"output": output.detach(), "mean": statistics[0], "invstd": statistics[1]}
     for name in ("running_mean", "running_var"):
@@ -498,9 +500,10 @@ def run_stoch_norm(call: Normalization, device: torch.device):
             results[f"d{name}"] = gradient
     else:
         assert not output.requires_grad
-    # a recomputation
-    again, _ = stoch_norm(**tensors, mask=mask, momentum=call.momentum, eps=call.eps, statistics=statistics)
-    results["again"] = again.detach()
+    # compiled code's way
+    vectors = (tensors.get(name) for name in ("input", "weight", "bias"))
+    again = torch.ops.talib_fast.stoch_norm_functional(*vectors, running, mask, call.eps)
+    assert all(same_bits(a, b) for a, b in zip(again, (output, *statistics), strict=False))
     for name in ("running_mean", "running_var"):
         assert same_bits(results[name], operands[name].tensor)
         operands.pop(name).check_unchanged_around()
@@ -525,7 +528,6 @@ def test_stoch_norm(device, on_host_harness, data):
     for name in ("output", "dinput"):
         if name in results:
             check(by_channel(results[name]), expected[name], name, plain)
-    check(by_channel(results["again"]), expected["output"], "output again", plain)
     for name in ("running_mean", "running_var", "dweight", "dbias"):
         if name in results:
             check(results[name][:, None], expected[name], name, plain)
@@ -542,6 +544,7 @@ LAYERS = {2: StochNorm1d, 3: StochNorm1d, 4: StochNorm2d, 5: StochNorm3d}
 def test_stoch_norm_layer(device, data):
     """A training step is the operation, with the mask that torch's generator draws."""
     call = data.draw(normalizations(500), label="call")
+    assume(call.eps > 0)  # as batch norms ask for
     average = data.draw(st.booleans(), label="average over all batches")
     layer = LAYERS[len(call.input.shape)](
         call.input.shape[1], call.eps, None if average else call.momentum, call.weight is not None, p=call.p
@@ -651,8 +654,6 @@ STOCH_NORM_FAULTS = [
         for name in ("eps", "momentum")
         for value in NO_NUMBERS
     ),
-    Fault("longer statistics", change("statistics", lambda s: (s[0], s[1].new_zeros(len(s[1]) + 1))), ValueError),
-    Fault("half statistics", change("statistics", lambda s: (s[0].half(), s[1])), TypeError),
 ]
 
 
@@ -665,8 +666,7 @@ def test_stoch_norm_refuses(device, data):
     assume(call.input.shape[1] > 1)  # of one channel some faults are none
     assume(math.prod(call.input.shape) > 0)
     arguments = {name: operand.tensor for name, operand in operands.items()}
-    ones = torch.ones(call.input.shape[1], device=device, dtype=accumulation(call.input.dtype))
-    arguments |= dict(mask=call.mask(device), momentum=call.momentum, eps=call.eps, statistics=(ones, ones.clone()))
+    arguments |= dict(mask=call.mask(device), momentum=call.momentum, eps=call.eps)
     fault.apply(arguments)
     check_refusal(fault, lambda: stoch_norm(**arguments), operands.values())
 

@@ -945,6 +945,17 @@ class TestGraphs:
             torch.testing.assert_close(graph(x), expected)
         torch.testing.assert_close(dict(net.state_dict()), dict(twin.state_dict()))
 
+    @pytest.mark.parametrize("track", [True, False])
+    def test_a_layer_by_itself_is_traced_in_evaluation(self, track):
+        layer, x = StochNorm2d(4, track_running_stats=track), torch.randn(3, 4, 2, 2)
+        if track:
+            with pytest.raises(RuntimeError, match="can't trace a StochNorm2d in training by itself"):
+                torch.fx.symbolic_trace(layer)
+        else:
+            torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+        layer(x)
+        torch.testing.assert_close(torch.fx.symbolic_trace(layer.eval())(x), layer(x))
+
     def test_preparing_for_quantization_keeps_the_layer(self):
         quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
         with warnings.catch_warnings():

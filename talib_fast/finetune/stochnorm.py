@@ -107,7 +107,17 @@ class _StochNorm(_BatchNorm):
         if not isinstance(input, Proxy):
             raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {type(input).__name__}")
         tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        path, symbol = tracer.path_of_module(self), cast("Tensor", input)
+        if path:
+            return tracer.create_proxy("call_module", path, (input,), {})
+        use_batch = self.running_mean is None
+        if self.training and not use_batch:
+            raise RuntimeError(
+                f"torch.fx can't trace a {type(self).__name__} in training by itself: trace a module that holds it"
+            )
+        return F.batch_norm(
+            symbol, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):

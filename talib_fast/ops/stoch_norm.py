@@ -63,11 +63,15 @@ def _gradients(
 
 
 def moved(running: Tensor, batch: Tensor, share: float | Tensor) -> Tensor:
-    """A running statistic, moved by that share towards the batch's."""
+    """A running statistic, moved by that share towards the batch's; by 1 all the way, whatever it was."""
+    if not isinstance(share, Tensor) and share == 1:
+        return batch.to(running.dtype)
     # the batch's may be too large for the running statistic's dtype, but not that share of it
     wide = torch.promote_types(running.dtype, batch.dtype)
-    share = share.to(wide) if isinstance(share, Tensor) else share
-    return running.to(wide).lerp(batch.to(wide), share).to(running.dtype)
+    old, new = running.to(wide), batch.to(wide)
+    if isinstance(share, Tensor):
+        return torch.where(share == 1, new, old.lerp(new, share.to(wide))).to(running.dtype)
+    return old.lerp(new, share).to(running.dtype)
 
 
 def _normalized(
@@ -321,7 +325,8 @@ def stoch_norm(
         running_mean, running_var: ``[C]``, updated in place.
         mask: ``[C]``, bool; True takes the batch's statistics.
         weight, bias: ``[C]`` or None.
-        momentum: share of the batch in the new running statistics, in [0, 1].
+        momentum: share of the batch in the new running statistics, in [0, 1]; of 1 they are the batch's, whatever they
+            were.
         eps: added to the variance, finite and at least 0.
 
     Returns:
@@ -446,4 +451,4 @@ def stoch_norm_by_formula(
     elif momentum and input.numel():
         # Every transform lets a batch norm move its running statistics, and only that where they are not an argument.
         F.batch_norm(values.to(running_mean.dtype), running_mean, running_var, None, None, True, momentum)
-    return output, (mean, invstd)
+    return output, (mean.detach(), invstd.detach())
