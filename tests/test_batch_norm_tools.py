@@ -134,8 +134,11 @@ class TestBatchNorms:
 def module_infos():
     """What PyTorch tests its own batch norms with."""
     pytest.importorskip("expecttest", reason="no expecttest, which PyTorch's testing needs")
+    allowed = "__allow_nonbracketed_mutation_flag"  # to set torch.backends' flags, which the import takes from others
+    before = getattr(torch.backends, allowed)
     from torch.testing._internal.common_modules import module_db
 
+    setattr(torch.backends, allowed, before)
     return {info.module_cls: info for info in module_db}
 
 

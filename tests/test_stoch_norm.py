@@ -384,8 +384,8 @@ class TestKernels:
         for expected, got in zip(*results, strict=True):
             assert torch.equal(got, expected)
 
-    @pytest.mark.parametrize("shape", [(0, 5, 3), (6, 5), (48, 40, 7), (3, 5, 40, 30)], ids=str)
-    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    @pytest.mark.parametrize("shape", [(0, 5, 3), (6, 5), (9, 24, 7), (2, 5, 20, 30)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     def test_the_functional_operator_changes_nothing_and_gives_the_batch_s_statistics(self, shape, dtype, device):
         args = inputs(shape, dtype, device)
         args["running_mean"][0] = torch.inf  # of which nothing may get into the batch's
@@ -394,7 +394,7 @@ class TestKernels:
         vectors = [args[name].clone() for name in ("weight", "bias", "running_mean", "running_var")]
         before = [vector.clone() for vector in vectors]
         # a repetition has drawn the same numbers, with their signs set
-        for mask, p in ((drawn < 0.5, 1.0), (drawn, 0.5), (-drawn, 0.5)):
+        for mask, p in ((drawn < 0.5, 1.0), (-drawn, 0.5)):
             output, mean, invstd, batch = OP.stoch_norm_functional(
                 args["input"], *vectors[:2], torch.stack(vectors[2:]), mask, 1e-5, p
             )
