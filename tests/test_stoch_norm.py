@@ -1102,9 +1102,10 @@ class TestLayersThatTorchDerives:
 
     def test_parametrised_layers(self):
         net = nn.Sequential(parametrized(nn.BatchNorm2d(4)), parametrized(StochNorm2d(4)))
-        before = type(net[0])
+        before, unchanged = type(net[0]), type(net[1])
         convert_model(net, 0.1)
         assert all(isinstance(layer, StochNorm2d) and layer.p == 0.1 for layer in net)
+        assert type(net[1]) is unchanged
         net(torch.randn(3, 4, 2, 2)).sum().backward()
         assert net[0].parametrizations.weight.original.grad is not None
         restore_batch_norm(net)

@@ -346,6 +346,8 @@ def _counterpart(kind: type, counterparts: dict[type, type]) -> type | None:
     found = [base for base in bases if base is not None]
     if len(found) != 1:
         return None
+    if found[0] in kind.__bases__:
+        return kind
     if (kind, found[0]) not in _derived:
         (norm,) = (base for base, its in zip(kind.__bases__, bases, strict=True) if its is not None)
         contents = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
