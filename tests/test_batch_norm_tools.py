@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -134,11 +135,8 @@ class TestBatchNorms:
 def module_infos():
     """What PyTorch tests its own batch norms with."""
     pytest.importorskip("expecttest", reason="no expecttest, which PyTorch's testing needs")
-    allowed = "__allow_nonbracketed_mutation_flag"  # to set torch.backends' flags, which the import takes from others
-    before = getattr(torch.backends, allowed)
-    from torch.testing._internal.common_modules import module_db
-
-    setattr(torch.backends, allowed, before)
+    with mock.patch.object(torch.backends, "disable_global_flags"):  # or no other test could set a flag afterwards
+        from torch.testing._internal.common_modules import module_db
     return {info.module_cls: info for info in module_db}
 
 
