@@ -129,7 +129,7 @@ struct Forward {
       store(moved_mean, c, moved(old_mean, sums.mean));
       store(moved_var, c, moved(old_var, unbiased));
       if (c == 0 && batches != nullptr) ++*batches;
-    } else {
+    } else if (moved_mean.data != running_mean.data) {  // in place they stay as they are: A may be too narrow for them
       store(moved_mean, c, old_mean), store(moved_var, c, old_var);
     }
     return constants(used_mean, used_invstd, c);
