@@ -28,6 +28,7 @@ fuzz: .venv/test
 
 packages: .venv/test
 	rm -rf dist
+	$(BIN)/python tools/architectures.py csrc/cuda/*.cu
 	$(BIN)/python tools/packages.py build dist
 	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) -- -n 2 --dist loadfile --no-loadscope-reorder
 

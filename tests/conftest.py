@@ -11,6 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_cover: disable coverage for this test.")  # without pytest-cov too
     library = config.getoption("--library")
     if library is not None:
         if os.environ.get("TALIB_FAST_BACKEND") != "pytorch":

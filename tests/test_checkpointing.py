@@ -19,8 +19,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, SyncStochNorm
 
-# dynamo looks at every input of a compiled block for a gradient
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    # dynamo looks at every input of a compiled block for a gradient
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.no_cover,  # coverage would follow torch.compile's own Python: half as much time again
+]
 MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default]
 
 

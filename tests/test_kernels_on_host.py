@@ -8,10 +8,11 @@ import pytest
 import simt_support
 
 KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger_than_the"
+AGAIN = f"{KERNELS} and not gradcheck and not opcheck"  # which ask the same of every order of threads
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
 SMALL = {
     "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted or drawn) "
-    "and not 2048 and not 260 and not 160",
+    "and not 2048 and not 260 and not 160 and not bfloat16",  # which walks as float16 does
     "squared_distance": "cpu and TestKernels and not more_threads and not larger and not 1003 and not 159",
     "spectral_tail": "cpu and TestKernels and not more_threads and not 2048 and not every_size",
 }
@@ -24,24 +25,24 @@ MANY_SLICES = {"SIMT_MULTIPROCESSORS": "64"}  # of a Gram matrix's columns
     ("operation", "kind", "tests", "settings"),
     [
         ("stoch_norm", "plain", KERNELS, {}),
-        ("stoch_norm", "plain", KERNELS, {**SLICED, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"}),
+        ("stoch_norm", "plain", AGAIN, {**SLICED, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"}),
         ("stoch_norm", "plain", None, {**SLICED, "SIMT_CACHE_BYTES": "1", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
         ("stoch_norm", "address", None, {"SIMT_SEED": "1"}),
         ("stoch_norm", "address", None, {**SLICED, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
         ("stoch_norm", "thread", None, {**SLICED, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
         ("squared_distance", "plain", KERNELS, {}),
         # a driver whose launches have room for fewer tensors
-        ("squared_distance", "plain", KERNELS, {"SIMT_SEED": "3", "SIMT_BLOCKS": "3", "SIMT_DRIVER": "12000"}),
+        ("squared_distance", "plain", AGAIN, {"SIMT_SEED": "3", "SIMT_BLOCKS": "3", "SIMT_DRIVER": "12000"}),
         ("squared_distance", "address", None, {"SIMT_SEED": "1"}),
         ("squared_distance", "thread", None, {"SIMT_SEED": "2", "SIMT_BLOCKS": "3"}),
         ("spectral_tail", "plain", KERNELS, {}),
         (
             "spectral_tail",
             "plain",
-            KERNELS,
+            AGAIN,
             {**MANY_SLICES, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"},
         ),
-        ("spectral_tail", "plain", KERNELS, {"SIMT_SHARED_BYTES": "232448", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
+        ("spectral_tail", "plain", AGAIN, {"SIMT_SHARED_BYTES": "232448", "SIMT_THREADS": "32", "SIMT_SEED": "4"}),
         ("spectral_tail", "address", None, {"SIMT_SEED": "1"}),
         ("spectral_tail", "address", None, {**MANY_SLICES, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
         ("spectral_tail", "thread", None, {**MANY_SLICES, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
@@ -65,6 +66,7 @@ def run(tests, kind, chosen, settings):
     library = simt_support.build(kind) / "libtalib_fast_simt.so"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--library", library, "-k", chosen]
     environment = {**simt_support.sanitizer_environment(kind), "TALIB_FAST_BACKEND": "pytorch", **settings}
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # other tests cover the Python, and it takes time
     done = subprocess.run(
         [*command, simt_support.ROOT / "tests" / tests],
         cwd=simt_support.ROOT, capture_output=True, text=True, env=environment,

@@ -30,6 +30,8 @@ from talib_fast.finetune.delta import (
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
 from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model
 
+pytestmark = pytest.mark.no_cover  # coverage would follow torch.compile's own Python: half as much time again
+
 README = Path(__file__).parent.parent / "README.md"
 CLASSES = 4
 
@@ -344,7 +346,7 @@ def test_double_backward(make, inputs):
         given = tensors(copy.deepcopy(model)(x, *others))
         return tuple(output for output in given if output.requires_grad)
 
-    assert gradgradcheck(outputs, (x.requires_grad_(),))
+    assert gradgradcheck(outputs, (x.requires_grad_(),), fast_mode=True)  # along random directions
 
 
 @subjects
