@@ -8,7 +8,7 @@ import pytest
 import simt_support
 
 KERNELS = "cpu and (TestOperation or TestKernels) and not more_threads and not larger_than_the"
-AGAIN = f"{KERNELS} and not gradcheck and not opcheck"  # which ask the same of every order of threads
+AGAIN = f"{KERNELS} and not gradcheck and not opcheck"  # derivatives and schemas, which no order of threads changes
 # A thread or block more costs a sanitizer much: what it runs is small, and still takes every path of the kernels.
 SMALL = {
     "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted or drawn) "
