@@ -1397,12 +1397,11 @@ def _train_a_rank(rank, folder, shares, track, momentum):
 @needs_gloo
 @pytest.mark.parametrize(
     ("shares", "track", "momentum"),
-    [([5, 3], True, 0.1), ([8, 0], True, 0.1), ([4, 4], True, None), ([5, 3], False, 0.1)],
+    [([5, 3], True, 0.1), ([8, 0], True, 0.1), ([4, 4], True, None), ([5, 3], False, 0.1), ([0, 0], True, None)],
 )
 def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tmp_path):
-    data = [
-        (torch.randn(8, 6, 3, dtype=torch.float64) + 2, torch.randn(8, 6, 3, dtype=torch.float64)) for _ in range(2)
-    ]
+    shape = (sum(shares), 6, 3)
+    data = [(torch.randn(shape, dtype=torch.float64) + 2, torch.randn(shape, dtype=torch.float64)) for _ in range(2)]
     torch.save(data, tmp_path / "data.pt")
     spawn_ranks(len(shares), _train_a_rank, tmp_path, shares, track, momentum)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]

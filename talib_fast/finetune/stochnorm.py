@@ -166,24 +166,31 @@ class _StochNorm(_BatchNorm):
             return self.momentum
         return 0.0 if self.num_batches_tracked is None else 1 / float(self.num_batches_tracked)
 
-    def _move(self, read: Tensor | Sequence[Tensor], batch: Tensor | Sequence[Tensor], repeats: bool | Tensor) -> None:
+    def _move(
+        self,
+        read: Tensor | Sequence[Tensor],
+        batch: Tensor | Sequence[Tensor],
+        repeats: bool | Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
 
         Args:
             read: the running mean and variance that the pass read.
             batch: the batch's mean and unbiased variance.
             repeats: as :func:`~talib_fast.ops.draw.draw` gave it.
+            counted: whether the batch counts as one, a bool tensor without dimensions; None: it does.
         """
         # A repetition calls what the first pass called, on what it read: selective checkpointing counts the calls.
         targets = list(read) if repeats is True else [self.running_mean, self.running_var]
         counter, share = self.num_batches_tracked, cast("float | Tensor | None", self.momentum)
         if counter is not None:
             counts = repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats)
-            assign([counter], [counter + counts])
+            assign([counter], [counter + (counts if counted is None else counts * counted)])
         if share is None:
             if counter is None:
                 return  # there is nothing to average by; batch norms leave their statistics, too
-            share = counter.reciprocal()
+            share = counter.clamp_min(1).reciprocal()
         values = [moved(old, new, share) for old, new in zip(read, batch, strict=True)]
         if isinstance(repeats, Tensor):
             values = [torch.where(repeats, *pair) for pair in zip(targets, values, strict=True)]
@@ -298,9 +305,10 @@ class SyncStochNorm(_StochNorm):
         table = _AllReduce.apply(F.pad(row[None], (0, 0, rank, world_size - 1 - rank)), self.process_group)
         means, squares, masks, counts = table.split([self.num_features, self.num_features, len(mask), 1], dim=1)
         counts = counts.detach()
-        total = counts.sum().clamp_min(1)
-        mean = (counts * means).sum(0) / total
-        variance = (squares + counts * (means - mean).square()).sum(0) / total
+        total = counts.sum()
+        divisor = total.clamp_min(1)
+        mean = (counts * means).sum(0) / divisor
+        variance = (squares + counts * (means - mean).square()).sum(0) / divisor
         return mean, variance, total, masks[0].detach() > 0
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
@@ -313,7 +321,9 @@ class SyncStochNorm(_StochNorm):
             used = [statistic.to(mean.dtype, copy=True) for statistic in running]
             if self.track_running_stats:
                 unbiased = variance.detach() * (count / (count - 1).clamp_min(1))
-                self._move(running, (mean.detach(), unbiased), repeats)
+                some = count > 0  # a joined batch without values moves nothing, which only the device knows
+                batch = [torch.where(some, *pair) for pair in zip((mean.detach(), unbiased), running, strict=True)]
+                self._move(running, batch, repeats, some)
             mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])
         invstd = (variance + self.eps).rsqrt()
         shape = [-1] + [1] * (input.dim() - 2)
