@@ -1,18 +1,39 @@
 """Running part of a test in several processes that are the ranks of a gloo group."""
 
+import functools
 import gc
+import itertools
+import multiprocessing
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
+
+_MOST = 3  # ranks of a group
+_groups = itertools.count()
+
+
+@functools.cache
+def _processes():
+    """They stay for the tests that follow, as it takes seconds to start one."""
+    return ProcessPoolExecutor(_MOST, multiprocessing.get_context("spawn"))
 
 
 def spawn_ranks(world_size, work, folder, *arguments):
     """Run ``work(rank, folder, *arguments)``, a function of a module, on each of ``world_size`` ranks."""
-    mp.spawn(_as_rank, (world_size, work, str(folder), *arguments), nprocs=world_size)
+    assert world_size <= _MOST
+    group = {"init_method": f"file://{folder}/group-{next(_groups)}", "world_size": world_size}
+    # each rank waits for the others, so that no process takes two of them
+    ranks = [_processes().submit(_as_rank, group, rank, work, str(folder), *arguments) for rank in range(world_size)]
+    done, _ = wait(ranks, return_when=FIRST_EXCEPTION)
+    if failed := [rank for rank in done if rank.exception()]:
+        for process in _processes()._processes.values():  # the other ranks may wait for the failed one
+            process.kill()
+        _processes.cache_clear()
+        failed[0].result()
 
 
 def in_group(work, *arguments, **group):
@@ -27,6 +48,6 @@ def in_group(work, *arguments, **group):
         dist.destroy_process_group()
 
 
-def _as_rank(rank, world_size, work, folder, *arguments):
+def _as_rank(group, rank, work, folder, *arguments):
     torch.set_num_threads(1)
-    in_group(work, rank, folder, *arguments, init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    in_group(work, rank, folder, *arguments, rank=rank, **group)
