@@ -1,10 +1,14 @@
 """One line for a script of the Transfer-Learning-Library: its names give what talib_fast has under them."""
 
 import importlib
+import importlib.abc
 import importlib.util
 import pkgutil
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,29 +19,42 @@ from . import finetune
 from .checks import check_module, check_number
 from .finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d
 
-# The methods' modules by the package that holds them: tllib's two, and talib's, as the library was called before.
+# The methods' modules by the package that holds them: tllib's three, and talib's, as the library was called before.
 _REGULARIZATION = ("delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation")
 _PACKAGES = {
+    "tllib.modules": ("classifier",),
     "tllib.normalization": ("stochnorm",),
     "tllib.regularization": _REGULARIZATION,
     "talib.finetune": ("stochnorm", *_REGULARIZATION),
 }
-_STOCH_NORM_MODULES = [f"{package}.stochnorm" for package, held in _PACKAGES.items() if "stochnorm" in held]
+_METHODS = {f"{package}.{method}": method for package, held in _PACKAGES.items() for method in held}
+_STOCH_NORM_MODULES = [name for name, method in _METHODS.items() if method == "stochnorm"]
 _STOCH_NORMS = {layer.__name__: layer for layer in (StochNorm1d, StochNorm2d, StochNorm3d)}
 
 
 class _Replacement(NamedTuple):
-    module: ModuleType
+    """An attribute of one of the library's modules, or the ``__bases__`` of one of its classes."""
+
+    holder: ModuleType | type
     name: str
     original: Any
     ours: Any
     label: str
 
     def __str__(self) -> str:
-        return f"{self.module.__name__}.{self.name}"
+        holder = self.holder
+        module = f"{holder.__module__}." if isinstance(holder, type) else ""
+        return f"{module}{holder.__name__}.{self.name}"
 
 
+# Held while any of what follows changes, but never during an import, which has locks of its own.
+_lock = threading.RLock()
+_wanted: set[str] = set()
 _in_place: list[_Replacement] = []
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _exists(name: str) -> bool:
@@ -63,81 +80,199 @@ def _import(name: str) -> ModuleType:
         raise ImportError(f"patch() found {name}, but importing it failed: {error}", name=name) from error
 
 
-def _public(method: str) -> dict[str, Any]:
-    """What a method's module exports, without ``torch``, ``nn`` and the like, which star imports take along."""
-    ours = getattr(finetune, method)
-    exported = [(name, getattr(ours, name)) for name in ours.__all__]
-    return {name: value for name, value in exported if getattr(value, "__module__", "").startswith("talib_fast.")}
-
-
-def _find(methods: set[str]) -> list[_Replacement]:
-    """Everything that stands for ``methods`` in the Transfer-Learning-Library and is not ours yet."""
-    found, anything = [], False
+def _found(methods: set[str]) -> Iterator[ModuleType]:
+    """The modules of ``methods`` that can be imported now."""
     for package, held in _PACKAGES.items():
         wanted = [method for method in held if method in methods]
-        if not wanted or not _exists(package.partition(".")[0]) or not _exists(package):
-            continue
-        reexporting = _import(package)
-        modules = [method for method in wanted if _exists(f"{package}.{method}")]
-        anything = anything or bool(modules)
-        replaced = []
-        for method in modules:
-            module = _import(f"{package}.{method}")
-            for name, ours in _public(method).items():
-                original = vars(module).get(name, ours)
-                if original is not ours:
-                    replaced.append(_Replacement(module, name, original, ours, f"talib_fast.finetune.{method}.{name}"))
-        found += replaced
-        for name, value in vars(reexporting).items():
-            same = [replacement for replacement in replaced if replacement.original is value]
-            found += [replacement._replace(module=reexporting, name=name) for replacement in same[:1]]
-    if methods and not anything:
-        packages = " or ".join(package for package, held in _PACKAGES.items() if methods & set(held))
-        raise ImportError(
-            f"expected the Transfer-Learning-Library to be installed, found none of {', '.join(sorted(methods))} "
-            f"in {packages}"
-        )
-    return found
+        if wanted and _exists(_root(package)) and _exists(package):
+            _import(package)
+            yield from (_import(f"{package}.{method}") for method in wanted if _exists(f"{package}.{method}"))
 
 
-def _check_subclasses(replacements: list[_Replacement]) -> None:
-    """Upstream's classes look themselves up by name to reach their base class: a subclass needs its base's name."""
-    originals = [replacement.original for replacement in replacements]
-    for replacement in replacements:
-        subclasses: list[type] = getattr(replacement.original, "__subclasses__", list)()
-        for subclass in subclasses:
-            module = sys.modules.get(subclass.__module__)
-            alive = module is not None and vars(module).get(subclass.__name__) is subclass
-            if alive and subclass not in originals and subclass.__module__.startswith(("tllib.", "talib.")):
-                raise ValueError(
-                    f"expected {subclass.__module__}.{subclass.__name__} to be replaced along with {replacement}, "
-                    "from which it derives"
-                )
+def _public(method: str) -> dict[str, Any]:
+    """What a method's module has, without ``torch``, ``nn`` and the like, which star imports take along."""
+    ours = getattr(finetune, method)
+    defined = {name for name, value in vars(ours).items() if getattr(value, "__module__", None) == ours.__name__}
+    public = {name: getattr(ours, name) for name in {*ours.__all__, *defined} if not name.startswith("_")}
+    return {
+        name: public[name]
+        for name in sorted(public)
+        if getattr(public[name], "__module__", "").startswith("talib_fast.")
+    }
 
 
-def _restore(replacements: list[_Replacement]) -> list[_Replacement]:
+def _definitions() -> Iterator[list[_Replacement]]:
+    """What is replaced in the modules that define it, oldest first, for each library."""
+    for root in sorted({_root(package) for package in _PACKAGES}):
+        definitions = [
+            replacement
+            for replacement in _in_place
+            if getattr(replacement.original, "__module__", None) == replacement.holder.__name__
+            and replacement.holder.__name__ in _METHODS
+            and _root(replacement.holder.__name__) == root
+        ]
+        if definitions:
+            yield definitions
+
+
+def _places(definitions: list[_Replacement]) -> Iterator[tuple[ModuleType | type, str, Any]]:
+    """Where their library may use them: the attributes of its modules, and the bases of its classes."""
+    root = _root(definitions[0].holder.__name__)
+    for module_name, module in sys.modules.copy().items():
+        if _root(module_name) == root and isinstance(module, ModuleType):
+            yield from ((module, name, value) for name, value in vars(module).copy().items())
+    kinds = {kind for definition in definitions for kind in (definition.original, definition.ours)}
+    for kind in kinds:
+        for subclass in type.__subclasses__(kind) if isinstance(kind, type) else ():
+            if _root(subclass.__module__) == root:
+                yield subclass, "__bases__", subclass.__bases__
+
+
+def _uses(of: str, instead: str) -> Iterator[_Replacement]:
+    """Where the library uses the definitions' ``original`` or ``ours``, as a replacement by the other one."""
+    for definitions in _definitions():
+        by_id = {id(getattr(definition, of)): definition for definition in definitions}
+        for holder, name, value in _places(definitions):
+            used = [by_id[id(part)] for part in (value if name == "__bases__" else (value,)) if id(part) in by_id]
+            if not used:
+                continue
+            other = getattr(used[0], instead)
+            if name == "__bases__":
+                other = tuple(getattr(by_id[id(base)], instead) if id(base) in by_id else base for base in value)
+            original, ours = (value, other) if of == "original" else (other, value)
+            yield _Replacement(holder, name, original, ours, used[0].label)
+
+
+def _put(replacement: _Replacement) -> None:
+    setattr(replacement.holder, replacement.name, replacement.ours)
+    _in_place.append(replacement)
+
+
+def _replace_uses() -> None:
+    """Replace what other modules have imported of the originals, and put the classes derived from them on ours.
+
+    A class of upstream's reaches its base class by the base's name, which now is ours: only ours can be its base.
+    """
+    originals = {id(replacement.original) for replacement in _in_place}
+    for replacement in _uses("original", "ours"):
+        if replacement.holder.__name__ not in _METHODS and id(replacement.holder) not in originals:
+            _put(replacement)
+
+
+def _record_uses() -> None:
+    """Record what was imported of ours, or derived from it, since: it gets the originals back with the rest."""
+    recorded = {(id(replacement.holder), replacement.name) for replacement in _in_place}
+    for replacement in _uses("ours", "original"):
+        if (id(replacement.holder), replacement.name) not in recorded:
+            _in_place.append(replacement)
+
+
+def _restore(since: int) -> list[_Replacement]:
+    """Undo the replacements from the given one on, and return those that were still in place."""
+    _record_uses()
+    undone = _in_place[since:]
+    del _in_place[since:]
     restored = []
-    for replacement in reversed(replacements):
-        # What was reloaded or replaced by someone else since is theirs.
-        if vars(replacement.module).get(replacement.name) is replacement.ours:
-            setattr(replacement.module, replacement.name, replacement.original)
+    for replacement in reversed(undone):
+        # What was replaced by someone else since is theirs.
+        if getattr(replacement.holder, replacement.name, None) is replacement.ours:
+            setattr(replacement.holder, replacement.name, replacement.original)
             restored.append(replacement)
     return restored
 
 
+def _replace_in(module: ModuleType, method: str) -> None:
+    with _lock:
+        if method not in _wanted:
+            return
+        since = len(_in_place)
+        try:
+            for name, ours in _public(method).items():
+                original = vars(module).get(name, ours)
+                if original is not ours:
+                    _put(_Replacement(module, name, original, ours, f"talib_fast.finetune.{method}.{name}"))
+            _replace_uses()
+        except BaseException:
+            _restore(since)
+            raise
+
+
+class _Loader(importlib.abc.Loader):
+    """A method's module as its own loader makes it, with the names replaced before anyone imports them."""
+
+    def __init__(self, loader: Any, name: str, reloads: bool) -> None:
+        self.loader, self.name, self.reloads = loader, name, reloads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        try:
+            self.loader.exec_module(module)
+        except BaseException:
+            # a first import that fails leaves no module, but a failed reload one with some of the originals again
+            if self.reloads:
+                _replace_in(module, _METHODS[self.name])
+            raise
+        _replace_in(sys.modules.get(self.name, module), _METHODS[self.name])
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the other finders find the methods' modules, wherever ``sys.path`` leads by then."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        finders = sys.meta_path.copy()
+        if _METHODS.get(fullname) not in _wanted or self not in finders:
+            return None
+        for finder in finders[finders.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, fullname, reloads=target is not None)
+                return spec
+        return None
+
+
+_finder = _Finder()
+
+
+def _want(methods: set[str]) -> None:
+    """Make these the methods whose modules are changed when they are imported."""
+    _wanted.clear()
+    _wanted.update(methods)
+    if _wanted and _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    if not _wanted and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+
+
 def _patch_library(methods: set[str]) -> dict[str, str]:
-    replacements = _find(methods)
-    _check_subclasses(replacements)
-    done: list[_Replacement] = []
+    if "lwf" in methods and "co_tuning" not in methods:
+        raise ValueError(
+            "expected talib.finetune.co_tuning.Classifier to be replaced along with talib.finetune.lwf.Classifier, "
+            "from which it derives: leave out lwf, too"
+        )
+    with _lock:
+        _record_uses()
+        wanted_before, since = _wanted.copy(), len(_in_place)
+        _want(_wanted | methods)
     try:
-        for replacement in replacements:
-            setattr(replacement.module, replacement.name, replacement.ours)
-            done.append(replacement)
+        for module in _found(methods):
+            _replace_in(module, _METHODS[module.__name__])
     except BaseException:
-        _restore(done)
+        with _lock:
+            _restore(since)
+            _want(wanted_before)
         raise
-    _in_place.extend(done)
-    return {str(replacement): replacement.label for replacement in done}
+    with _lock:
+        _record_uses()
+        return {str(replacement): replacement.label for replacement in _in_place[since:]}
 
 
 def _is_upstream(kind: type) -> bool:
@@ -195,14 +330,18 @@ def patch(
     lwf: bool = True,
     bi_tuning: bool = True,
     knowledge_distillation: bool = True,
+    classifier: bool = True,
 ) -> dict[str, str]:
     """Replace the Transfer-Learning-Library's fine-tuning methods by talib_fast's, or its layers in a model.
 
     ``patch()`` changes ``tllib`` and ``talib`` (not TA-Lib, which has the same name), as many as there are: in
-    ``tllib.regularization``, ``tllib.normalization`` and ``talib.finetune``, whatever talib_fast has under the same
-    name in the same module, and what the packages re-export of it. The modules are imported for that. Nothing else is
-    touched. Call it before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's
-    classes, and constructing one of those, or of subclasses defined earlier, may then fail.
+    ``tllib.regularization``, ``tllib.normalization``, ``tllib.modules.classifier`` and ``talib.finetune``, whatever
+    talib_fast has under the same name in the same module, and what their other modules have imported of it; classes
+    of theirs that derive from a replaced one derive from talib_fast's. What can be imported is imported for that.
+    What can't, as before a script's own ``sys.path.append``, is changed when it is imported, by an import hook which
+    stays until :func:`unpatch`; so an empty result means that nothing is there yet. Nothing else is touched. Call it
+    before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's classes, and
+    constructing one of those, or of subclasses defined earlier, may then fail.
 
     ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's,
     and changes nothing else. They stay the objects they are, so that parameters, statistics, ``training``,
@@ -214,17 +353,17 @@ def patch(
 
     Args:
         model: a model to change instead of the library.
-        stochnorm, delta, bss, co_tuning, lwf, bi_tuning, knowledge_distillation: False leaves that method's module
+        stochnorm, delta, bss, co_tuning, lwf, bi_tuning, knowledge_distillation, classifier: False leaves that module
             as it is.
 
     Returns:
-        What was replaced by what, by the dotted names of the library's attributes or of the model's layers.
+        What was replaced by what so far, by the dotted names of the library's attributes or of the model's layers.
 
     Raises:
-        ImportError: none of the methods' modules is there, or one fails to be imported.
+        ImportError: one of the methods' modules is there, but fails to be imported.
         TypeError: ``model`` is no module, or a choice is not True or False.
-        ValueError: methods are chosen for a model; or one is left out that derives from a chosen one, as ``talib``'s
-            Co-Tuning from its LWF; or a layer's p is not in [0, 1].
+        ValueError: methods are chosen for a model; or LWF without Co-Tuning, which derives from it; or a layer's p is
+            not in [0, 1].
     """
     choices = {
         "stochnorm": stochnorm,
@@ -234,6 +373,7 @@ def patch(
         "lwf": lwf,
         "bi_tuning": bi_tuning,
         "knowledge_distillation": knowledge_distillation,
+        "classifier": classifier,
     }
     for name, choice in choices.items():
         if not isinstance(choice, bool):
@@ -249,14 +389,15 @@ def patch(
 
 
 def unpatch() -> list[str]:
-    """Give the Transfer-Learning-Library back what every ``patch()`` so far has replaced.
+    """Give the Transfer-Learning-Library back what every ``patch()`` so far has replaced, and replace nothing more.
 
     Models stay as they are, those built since and those given to ``patch(model)``: their layers and losses go on
     working. Attributes that someone else has set since are left alone. Harmless when nothing is patched.
 
     Returns:
-        The dotted names that were restored.
+        The dotted names that were restored, whether replaced by ``patch()`` or as they were imported since: none at all
+        if the library was never there.
     """
-    restored = _restore(_in_place)
-    _in_place.clear()
-    return sorted(str(replacement) for replacement in restored)
+    with _lock:
+        _want(set())
+        return sorted({str(replacement) for replacement in _restore(0)})

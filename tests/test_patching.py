@@ -2,17 +2,22 @@ import copy
 import importlib
 import inspect
 import io
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from upstream_support import ATTRIBUTES, SIGNATURES, STAR_IMPORTED
 
 import talib_fast
 from talib_fast import finetune, patch, unpatch
 
-METHODS = ["stochnorm", "delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation"]
+METHODS = ["stochnorm", "delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation", "classifier"]
+REGULARIZATION = METHODS[1:7]
 
 # Stand-ins for upstream's modules. As there, a class reaches its base by its own name.
 STOCHNORM = """
@@ -101,6 +106,29 @@ class Classifier(ClassifierBase):
 """,
     "bi_tuning": "class Classifier: pass\nclass BiTuning: pass\nBituning = BiTuning",
     "knowledge_distillation": "class KnowledgeDistillationLoss: pass",
+    "classifier": """
+import torch.nn as nn
+
+__all__ = ["Classifier"]
+
+class Classifier(nn.Module):
+    def __init__(self, backbone, num_classes, bottleneck=None, bottleneck_dim=-1, head=None, finetune=True,
+                 pool_layer=None):
+        super(Classifier, self).__init__()
+        self.backbone = backbone
+
+class ImageClassifier(Classifier):
+    pass
+""",
+    "dann": """
+import torch.nn as nn
+from tllib.modules.classifier import Classifier as ClassifierBase
+
+class ImageClassifier(ClassifierBase):
+    def __init__(self, backbone, num_classes, bottleneck_dim=256, **kwargs):
+        bottleneck = nn.Linear(backbone.out_features, bottleneck_dim)
+        super(ImageClassifier, self).__init__(backbone, num_classes, bottleneck, bottleneck_dim, **kwargs)
+""",
 }
 STARS = ["bss", "co_tuning", "delta", "bi_tuning"]
 PURGED = ("tllib", "talib", "upstream_script")
@@ -117,13 +145,15 @@ def write(folder, package, methods, stars=()):
 
 
 def write_tllib(folder):
-    write(folder, "tllib.regularization", METHODS[1:], [*STARS, "knowledge_distillation"])
+    write(folder, "tllib.regularization", REGULARIZATION, [*STARS, "knowledge_distillation"])
+    write(folder, "tllib.modules", ["classifier"], ["classifier"])
+    write(folder, "tllib.alignment", ["dann"])
     write(folder, "tllib.normalization", ["stochnorm"])
     (folder / "tllib" / "normalization" / "__init__.py").unlink()  # upstream's has none
 
 
 def write_talib(folder):
-    write(folder, "talib.finetune", METHODS[:-1], ["stochnorm", *STARS])
+    write(folder, "talib.finetune", METHODS[:6], ["stochnorm", *STARS])
 
 
 def loaded(name):
@@ -156,6 +186,11 @@ def module(name):
     return importlib.import_module(name)
 
 
+def tllib_name(method):
+    package = {"stochnorm": "normalization", "classifier": "modules"}.get(method, "regularization")
+    return f"tllib.{package}.{method}"
+
+
 def everything(*packages):
     """The attributes of all modules of the packages."""
     names = [name for name in sys.modules if name.startswith(packages)]
@@ -173,16 +208,16 @@ def test_signatures():
 def test_tllib_is_replaced_module_by_module(tllib):
     replaced = patch()
     for method in METHODS:
-        package = "tllib.normalization" if method == "stochnorm" else "tllib.regularization"
-        upstream, ours = module(f"{package}.{method}"), getattr(finetune, method)
+        upstream, ours = module(tllib_name(method)), getattr(finetune, method)
         shared = [name for name in ours.__all__ if name in vars(upstream)]
         assert shared and all(getattr(upstream, name) is getattr(ours, name) for name in shared)
         for name in set(shared) - {"torch", "nn"}:
-            assert replaced[f"{package}.{method}.{name}"] == f"talib_fast.finetune.{method}.{name}"
+            assert replaced[f"{tllib_name(method)}.{name}"] == f"talib_fast.finetune.{method}.{name}"
     regularization = module("tllib.regularization")
     assert regularization.Classifier is finetune.bi_tuning.Classifier
     assert regularization.SPRegularization is finetune.delta.SPRegularization
     assert replaced["tllib.regularization.Classifier"] == "talib_fast.finetune.bi_tuning.Classifier"
+    assert replaced["tllib.modules.Classifier"] == "talib_fast.finetune.classifier.Classifier"
     assert all(name.startswith("tllib.") for name in replaced)
 
 
@@ -218,17 +253,19 @@ def test_what_is_not_ours_stays(tllib):
 
 
 def test_unpatch_restores_exactly_the_originals(tllib, talib):
-    for package in ("tllib.regularization", "tllib.normalization.stochnorm", "talib.finetune"):
-        module(package)
-    module("tllib.regularization.lwf")
+    for name in ("tllib.regularization.lwf", "tllib.normalization.stochnorm", "tllib.alignment.dann", "talib.finetune"):
+        module(name)
+    module("tllib.modules.classifier")
     before = everything("tllib.", "talib.")
+    bases = sys.modules["tllib.alignment.dann"].ImageClassifier.__bases__
     replaced = patch()
     changed = [name for name, value in everything("tllib.", "talib.").items() if before[name] is not value]
-    assert sorted(changed) == sorted(replaced)
+    assert "tllib.alignment.dann.ImageClassifier.__bases__" in replaced
+    assert sorted(changed) == sorted(name for name in replaced if not name.endswith("__bases__"))
     assert unpatch() == sorted(replaced)
     after = everything("tllib.", "talib.")
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-    assert unpatch() == []
+    assert sys.modules["tllib.alignment.dann"].ImageClassifier.__bases__ == bases and unpatch() == []
     assert patch() == replaced
 
 
@@ -237,8 +274,7 @@ def test_a_method_can_be_left_out(tllib, method):
     left_out = {method, "lwf"} if method == "co_tuning" else {method}  # LWF's class is the base of Co-Tuning's
     replaced = patch(**dict.fromkeys(left_out, False))
     assert replaced and not any(f".{method}." in name for name in replaced)
-    package = "tllib.normalization" if method == "stochnorm" else "tllib.regularization"
-    upstream = module(f"{package}.{method}")
+    upstream = module(tllib_name(method))
     names = [name for name in getattr(finetune, method).__all__ if isinstance(vars(upstream).get(name), type)]
     assert names and all(getattr(upstream, name).__module__ == upstream.__name__ for name in names)
 
@@ -282,14 +318,17 @@ def test_patches_add_up_and_unpatch_takes_all_back(tllib):
     assert (bss.BatchSpectralShrinkage, delta.SPRegularization) == originals
 
 
-def test_a_reloaded_module_is_patched_again_and_keeps_its_new_originals(tllib):
+def test_a_reloaded_module_stays_patched_and_keeps_its_new_originals(tllib, site):
     patch()
     reloaded = importlib.reload(module("tllib.regularization.bss"))
-    original = reloaded.BatchSpectralShrinkage
-    assert original is not finetune.bss.BatchSpectralShrinkage
-    assert "tllib.regularization.bss.BatchSpectralShrinkage" in patch()
+    assert reloaded.BatchSpectralShrinkage is finetune.bss.BatchSpectralShrinkage and patch() == {}
+    path = site / "tllib" / "regularization" / "bss.py"
+    path.write_text(path.read_text() + "\nraise RuntimeError('no GPU')")
+    with pytest.raises(RuntimeError, match="no GPU"):
+        importlib.reload(reloaded)
+    assert reloaded.BatchSpectralShrinkage is finetune.bss.BatchSpectralShrinkage
     unpatch()
-    assert reloaded.BatchSpectralShrinkage is original
+    assert reloaded.BatchSpectralShrinkage.__module__ == "tllib.regularization.bss"
 
 
 def test_unpatch_leaves_what_someone_else_has_set_since(tllib):
@@ -327,16 +366,193 @@ def test_names_bound_before_keep_upstreams_classes(tllib):
     assert early.__module__ == "tllib.regularization.delta"
 
 
-def test_neither_package(site, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tllib", None)
-    with pytest.raises(ImportError, match="Transfer-Learning-Library to be installed, found none of bi_tuning, bss"):
-        patch()
-    write_talib(site)
-    others = dict.fromkeys(METHODS, False)
-    message = r"found none of knowledge_distillation in tllib\.regularization or talib\.finetune"
-    with pytest.raises(ImportError, match=message):
-        patch(**others | {"knowledge_distillation": True})
+def as_upstreams_examples_do(site):
+    """patch() in a script's first line, before the path that leads to the library is known."""
+    site.joinpath("library").mkdir()
+    assert patch() == {}
+    write_tllib(site / "library")
+    sys.path.append(str(site / "library"))
+
+
+@pytest.fixture
+def patched_first(site, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    as_upstreams_examples_do(site)
+
+
+def test_a_library_that_is_found_later_is_patched_as_it_is_imported(patched_first):
+    script = {}
+    exec("from tllib.regularization.delta import *\nfrom tllib.modules import Classifier", script)
+    assert script["SPRegularization"] is finetune.delta.SPRegularization and script["nn"] is nn
+    assert script["Classifier"] is finetune.classifier.Classifier
+    for method in METHODS:
+        upstream, ours = module(tllib_name(method)), getattr(finetune, method)
+        assert all(getattr(upstream, name) is getattr(ours, name) for name in ours.__all__ if name in vars(upstream))
+        assert upstream.__loader__ is upstream.__spec__.loader and "talib_fast" not in repr(upstream.__loader__)
+    assert module("tllib.regularization").SPRegularization is finetune.delta.SPRegularization
+    assert patch() == {}
+
+
+def test_unpatch_restores_what_was_replaced_as_it_was_imported(patched_first):
+    finders = sys.meta_path.copy()
+    dann, package = module("tllib.alignment.dann"), module("tllib.regularization")
+    classifier, co_tuning = module("tllib.modules.classifier"), module("tllib.regularization.co_tuning")
+    assert dann.ClassifierBase is finetune.classifier.Classifier
+    restored = unpatch()
+    names = [
+        "alignment.dann.ClassifierBase",
+        "modules.classifier.Classifier",
+        "regularization.bss.BatchSpectralShrinkage",
+    ]
+    assert {f"tllib.{name}" for name in [*names, "regularization.BatchSpectralShrinkage"]} < set(restored)
+    assert not any(
+        value is ours
+        for value in everything("tllib.").values()
+        for ours in vars(finetune.lwf).values()
+        if getattr(ours, "__module__", "").startswith("talib_fast.")
+    )
+    assert dann.ClassifierBase is classifier.Classifier and dann.ImageClassifier.__bases__ == (classifier.Classifier,)
+    assert co_tuning.Classifier.__bases__ == (co_tuning.ClassifierBase,)
+    assert package.BatchSpectralShrinkage.__module__ == "tllib.regularization.bss"
+    co_tuning.Classifier(), dann.ImageClassifier(backbone(), 3)
+    assert len(sys.meta_path) == len(finders) - 1
+    module("tllib.normalization.stochnorm")
+    assert sys.modules["tllib.normalization.stochnorm"].StochNorm2d.__module__ == "tllib.normalization.stochnorm"
     assert unpatch() == []
+
+
+def test_only_the_chosen_methods_are_patched_later(site):
+    assert patch(bss=False, classifier=False) == {} and patch(**dict.fromkeys(METHODS, False)) == {}
+    write_tllib(site)
+    importlib.invalidate_caches()
+    assert module("tllib.regularization.bss").BatchSpectralShrinkage.__module__ == "tllib.regularization.bss"
+    assert module("tllib.regularization.delta").SPRegularization is finetune.delta.SPRegularization
+    replaced = patch().keys()
+    assert {"tllib.modules.Classifier", "tllib.regularization.BatchSpectralShrinkage"} < replaced
+    assert not any("delta" in name for name in replaced)
+
+
+@pytest.mark.parametrize("imports", [["tllib.alignment.dann"], ["tllib.regularization.lwf", "tllib.modules"]])
+def test_the_hook_imports_nothing(patched_first, imports):
+    for name in imports:
+        module(name)
+    assert "tllib.normalization" not in sys.modules
+
+
+def test_an_import_that_fails_leaves_the_hook_and_nothing_replaced(patched_first, site):
+    path = site / "library" / "tllib" / "regularization" / "lwf.py"
+    source = path.read_text()
+    path.write_text(source + "\nraise RuntimeError('no GPU')")
+    with pytest.raises(RuntimeError, match="no GPU"):
+        module("tllib.regularization.lwf")
+    assert "tllib.regularization.lwf" not in sys.modules
+    path.write_text(source + "# mended\n")
+    importlib.invalidate_caches()
+    assert module("tllib.regularization.lwf").Classifier is finetune.lwf.Classifier
+    assert module("tllib.regularization.bss").BatchSpectralShrinkage is finetune.bss.BatchSpectralShrinkage
+
+
+def test_a_patch_that_fails_leaves_what_the_hook_has_replaced(patched_first, site):
+    unpatch()
+    patch(lwf=False, co_tuning=False)
+    bss = module("tllib.regularization.bss")
+    site.joinpath("library", "tllib", "regularization", "lwf.py").write_text("raise RuntimeError('no GPU')")
+    sys.modules.pop("tllib.regularization.lwf"), sys.modules.pop("tllib.regularization.co_tuning")
+    with pytest.raises(ImportError, match=r"found tllib\.regularization\.\w+, but importing it failed: no GPU"):
+        patch()
+    assert bss.BatchSpectralShrinkage is module("tllib.regularization").BatchSpectralShrinkage
+    assert bss.BatchSpectralShrinkage is finetune.bss.BatchSpectralShrinkage
+
+
+def test_modules_that_import_each_other_are_patched(patched_first, site):
+    folder = site / "library" / "tllib" / "modules"
+    source = folder.joinpath("classifier.py").read_text()
+    folder.joinpath("classifier.py").write_text(source + "\nfrom . import derived\n")
+    folder.joinpath("derived.py").write_text(
+        "from .classifier import Classifier\n\nclass Derived(Classifier):\n"
+        "    def __init__(self, *args):\n        super(Derived, self).__init__(*args)\n"
+    )
+    derived = module("tllib.modules.derived")
+    assert derived.Classifier is finetune.classifier.Classifier
+    assert isinstance(derived.Derived(backbone(), 3), finetune.classifier.Classifier)
+    unpatch()
+    assert derived.Derived.__bases__ == (derived.Classifier,) == (module("tllib.modules.classifier").Classifier,)
+
+
+def test_threads_import_at_once(patched_first):
+    names = [tllib_name(method) for method in METHODS] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        modules = list(pool.map(module, names))
+        patched = list(pool.map(lambda _: patch(), range(4)))
+    assert all(upstream is sys.modules[name] for upstream, name in zip(modules, names, strict=True))
+    for method in METHODS:
+        assert (
+            module(tllib_name(method)).__dict__.items()
+            >= {
+                name: value
+                for name, value in vars(getattr(finetune, method)).items()
+                if name in getattr(finetune, method).__all__ and name in vars(module(tllib_name(method)))
+            }.items()
+        )
+    assert not any(patched[1:]) and unpatch() and unpatch() == []
+
+
+def test_two_hooks_and_a_library_of_other_loaders(patched_first, site, monkeypatch):
+    """Another copy of talib_fast may have a hook, too, and the library may lie in an archive."""
+    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "talib_fast.patching")
+    monkeypatch.setattr(sys, "meta_path", [finder, type(finder)(), *sys.meta_path[1:]])
+    archive = shutil.make_archive(str(site / "archive"), "zip", site / "library")
+    sys.path[:] = [archive, *(path for path in sys.path if path != str(site / "library"))]
+    delta = module("tllib.regularization.delta")
+    assert archive in delta.__file__ and delta.SPRegularization is finetune.delta.SPRegularization
+    assert "class SPRegularization" in delta.__loader__.get_source("tllib.regularization.delta")
+    importlib.reload(delta)
+    assert delta.SPRegularization is finetune.delta.SPRegularization
+
+
+def test_a_library_that_never_comes(site, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tllib", None)
+    assert patch() == {} and unpatch() == []
+    assert patch(**dict.fromkeys(METHODS, False)) == {}
+    assert not any(type(finder).__module__ == "talib_fast.patching" for finder in sys.meta_path)
+    with pytest.raises(ImportError):
+        module("tllib.regularization")
+
+
+def backbone():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1))
+    layers.out_features = 4
+    return layers
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_classifiers_of_the_rest_of_the_library_derive_from_ours(tllib, before):
+    if before:
+        module("tllib.alignment.dann")
+    replaced = patch()
+    kind, image_classifier = (
+        module("tllib.modules.classifier").Classifier,
+        module("tllib.alignment.dann").ImageClassifier,
+    )
+    assert kind is finetune.classifier.Classifier is module("tllib.alignment.dann").ClassifierBase
+    assert ("tllib.alignment.dann.ImageClassifier.__bases__" in replaced) == before
+    model = image_classifier(backbone(), 3, bottleneck_dim=2, finetune=False)
+    predictions, features = model(torch.randn(2, 3, 4, 4))
+    assert isinstance(model, kind) and predictions.shape == (2, 3) and features.shape == (2, 2)
+    assert model.features_dim == 2 and [group["lr"] for group in model.get_parameters()] == [1.0] * 3
+    unpatch()
+    assert image_classifier.__bases__ == (module("tllib.modules.classifier").Classifier,)
+    image_classifier(backbone(), 3)
+
+
+def test_instance_checks_are_upstreams(tllib):
+    patch()
+    kind = module("tllib.modules.classifier").Classifier
+    regularization = {method: module(tllib_name(method)).Classifier for method in ("lwf", "co_tuning", "bi_tuning")}
+    head = nn.Linear(4, 5)
+    assert isinstance(regularization["bi_tuning"](backbone(), 3), kind)
+    assert isinstance(regularization["co_tuning"](backbone(), 3, head), regularization["lwf"])
+    assert not isinstance(regularization["lwf"](backbone(), 3, head), kind)
 
 
 @pytest.mark.parametrize("layout", ["talib.py", "talib/__init__.py"])
@@ -347,9 +563,10 @@ def test_ta_lib_is_left_alone(site, layout, imported):
     path.write_text("def SMA(): pass")
     site.joinpath("finetune.py").write_text("raise AssertionError")
     before = dict(vars(module("talib"))) if imported else None
-    with pytest.raises(ImportError, match="Transfer-Learning-Library"):
-        patch()
-    assert ("talib" in sys.modules) == imported
+    assert patch() == {}
+    assert ("talib" in sys.modules) == imported and module("talib").SMA() is None
+    if not imported:
+        del sys.modules["talib"]
     write_tllib(site)
     importlib.invalidate_caches()
     assert {name.partition(".")[0] for name in patch()} == {"tllib"}
@@ -555,3 +772,60 @@ def test_model_stays_as_it_is_after_a_failure_in_the_middle(tllib):
 def test_importing_talib_fast_imports_neither_package(tllib, talib, site):
     code = "import sys, talib_fast; assert not {'tllib', 'talib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=site, check=True)
+
+
+@pytest.mark.parametrize("method", STAR_IMPORTED)
+def test_star_imports_give_every_name_of_upstreams(method):
+    script = {}
+    exec(f"from talib_fast.finetune.{method} import *", script)
+    assert set(STAR_IMPORTED[method].split()) <= script.keys()
+    for name in {"torch", "nn", "F", "functools", "tqdm"} & set(STAR_IMPORTED[method].split()):
+        assert inspect.ismodule(script[name])
+
+
+def public(name):
+    found = finetune
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_everything_takes_upstreams_arguments(name):
+    parameters, expected = list(inspect.signature(public(name)).parameters), SIGNATURES[name].split()
+    assert parameters[: len(expected)] == expected
+
+
+def built(name):
+    """An instance of one of the classes."""
+    kind, model, head = public(name), nn.Linear(2, 2), nn.Linear(4, 5)
+    match name.split("."):
+        case "stochnorm", _:
+            return kind(3)
+        case "classifier", _:
+            return kind(backbone(), 3)
+        case "lwf" | "co_tuning", "Classifier":
+            return kind(backbone(), 3, head)
+        case "co_tuning", "Relationship":
+            loader = DataLoader(TensorDataset(torch.randn(4, 2), torch.arange(4) % 2), 2)
+            return kind(loader, model, "cpu", progress=False)
+        case "bi_tuning", "Classifier":
+            return kind(backbone(), 3)
+        case "bi_tuning", "BiTuning":
+            encoder = finetune.bi_tuning.Classifier(backbone(), 3)
+            return kind(encoder, copy.deepcopy(encoder), 3, K=2)
+        case _, "L2Regularization":
+            return kind(model)
+        case _, "SPRegularization":
+            return kind(copy.deepcopy(model), model)
+        case _, "IntermediateLayerGetter":
+            return kind(nn.Sequential(model), ["0"])
+        case _, "AttentionBehavioralRegularization":
+            return kind([torch.ones(3)])
+    return kind()
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_every_instance_has_upstreams_attributes(name):
+    instance = built(name)
+    assert [attribute for attribute in ATTRIBUTES[name].split() if not hasattr(instance, attribute)] == []
