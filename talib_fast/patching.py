@@ -123,7 +123,8 @@ def _places(definitions: list[_Replacement]) -> Iterator[tuple[ModuleType | type
             yield from ((module, name, value) for name, value in vars(module).copy().items())
     kinds = {kind for definition in definitions for kind in (definition.original, definition.ours)}
     for kind in kinds:
-        for subclass in type.__subclasses__(kind) if isinstance(kind, type) else ():
+        subclasses: list[type] = type.__subclasses__(kind) if isinstance(kind, type) else []
+        for subclass in subclasses:
             if _root(subclass.__module__) == root:
                 yield subclass, "__bases__", subclass.__bases__
 
@@ -141,6 +142,14 @@ def _uses(of: str, instead: str) -> Iterator[_Replacement]:
                 other = tuple(getattr(by_id[id(base)], instead) if id(base) in by_id else base for base in value)
             original, ours = (value, other) if of == "original" else (other, value)
             yield _Replacement(holder, name, original, ours, used[0].label)
+
+
+def _report(replacements: list[_Replacement]) -> dict[str, str]:
+    """The names that are replaced, and by what; a replaced class's own bases are nobody's business."""
+    originals = {id(replacement.original) for replacement in replacements}
+    return {
+        str(replacement): replacement.label for replacement in replacements if id(replacement.holder) not in originals
+    }
 
 
 def _put(replacement: _Replacement) -> None:
@@ -178,19 +187,22 @@ def _restore(since: int) -> list[_Replacement]:
         if getattr(replacement.holder, replacement.name, None) is replacement.ours:
             setattr(replacement.holder, replacement.name, replacement.original)
             restored.append(replacement)
+    _replace_uses()  # of what stays replaced
     return restored
 
 
-def _replace_in(module: ModuleType, method: str) -> None:
+def _replace_in(modules: dict[str, ModuleType]) -> None:
+    """Replace the names in the methods' modules, which are given by theirs, as far as they are wanted."""
     with _lock:
-        if method not in _wanted:
-            return
         since = len(_in_place)
+        wanted = [(name, _METHODS[name]) for name in modules if _METHODS[name] in _wanted]
         try:
-            for name, ours in _public(method).items():
-                original = vars(module).get(name, ours)
-                if original is not ours:
-                    _put(_Replacement(module, name, original, ours, f"talib_fast.finetune.{method}.{name}"))
+            for module_name, method in wanted:
+                module = modules[module_name]
+                for name, ours in _public(method).items():
+                    original = vars(module).get(name, ours)
+                    if original is not ours:
+                        _put(_Replacement(module, name, original, ours, f"talib_fast.finetune.{method}.{name}"))
             _replace_uses()
         except BaseException:
             _restore(since)
@@ -218,9 +230,9 @@ class _Loader(importlib.abc.Loader):
         except BaseException:
             # a first import that fails leaves no module, but a failed reload one with some of the originals again
             if self.reloads:
-                _replace_in(module, _METHODS[self.name])
+                _replace_in({self.name: module})
             raise
-        _replace_in(sys.modules.get(self.name, module), _METHODS[self.name])
+        _replace_in({self.name: sys.modules.get(self.name, module)})
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -244,8 +256,8 @@ _finder = _Finder()
 
 def _want(methods: set[str]) -> None:
     """Make these the methods whose modules are changed when they are imported."""
-    _wanted.clear()
     _wanted.update(methods)
+    _wanted.intersection_update(methods)  # other threads import meanwhile: none that stays is missing for a moment
     if _wanted and _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     if not _wanted and _finder in sys.meta_path:
@@ -263,8 +275,7 @@ def _patch_library(methods: set[str]) -> dict[str, str]:
         wanted_before, since = _wanted.copy(), len(_in_place)
         _want(_wanted | methods)
     try:
-        for module in _found(methods):
-            _replace_in(module, _METHODS[module.__name__])
+        _replace_in({module.__name__: module for module in _found(methods)})
     except BaseException:
         with _lock:
             _restore(since)
@@ -272,7 +283,7 @@ def _patch_library(methods: set[str]) -> dict[str, str]:
         raise
     with _lock:
         _record_uses()
-        return {str(replacement): replacement.label for replacement in _in_place[since:]}
+        return _report(_in_place[since:])
 
 
 def _is_upstream(kind: type) -> bool:
@@ -395,9 +406,9 @@ def unpatch() -> list[str]:
     working. Attributes that someone else has set since are left alone. Harmless when nothing is patched.
 
     Returns:
-        The dotted names that were restored, whether replaced by ``patch()`` or as they were imported since: none at all
-        if the library was never there.
+        The dotted names that were restored, whether replaced by ``patch()`` or as they were imported since; none if
+        the library never came.
     """
     with _lock:
         _want(set())
-        return sorted({str(replacement) for replacement in _restore(0)})
+        return sorted(_report(_restore(0)))

@@ -783,6 +783,13 @@ def test_star_imports_give_every_name_of_upstreams(method):
         assert inspect.ismodule(script[name])
 
 
+def test_the_package_exports_every_name_of_upstreams():
+    names = {
+        name for method, names in STAR_IMPORTED.items() if method not in ("lwf", "classifier") for name in names.split()
+    }
+    assert not {name for name in names if not hasattr(finetune, name)}
+
+
 def public(name):
     found = finetune
     for part in name.split("."):
