@@ -1,10 +1,18 @@
+import functools
 import inspect
+import threading
+import warnings
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from network_support import Branching, small_net
 from rank_support import in_group
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 from talib_fast.finetune.delta import BehavioralRegularization, IntermediateLayerGetter, get_attribute
 
@@ -61,9 +69,19 @@ class TestIntermediateLayerGetter:
         with pytest.raises(TypeError, match="return_layers to be names, got int"):
             IntermediateLayerGetter(Branching(), [3])
 
-    def test_a_name_given_twice_is_an_error(self):
-        with pytest.raises(ValueError, match="every layer once in return_layers, got 'late' twice"):
-            IntermediateLayerGetter(Branching(), ["late", "early", "late"])
+    def test_a_name_given_twice_is_there_once(self):
+        outputs, _ = IntermediateLayerGetter(Branching(), ["late", "early", "late"])(torch.randn(2, 3))
+        assert list(outputs) == ["late", "early"]
+
+    def test_a_mapping_gives_aliases(self):
+        net, x = Branching(), torch.randn(2, 3)
+        outputs, _ = IntermediateLayerGetter(net, {"late": "out", "early": "late"})(x)
+        assert list(outputs) == ["out", "late"]
+        torch.testing.assert_close(outputs["late"], net.early(x))
+        with pytest.raises(ValueError, match="every alias once in return_layers, got 'out' twice"):
+            IntermediateLayerGetter(net, {"late": "out", "early": "out"})
+        with pytest.raises(TypeError, match="alias of layer 'late' to be a name, got int"):
+            IntermediateLayerGetter(net, {"late": 1})
 
     @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
     def test_fault_in_place_operations_overwrote_the_outputs(self, mode):
@@ -89,14 +107,44 @@ class TestIntermediateLayerGetter:
             assert (outputs["conv1"] is seen[0]) == (call == 1)
             assert outputs["norm1"] is not seen[1]
 
-    def test_an_output_that_stops_surviving_is_an_error_not_a_wrong_value(self):
-        net = small_net()
-        getter = IntermediateLayerGetter(net, ["conv2"])
-        x = torch.randn(2, 3, 5, 5)
-        getter(x)
-        net.norm2 = nn.ReLU(inplace=True)
-        with pytest.raises(RuntimeError, match="'conv2' was overwritten in place, although it had survived"):
-            getter(x)
+    def test_fault_the_way_a_layer_works_changes(self):
+        """In place from a call on: a dropout that trains, a layer that is exchanged, an activation that is told so."""
+        net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5, inplace=True), nn.Linear(4, 4), nn.Identity(), nn.ReLU())
+        getter, x = IntermediateLayerGetter(net, ["0", "2", "3"]), torch.randn(2, 3)
+
+        def check():
+            for _ in range(2):
+                outputs, _ = getter(x)
+                torch.testing.assert_close(outputs["0"], net[0](x))
+                torch.testing.assert_close(outputs["2"], outputs["3"].clone() if exchanged is None else exchanged)
+
+        exchanged = None
+        net.eval()
+        check()
+        net[1].train()
+        check()
+        net.eval()
+        net[4].inplace = True
+        check()
+        exchanged = net[2](net[0](x))
+        net[3] = nn.ReLU(inplace=True)
+        check()
+
+    def test_what_is_overwritten_once_is_copied_from_then_on(self):
+        class Moody(nn.Linear):
+            def forward(self, x):
+                return torch.relu_(x) if x.sum() > 100 else x
+
+        net = nn.Sequential(nn.Identity(), nn.Linear(3, 3), Moody(3, 3))
+        getter, calm = IntermediateLayerGetter(net, ["1"]), torch.randn(2, 3)
+        with torch.no_grad():
+            net[1].weight.copy_(torch.eye(3)), net[1].bias.zero_()
+        moody = torch.tensor([[-1.0, 300, 1]])
+        torch.testing.assert_close(getter(calm)[0]["1"], calm)
+        with pytest.raises(RuntimeError, match="'1' was overwritten in place, although it had survived"):
+            getter(moody)
+        for x in (moody, calm, calm, moody):
+            torch.testing.assert_close(getter(x)[0]["1"], x)
 
     def test_gradients_flow_through_the_outputs(self):
         net = small_net()
@@ -163,15 +211,12 @@ class TestIntermediateLayerGetter:
         assert not any(module._forward_hooks for module in net.modules())
 
     def test_structured_outputs_are_copied(self):
-        class Point(tuple):
-            _fields = ("x", "y")
-
-            def __new__(cls, x, y):
-                return super().__new__(cls, (x, y))
+        class Output(OrderedDict):
+            h = property(lambda self: self["h"])
 
         class Structured(nn.Module):
             def forward(self, x):
-                return {"list": [x], "tuple": (x,), "point": Point(x, x), "text": "t"}
+                return Output(h=x, more=[SimpleNamespace(x=x)], text="t")
 
         class Overwriting(nn.Module):
             def __init__(self):
@@ -179,14 +224,176 @@ class TestIntermediateLayerGetter:
                 self.inner = Structured()
 
             def forward(self, x):
-                self.inner(x)
-                return x.zero_()
+                output = self.inner(x)
+                x.zero_()
+                output["text"] = "changed"
+                return output
 
-        outputs, _ = IntermediateLayerGetter(Overwriting(), ["inner"])(torch.ones(2))
-        inner = outputs["inner"]
-        assert inner["text"] == "t" and isinstance(inner["point"], Point)
-        for kept in (inner["list"][0], inner["tuple"][0], inner["point"][0]):
-            assert kept.tolist() == [1, 1]
+        getter = IntermediateLayerGetter(Overwriting(), ["inner"])
+        for _ in range(2):
+            outputs, output = getter(torch.ones(2))
+            kept = outputs["inner"]
+            assert type(kept) is Output and kept["text"] == "t"
+            assert kept.h.tolist() == [1, 1] and kept["more"][0].x is kept.h
+            assert output.h.tolist() == [0, 0]
+
+    def test_scripted_modules_are_refused(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+        with pytest.raises(TypeError, match="expected model to be a module of Python's, got a scripted one"):
+            IntermediateLayerGetter(scripted, ["0"])
+        with pytest.raises(TypeError, match=r"expected layer '0\.0' to be a module of Python's, got a scripted one"):
+            IntermediateLayerGetter(nn.Sequential(scripted), ["0.0"])
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [functools.partial(torch.compile, backend="eager"), checkpoint_wrapper, nn.DataParallel],
+        ids=["compile", "checkpoint_wrapper", "DataParallel"],
+    )
+    @pytest.mark.parametrize("name", ["block.0", "block._orig_mod.0", "module.block._checkpoint_wrapped_module.0"])
+    def test_wrappers_anywhere_mean_nothing_in_names(self, wrap, name):
+        net, x = (
+            nn.Sequential(OrderedDict(block=nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)))),
+            torch.ones(2, 3),
+        )
+        plain = IntermediateLayerGetter(net, [name])(x)[0][name]
+        net.block = wrap(net.block)
+        wrapped = IntermediateLayerGetter(net, [name, "block"])(x)[0]
+        torch.testing.assert_close(wrapped[name], plain)
+        torch.testing.assert_close(wrapped["block"], plain.relu())
+
+
+class Inside(nn.Module):
+    """A network that runs its body in its own way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.body = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        self.way = way
+
+    def forward(self, x):
+        return self.head(self.way(self.body, self.stem(x)))
+
+
+def without_gradients(body, x):
+    with torch.no_grad():
+        return body(x)
+
+
+def in_inference_mode(body, x):
+    with torch.inference_mode():
+        return body(x)
+
+
+def checkpointed(body, x, reentrant=True):
+    return checkpoint(body, x, use_reentrant=reentrant)
+
+
+class TestFaultOutputsWithoutAGraph:
+    """Their gradients were zero without a word."""
+
+    x = torch.randn(2, 3)
+    ways = pytest.mark.parametrize("way", [without_gradients, checkpointed])
+
+    @ways
+    @pytest.mark.parametrize("layer", ["body.0", "body.1", "body.2"])
+    def test_they_are_an_error(self, way, layer):
+        net = Inside(way)
+        with pytest.raises(RuntimeError, match=f"layer '{layer}' ran with gradients disabled"):
+            IntermediateLayerGetter(net, ["stem", layer])(self.x)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+    def test_in_inference_mode(self):
+        net = Inside(in_inference_mode)
+        net.head.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=r"layer 'body\.0' ran with gradients disabled"):
+            IntermediateLayerGetter(net, ["body.0"])(self.x)
+
+    def test_with_a_layer_that_disables_them_itself(self):
+        net = Inside(lambda body, x: body(x))
+        net.body[0].forward = torch.no_grad()(net.body[0].forward)
+        with pytest.raises(RuntimeError, match=r"layer 'body\.0' ran with gradients disabled"):
+            IntermediateLayerGetter(net, ["body.0"])(self.x)
+
+    def test_with_a_frozen_network_and_an_input_that_learns(self):
+        getter = IntermediateLayerGetter(Inside(without_gradients).requires_grad_(False), ["body.0"])
+        getter(self.x)
+        with pytest.raises(RuntimeError, match=r"layer 'body\.0' ran with gradients disabled"):
+            getter(self.x.clone().requires_grad_())
+
+    def test_inside_a_compiled_function(self):
+        net = Inside(without_gradients)
+        getter = IntermediateLayerGetter(net, ["body.0"])
+        compiled = torch.compile(lambda x: getter(x)[0]["body.0"], backend="eager", fullgraph=True)
+        with pytest.raises(RuntimeError, match=r"'body\.0' ran with gradients disabled"):
+            compiled(self.x)
+        net.requires_grad_(False)
+        torch.testing.assert_close(compiled(self.x), net.body[0](net.stem(self.x)))
+
+    def test_not_where_none_are_wanted(self):
+        net = Inside(without_gradients)
+        with torch.no_grad():
+            assert not IntermediateLayerGetter(net, ["body.0"])(self.x)[0]["body.0"].requires_grad
+        with torch.inference_mode():
+            assert not IntermediateLayerGetter(net, ["body.0"])(self.x)[0]["body.0"].requires_grad
+
+    @pytest.mark.parametrize("way", [lambda body, x: body(x), without_gradients])
+    def test_not_where_nothing_before_them_learns(self, way):
+        net = Inside(way)
+        net.stem.requires_grad_(False), net.body.requires_grad_(False)
+        outputs, output = IntermediateLayerGetter(net, ["stem", "body.2"])(self.x)
+        assert not any(found.requires_grad for found in outputs.values()) and output.requires_grad
+
+    def test_not_of_a_layer_that_is_skipped(self):
+        class Skipped(nn.Linear):
+            def forward(self, x):
+                return x
+
+        net = nn.Sequential(Skipped(3, 3), nn.Linear(3, 3))
+        assert IntermediateLayerGetter(net, ["0"])(self.x)[0]["0"].tolist() == self.x.tolist()
+
+    def test_a_checkpoint_that_is_not_reentrant_keeps_them(self):
+        net = Inside(functools.partial(checkpointed, reentrant=False))
+        outputs, output = IntermediateLayerGetter(net, ["body.0"])(self.x)
+        (outputs["body.0"].sum() + output.sum()).backward()
+        torch.testing.assert_close(net.body[0].bias.grad, reference_gradient(net, self.x))
+
+
+def reference_gradient(net, x):
+    hidden = net.body[0](net.stem(x))
+    loss = hidden.sum() + net.head(net.body[2](hidden.tanh())).sum()
+    return torch.autograd.grad(loss, net.body[0].bias)[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fault_threads_mixed_their_outputs(compiled):
+    """All are in the model at once, so that each one's hooks see what the others run."""
+    together = threading.Barrier(3, timeout=60)
+
+    class Meeting(nn.Module):
+        def forward(self, x):
+            together.wait()
+            return x
+
+    net = nn.Sequential(Meeting(), nn.Linear(3, 3), Meeting(), nn.Linear(3, 3), Meeting())
+    getter = IntermediateLayerGetter(torch.compile(net, backend="eager") if compiled else net, ["1", "3"])
+    inputs = [torch.randn(2, 3) for _ in range(3)]
+
+    def call(x):
+        return [getter(x) for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for x, results in zip(inputs, pool.map(call, inputs), strict=True):
+            for outputs, output in results:
+                torch.testing.assert_close(outputs["1"], net[1](x))
+                torch.testing.assert_close(outputs["3"], net[3](net[1](x)))
+                torch.testing.assert_close(output, outputs["3"])
+    assert not any(module._forward_hooks for module in net.modules())
+    graphs = []
+    torch.compile(nn.Linear(3, 3), backend=lambda graph, _: graphs.append(graph) or graph)(inputs[0])
+    assert graphs  # what is compiled runs compiled again
 
 
 def test_get_attribute():

@@ -3,9 +3,10 @@
 import difflib
 import functools
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..checks import check_module
+from ..checks import check_module, is_integer
+from ..torch_private import may_be_in_function_transform
+from .names import plain_name
+from .structures import clone, tensors_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WHY = "TorchScript runs no hooks, by which layers are seen"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,42 +39,70 @@ def get_attribute(obj: Any, attr: str, *args: Any) -> Any:
     return functools.reduce(lambda value, name: getattr(value, name, *args), attr.split("."), obj)
 
 
-def layer_names(model: nn.Module, return_layers: Iterable[str]) -> list[str]:
-    """``return_layers`` as a list, after a check of it and of ``model``.
+def layer_names(model: nn.Module, return_layers: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """By name of each layer what its output is called: the alias that a mapping gives it, else its name.
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError: ``model`` is no module, or ``return_layers`` are no names.
-        ValueError: a name is there twice.
+        TypeError: ``model`` is no module, it or a layer is scripted, or ``return_layers`` are no names.
+        ValueError: an alias is there twice.
     """
     check_module(model, "model")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"expected model to be a module of Python's, got a scripted one, {type(model).__name__}: {_WHY}"
+        )
     if isinstance(return_layers, str):
         raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
-    names = list(return_layers)
-    for j, name in enumerate(names):
+    pairs = return_layers.items() if isinstance(return_layers, Mapping) else [(name, name) for name in return_layers]
+    aliases: dict[str, str] = {}
+    for name, alias in pairs:
         if not isinstance(name, str):
             raise TypeError(f"expected return_layers to be names, got {type(name).__name__}")
-        if name in names[:j]:
-            raise ValueError(f"expected every layer once in return_layers, got {name!r} twice")
+        if not isinstance(alias, str):
+            raise TypeError(f"expected the alias of layer {name!r} to be a name, got {type(alias).__name__}")
+        if alias in aliases.values() and name not in aliases:
+            raise ValueError(f"expected every alias once in return_layers, got {alias!r} twice")
         find_layer(model, name)
-    return names
+        aliases[name] = alias
+    return aliases
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module called ``name`` in ``model`` or in what ``model`` wraps."""
-    for root in (model, unwrap(model)):
-        layer = get_attribute(root, name, None)
-        if isinstance(layer, nn.Module):
-            return layer
-    known = [known for known, _ in unwrap(model).named_modules() if known]
-    close = difflib.get_close_matches(name, known, n=3) or known[:3]
-    raise AttributeError(f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?")
+    """The module called ``name`` in ``model``; what wrappers add to a name may be in either and lack in the other."""
+    layer = next((module for module in _called(model, name) if isinstance(module, nn.Module)), None)
+    if layer is None:
+        known = [known for known, _ in unwrap(model).named_modules() if known]
+        close = difflib.get_close_matches(name, known, n=3) or known[:3]
+        raise AttributeError(
+            f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?"
+        )
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise TypeError(f"expected layer {name!r} to be a module of Python's, got a scripted one: {_WHY}")
+    return layer
 
 
-def check_output(name: str, output: Any) -> Tensor:
-    """``output`` of the layer ``name`` if it is a tensor ``[b, C, *]``, else a ValueError."""
+def _called(model: nn.Module, name: str) -> Iterator[Any]:
+    yield get_attribute(model, name, None)
+    yield get_attribute(unwrap(model), name, None)
+    plain = plain_name(name)
+    for known, module in model.named_modules(remove_duplicate=False):
+        if plain and plain_name(known) == plain:  # the outermost wrapper comes first
+            yield module
+
+
+def check_channel_dim(channel_dim: int) -> None:
+    """Raise ValueError unless it can be the dimension of channels."""
+    if not is_integer(channel_dim) or channel_dim == 0:
+        raise ValueError(f"expected channel_dim to be an integer other than 0, the batch's, got {channel_dim!r}")
+
+
+def check_output(name: str, output: Any, channel_dim: int = 1) -> Tensor:
+    """``output`` of the layer ``name`` if it is a tensor with a batch and that channel dimension, else a ValueError."""
     if isinstance(output, Tensor) and output.dim() >= 2:
-        return output
+        if -output.dim() < channel_dim < output.dim():
+            return output
+        raise ValueError(f"layer {name!r} has no batch and channel dimension {channel_dim}: {list(output.shape)}")
     got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise ValueError(f"expected layer {name!r} to return a tensor with a batch and a channel dimension, got {got}")
 
@@ -80,29 +113,198 @@ def check_runs(name: str, runs: int) -> None:
         raise ValueError(f"expected layer {name!r} to run once per forward pass, but it ran {runs} times")
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same structure with ``function`` applied to every tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, part) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(function, part) for part in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    return value
+def without_gradients(name: str) -> RuntimeError:
+    """The error for a layer from whose output no gradient comes back."""
+    return RuntimeError(
+        f"layer {name!r} ran with gradients disabled, although they are enabled around this call: no gradient would "
+        "come back from its output. A reentrant activation checkpoint does that (use_reentrant=False does not), and so "
+        "do torch.no_grad and torch.inference_mode inside the model. Where none is wanted, freeze the model's "
+        "parameters or make this call under torch.no_grad"
+    )
 
 
-def clone(output: Any) -> Any:
-    """The same structure with every tensor copied."""
-    return map_tensors(Tensor.clone, output)
+class _Stance:
+    """The compiler's stance belongs to the process: it changes back when the last thread leaves that wants it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._changed: AbstractContextManager = nullcontext()
+
+    @contextmanager
+    def force_eager(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._changed = torch.compiler.set_stance("force_eager")
+                self._changed.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._changed.__exit__(None, None, None)
+
+
+_stance = _Stance()
 
 
 def uncompiled() -> AbstractContextManager:
     """Within it what is compiled runs as it was written: code compiled without hooks does not look for any."""
     if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # nothing is compiled without it
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return _stance.force_eager()
+
+
+_registering = threading.Lock()  # PyTorch may give two threads that register hooks at once the same handle
+_thread = threading.local()  # its passes: the forward passes that are under way in this thread
+
+
+class _Pass:
+    """One forward pass of a model, with what some of its layers return in it.
+
+    A hook is called for what any thread runs; what is not part of this pass is left alone.
+    """
+
+    def __init__(self, model: nn.Module, survives: dict[tuple, bool]) -> None:
+        """``survives`` says of a layer in a mode whether its output is left as it is; what this pass sees is added."""
+        self.outputs: dict[str, list[Any]] = {}
+        self._model, self._survives = model, survives
+        self._gradients = torch.is_grad_enabled()
+        self._mode = (self._gradients, _modes(model))
+        self._handles: list[RemovableHandle] = []
+        self._watched: dict[str, list[tuple[Tensor, int]]] = {}  # the layers' outputs, with their versions
+        self._handed_out: set[str] = set()  # layers whose outputs were not copied
+        self._without_gradients: str | None = None
+        self._later: set[nn.Module] = set()  # with parameters to learn that run after that layer
+
+    def run(self, layers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        around = getattr(_thread, "passes", ())
+        _thread.passes = (*around, self)
+        try:
+            for name, layer in layers.items():
+                self._register(layer.register_forward_hook, functools.partial(self._keep, name=name))
+            with uncompiled():
+                output = self._model(*args, **kwargs)
+        finally:
+            _thread.passes = around
+            for handle in self._handles:
+                handle.remove()
+        if self._without_gradients is not None and self._learns_before(args, kwargs):
+            raise without_gradients(self._without_gradients)
+        self._look_at_versions()
+        return output
+
+    def _under_way(self) -> bool:
+        return self in getattr(_thread, "passes", ())
+
+    def _register(self, register: Callable[[Any], RemovableHandle], hook: Callable) -> None:
+        with _registering:
+            self._handles.append(register(hook))
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any, *, name: str) -> None:
+        if not self._under_way():
+            return
+        if self._gradients and (not torch.is_grad_enabled() or _detaches(module, inputs, output)):
+            self._watch_later_ones(name)
+        kept = None
+        if isinstance(output, Tensor) and not output.is_inference():
+            self._watched.setdefault(name, []).append((output, output._version))
+            if self._survives.get((name, *self._mode)):
+                self._handed_out.add(name)
+                kept = output
+        self.outputs.setdefault(name, []).append(clone(output) if kept is None else kept)
+
+    def _look_at_versions(self) -> None:
+        overwritten = None
+        for name, outputs in self._watched.items():
+            survived = all(output._version == version for output, version in outputs)
+            key = name, *self._mode
+            self._survives[key] = survived and self._survives.get(key, True)
+            if not survived and name in self._handed_out:
+                overwritten = name
+        if overwritten is not None:
+            raise RuntimeError(
+                f"the output of layer {overwritten!r} was overwritten in place, although it had survived earlier "
+                "forward passes: its value is lost this time; from the next call on it is copied"
+            )
+
+    def _watch_later_ones(self, name: str) -> None:
+        if self._without_gradients is None:
+            for module in self._learning_modules():
+                self._register(module.register_forward_pre_hook, self._enter)
+        self._without_gradients = name
+        self._later.clear()
+
+    def _enter(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        if self._under_way():
+            self._later.add(module)
+
+    def _learning_modules(self) -> list[nn.Module]:
+        """Those with parameters of their own to learn."""
+        return [
+            module
+            for module in self._model.modules()
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        ]
+
+    def _learns_before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether there is something to learn that does not run after the layer: an input, or a parameter."""
+        return any(tensor.requires_grad for tensor in tensors_in((args, kwargs))) or not self._later.issuperset(
+            self._learning_modules()
+        )
+
+
+def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether a layer with parameters to learn returns what has no graph, as one that disables gradients itself."""
+    return (
+        isinstance(output, Tensor)
+        and not output.requires_grad
+        and output.is_floating_point()
+        and not any(output is given for given in inputs)  # a layer may be skipped
+        and any(parameter.requires_grad for parameter in module.parameters())
+        and not may_be_in_function_transform()  # in which requires_grad says something else
+    )
+
+
+def _modes(model: nn.Module) -> int:
+    """Stands for the model's modules, what they are, and whether they are training and work in place."""
+    modes = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        modes.append((id(module), type(module), module.training, module.__dict__.get("inplace")))
+        pending.extend(child for child in module._modules.values() if child is not None)
+    return hash(tuple(modes))
+
+
+def _traced(
+    model: nn.Module, layers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, list[Any]], Any]:
+    """The layers' and the model's outputs, by what torch.compile follows: a module's attributes, but no handles."""
+    outputs: dict[str, list[Any]] = {}
+    lost: list[str] = []
+    gradients = torch.is_grad_enabled()
+    replaced: list[tuple[nn.Module, dict[Any, Any]]] = []
+
+    def keep(_module: nn.Module, _input: Any, output: Any, *, name: str) -> None:
+        if gradients and not torch.is_grad_enabled():
+            lost.append(name)
+        outputs.setdefault(name, []).append(clone(output))
+
+    try:
+        for name, layer in layers.items():
+            replaced.append((layer, layer._forward_hooks))
+            hooks = [*layer._forward_hooks.items(), (name, functools.partial(keep, name=name))]
+            layer._forward_hooks = OrderedDict(hooks)  # type: ignore[arg-type]
+        output = model(*args, **kwargs)
+    finally:
+        for layer, hooks in reversed(replaced):
+            layer._forward_hooks = hooks
+    if lost and any(tensor.requires_grad for tensor in (*model.parameters(), *tensors_in([args, kwargs]))):
+        raise without_gradients(lost[0])
+    return outputs, output
 
 
 class IntermediateLayerGetter:
@@ -110,76 +312,57 @@ class IntermediateLayerGetter:
 
     What a layer returned is what you get, also where a later in-place operation, such as the ReLU behind a
     convolution, overwrites it. Outputs are copied for that, until a first call in the same mode has shown that a
-    layer's output survives the forward pass; from then on it is handed out as it is.
+    layer's output survives the forward pass; from then on a tensor is handed out as it is. The mode is that of all
+    modules, and which they are. Where an output is overwritten in one call and not in another of the same mode, that
+    may cost one call, which raises; from then on it is copied. Outputs of other classes, such as tuples, dataclasses
+    and Hugging Face's, keep their class, and are always copied.
+
+    Threads may share a getter, and a model: a call returns what the layers returned in its own thread.
 
     Args:
         model: also inside DistributedDataParallel, DataParallel with one device, or torch.compile. A compiled model
             runs uncompiled here, where its layers are seen; for speed compile the function that calls the getter.
-        return_layers: names of the layers, as in ``model.named_modules()``, each once.
+        return_layers: names of the layers, as in ``model.named_modules()``, or a mapping from them to aliases. What
+            wrappers add to the names of what they wrap (``module``, ``_orig_mod`` and the like) can be left out.
         keep_output: also return the model's output.
 
-    Calling it with the model's arguments returns ``(outputs, model_output)``: an OrderedDict by layer name, in the
-    order of ``return_layers``, and the model's output or None. The output of a layer that runs several times is a list.
+    Calling it with the model's arguments returns ``(outputs, model_output)``: an OrderedDict by layer name, or alias,
+    in the order of ``return_layers``, and the model's output or None. The output of a layer that runs several times is
+    a list.
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError, ValueError: an argument is not as above.
-        RuntimeError: a forward pass leaves out a layer, or overwrites an output that had survived before.
+        TypeError, ValueError: an argument is not as above; the model or a layer is scripted; an alias is there twice.
+        RuntimeError: a forward pass leaves out a layer, overwrites an output that had survived before, or runs a layer
+            with gradients disabled where they are enabled around the call and something that may come before the
+            layer learns: a parameter of the model or an input. No gradient would come back from its output.
     """
 
-    def __init__(self, model: nn.Module, return_layers: Iterable[str], keep_output: bool = True) -> None:
-        self.return_layers = layer_names(model, return_layers)
+    def __init__(
+        self, model: nn.Module, return_layers: Iterable[str] | Mapping[str, str], keep_output: bool = True
+    ) -> None:
+        self._aliases = layer_names(model, return_layers)
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
                 f"expected DataParallel with one device, whose layers run once, got {len(model.device_ids)}: "
                 "use DistributedDataParallel"
             )
-        self._model = model
+        self.return_layers = list(self._aliases)
         self.keep_output = keep_output
-        self._survivors: set[tuple[str, bool, bool]] = set()
+        self._model = model
+        self._survives: dict[tuple, bool] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
-        collected: dict[str, list[Any]] = {}
-        versions: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.return_layers}
-        handles: list[RemovableHandle] = []
-        replaced: list[tuple[nn.Module, dict[Any, Any]]] = []
-
-        def mode(name: str) -> tuple[str, bool, bool]:
-            return name, self._model.training, torch.is_grad_enabled()
-
-        def hook(_module: nn.Module, _input: Any, output: Any, *, name: str) -> None:
-            watched = not torch.compiler.is_compiling() and isinstance(output, Tensor) and not output.is_inference()
-            if watched:
-                versions[name].append((output, output._version))
-            kept = output if watched and mode(name) in self._survivors else clone(output)
-            collected.setdefault(name, []).append(kept)
-
-        try:
-            for name in self.return_layers:
-                layer, keep = find_layer(self._model, name), functools.partial(hook, name=name)
-                if torch.compiler.is_compiling():  # torch.compile follows a module's attributes, but no handles
-                    replaced.append((layer, layer._forward_hooks))
-                    layer._forward_hooks = OrderedDict([*layer._forward_hooks.items(), (name, keep)])  # type: ignore[list-item]
-                else:
-                    handles.append(layer.register_forward_hook(keep))
-            with uncompiled():
-                output = self._model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer, hooks in reversed(replaced):
-                layer._forward_hooks = hooks
+        layers = {name: find_layer(self._model, name) for name in self._aliases}
+        if torch.compiler.is_compiling():
+            collected, output = _traced(self._model, layers, args, kwargs)
+        else:
+            forward_pass = _Pass(self._model, self._survives)
+            output = forward_pass.run(layers, args, kwargs)
+            collected = forward_pass.outputs
         outputs: OrderedDict[str, Any] = OrderedDict()
-        for name in self.return_layers:
+        for name, alias in self._aliases.items():
             if name not in collected:
                 raise RuntimeError(f"layer {name!r} did not run in this forward pass")
-            survived = all(output._version == version for output, version in versions[name])
-            if mode(name) in self._survivors and not survived:
-                raise RuntimeError(
-                    f"the output of layer {name!r} was overwritten in place, although it had survived earlier forward "
-                    "passes: make a new IntermediateLayerGetter where the model changes"
-                )
-            if versions[name] and survived:
-                self._survivors.add(mode(name))
-            outputs[name] = collected[name][0] if len(collected[name]) == 1 else collected[name]
+            outputs[alias] = collected[name][0] if len(collected[name]) == 1 else collected[name]
         return outputs, output if self.keep_output else None

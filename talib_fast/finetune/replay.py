@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .layers import check_output, check_runs, clone, find_layer, map_tensors
+from .layers import check_output, check_runs, find_layer
+from .structures import clone, map_tensors
 
 
 class Inseparable(Exception):
