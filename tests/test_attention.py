@@ -1,13 +1,18 @@
 import copy
 import functools
+import warnings
 from collections import OrderedDict
+from dataclasses import dataclass
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from network_support import Branching, small_net
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +23,7 @@ from talib_fast.finetune.delta import (
     channel_attention,
 )
 from talib_fast.finetune.replay import Replay, _ForMapping
+from talib_fast.training.networks import import_library
 
 
 class Residual(nn.Module):
@@ -173,22 +179,23 @@ class TestChannelAttention:
             (dict(model="x"), TypeError, r"expected model to be a torch\.nn\.Module, got str"),
             (dict(return_layers=["conv9"]), AttributeError, "Module conv9 not found"),
             (dict(return_layers="conv1"), TypeError, "a list of names, got the string 'conv1'"),
-            (dict(return_layers=["conv1", "conv2", "conv1"]), ValueError, "once in return_layers, got 'conv1' twice"),
+            (dict(return_layers={"conv1": "a", "conv2": "a"}), ValueError, "every alias once .*, got 'a' twice"),
+            (dict(channel_dim=0), ValueError, "channel_dim to be an integer other than 0, the batch's, got 0"),
+            (dict(channel_dim=1.0), ValueError, "channel_dim to be an integer other than 0, the batch's, got 1.0"),
+            (dict(channel_dim=4), ValueError, r"layer 'conv1' has no batch and channel dimension 4: \[2, 6, 8, 8\]"),
+            (dict(channel_dim=-4), ValueError, r"layer 'conv1' has no batch and channel dimension -4"),
+            (dict(criterion=lambda logits, labels: logits), ValueError, r"return a 0-dim loss, got \[2, 4\]"),
+            (dict(criterion=lambda logits, labels: None), ValueError, r"return a 0-dim loss, got NoneType"),
             (dict(data_loader=[]), ValueError, "at least one batch"),
             (dict(temperature=0), ValueError, "temperature > 0, got 0"),
             (dict(max_batches=0), ValueError, "max_batches to be a positive integer, got 0"),
             (dict(channels_per_pass=0), ValueError, "channels_per_pass to be a positive integer, got 0"),
             (dict(data_loader=[torch.ones(2, 3, 8, 8)]), TypeError, r"batches \(x, labels, ...\), got Tensor"),
-            (
-                dict(data_loader=[(torch.ones(2, 3, 8, 8), torch.ones(2))]),
-                TypeError,
-                "integer labels, got torch.float32",
-            ),
-            (dict(data_loader=[(torch.ones(2, 3, 8, 8), [0])]), ValueError, r"one label per input, \[2\], got \[1\]"),
         ],
     )
     def test_bad_input_is_named(self, change, error, message):
-        arguments = dict(model=small_net(), data_loader=self.batches, return_layers=["conv1"], progress=False)
+        batches = [(torch.ones(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))]
+        arguments = dict(model=small_net(), data_loader=batches, return_layers=["conv1"], progress=False)
         with pytest.raises(error, match=message):
             channel_attention(**{**arguments, **change})
 
@@ -601,3 +608,251 @@ def test_modules_that_run_again_after_the_layer_run_for_real():
     model = Again()
     got = channel_attention(model, batches, ["body"], progress=False)
     torch.testing.assert_close(got, brute_force(model, batches, ["body"]), rtol=1e-4, atol=1e-6)
+
+
+def by_hooks(model, batches, layer, criterion=F.cross_entropy, channel_dim=1, method="exact", temperature=5.0):
+    """Every channel zeroed by a hook in a full pass in float64; or its first-order term, by autograd."""
+    model = copy.deepcopy(model).double().eval()
+    module, total = model.get_submodule(layer), 0
+    double = functools.partial(
+        tree_map, lambda part: part.double() if torch.is_tensor(part) and part.is_floating_point() else part
+    )
+    for x, labels in double(list(batches)):
+        maps = []
+        with module.register_forward_hook(lambda module, args, output, maps=maps: maps.append(output)):
+            loss = criterion(model(x), labels)
+        others = [dim for dim in range(maps[0].dim()) if dim != channel_dim % maps[0].dim()]
+        if method == "taylor":
+            total = total - (maps[0] * torch.autograd.grad(loss, maps)[0]).sum(others).detach()
+            continue
+        increases = []
+        for channel in range(maps[0].size(channel_dim)):
+            at = [slice(None)] * maps[0].dim()
+            at[channel_dim] = channel
+
+            def zero(module, args, output, at=tuple(at)):
+                output = output.clone()
+                output[at] = 0
+                return output
+
+            with torch.no_grad(), module.register_forward_hook(zero):
+                increases.append(criterion(model(x), labels) - loss.detach())
+        total = total + torch.stack(increases)
+    z = (total - total.mean()) / total.std(correction=0)
+    return torch.softmax(z / temperature, 0).float()
+
+
+def small_transformer():
+    timm = import_library("timm")
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=4
+    )
+
+
+def small_convnext():
+    timm = import_library("timm")
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(4, 6, 6, 8), patch_size=2, num_classes=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):  # of each block's branch: next to nothing at first
+            nn.init.ones_(parameter)
+    return model
+
+
+@pytest.mark.skipif(not find_spec("timm") or not find_spec("torchvision"), reason="needs timm and torchvision")
+@pytest.mark.parametrize("method", ["exact", "taylor"])
+@pytest.mark.parametrize(
+    ("net", "layers", "channel_dim"),
+    [
+        (small_transformer, ["blocks.0", "blocks.1.norm1", "blocks.1.mlp.fc1", "patch_embed"], -1),
+        (small_transformer, ["blocks.0.attn"], 2),
+        (small_convnext, ["stages.1", "stages.2.blocks.0.conv_dw"], 1),
+        (small_convnext, ["stages.1.blocks.0.norm", "stages.2.blocks.0.mlp.fc1"], -1),
+    ],
+)
+def test_fault_tokens_got_a_weight_per_token(net, layers, channel_dim, method):
+    model, size = net(), 8 if net is small_transformer else 32
+    batches = [(torch.randn(3, 3, size, size), torch.tensor([0, 3, 1])) for _ in range(2)]
+    got = channel_attention(model, batches, layers, progress=False, channel_dim=channel_dim, method=method)
+    for layer in layers:
+        expected = by_hooks(model, batches, layer, channel_dim=channel_dim, method=method)
+        torch.testing.assert_close(got[layer], expected, rtol=2e-3, atol=1e-6)
+
+
+def test_another_channel_dimension_is_another_attention(tmp_path):
+    model, path = small_net(), tmp_path / "attention.safetensors"
+    ask = functools.partial(channel_attention, model, TestChannelAttention.batches, ["conv2"], progress=False)
+    torch.testing.assert_close(ask(channel_dim=-3, cache=path), ask(channel_dim=1), rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="computed again"):
+        assert ask(channel_dim=-1, cache=path)["conv2"].shape == (8,)
+
+
+@dataclass
+class Prediction:
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+    name: str = "prediction"
+
+
+class Anything(nn.Module):
+    """Returns its logits in a structure that the criterion opens."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 1)
+        self.pack = pack
+
+    def forward(self, x):
+        return self.pack(self.mix(F.gelu(self.conv(x))), x)
+
+
+images = torch.randn(3, 3, 4, 4)
+CRITERIA = {
+    "dict": (
+        lambda maps, x: {"out": maps, "aux": [maps.mean((2, 3)), None], "text": "t"},
+        {"y": torch.randint(4, (3, 4, 4)), "aux": (torch.tensor([0, 1, 2]),)},
+        lambda out, labels: F.cross_entropy(out["out"], labels["y"]) + F.cross_entropy(out["aux"][0], labels["aux"][0]),
+    ),
+    "tuple": (
+        lambda maps, x: (maps, x),
+        torch.rand(3, 3, 4, 4),
+        lambda out, labels: F.mse_loss(out[0][:, :3] * out[1], labels),
+    ),
+    "dataclass": (
+        lambda maps, x: Prediction(maps.mean((2, 3)), maps.sum()),
+        torch.rand(3, 4),
+        lambda out, labels: F.binary_cross_entropy_with_logits(out.logits, labels) + 0 * len(out.name),
+    ),
+    "tensor": (lambda maps, x: maps, torch.randint(4, (3, 4, 4)), F.cross_entropy),
+    "none of the criterion's": (lambda maps, x: maps.mean((2, 3)), None, lambda out, labels: out.square().mean()),
+    "text": (
+        lambda maps, x: maps.mean((2, 3)),
+        ["a", "bc"],
+        lambda out, labels: out.square().mean() * len("".join(labels)),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["exact", "taylor"])
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_fault_criteria_and_labels_of_other_kinds_were_refused(kind, method):
+    pack, labels, criterion = CRITERIA[kind]
+    model, batches = Anything(pack), [(images, labels)]
+    got = channel_attention(model, batches, ["conv"], criterion, progress=False, method=method)["conv"]
+    expected = by_hooks(model, batches, "conv", criterion, method=method)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_hugging_face_outputs():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    def criterion(output, labels):
+        assert type(output) is outputs.ImageClassifierOutput and output.logits is output["logits"]
+        return F.cross_entropy(output.logits, labels)
+
+    model = Anything(lambda maps, x: outputs.ImageClassifierOutput(logits=maps.mean((2, 3)), hidden_states=(x, maps)))
+    batches = [(images, torch.tensor([3, 0, 1]))]
+    got = channel_attention(model, batches, ["conv"], criterion, progress=False)["conv"]
+    torch.testing.assert_close(got, by_hooks(model, batches, "conv", criterion), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 3, 1], np.array([0, 3, 1], np.int32), torch.tensor([0, 3, 1], dtype=torch.uint8)]
+)
+def test_integers_of_any_kind_are_classes(labels):
+    model = Anything(lambda maps, x: maps.mean((2, 3)))
+    got, expected = (
+        channel_attention(model, [(images, y)], ["conv"], progress=False) for y in (labels, torch.tensor([0, 3, 1]))
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_criterion_may_give_a_number():
+    model, batches = small_net(), TestChannelAttention.batches
+    expected = channel_attention(model, batches, ["conv2"], progress=False)
+    got = channel_attention(model, batches, ["conv2"], lambda *both: F.cross_entropy(*both).item(), progress=False)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("method", ["exact", "taylor"])
+def test_fault_the_default_device_was_another(method, tmp_path):
+    model = small_net()
+    ask = functools.partial(channel_attention, model, TestChannelAttention.batches, ["conv1"], progress=False)
+    expected, path = ask(method=method), tmp_path / "attention.safetensors"
+    torch.set_default_device("meta")
+    try:
+        got, again = (ask(method=method, cache=path) for _ in range(2))
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["exact", "taylor"])
+def test_fault_inference_mode(method):
+    """Neither what is made in it, network and batches, nor a call in it gives tensors that autograd refuses."""
+    with torch.inference_mode():
+        model, batches = small_net(), [(torch.randn(5, 3, 8, 8), torch.randint(4, (5,)))]
+        got = channel_attention(model, batches, ["conv2"], progress=False, method=method)["conv2"]
+    assert not got.is_inference()
+    (torch.ones(8, requires_grad=True) * got).sum().backward()
+    ordinary = small_net()
+    ordinary.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    expected = by_hooks(ordinary, [[part.clone() for part in batch] for batch in batches], "conv2", method=method)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+    again = channel_attention(model, batches, ["conv2"], progress=False, method=method)["conv2"]
+    torch.testing.assert_close(again, got)
+
+
+class TestFaultLayersWithoutAGraph:
+    """Taylor's estimate of them was zero, or of a part of the network alone."""
+
+    class Net(nn.Module):
+        def __init__(self, around):
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+            self.around = around
+
+        def forward(self, x):
+            x = self.conv(x)
+            with self.around():
+                x = self.mix(x)
+            return x.mean((2, 3))
+
+    batches = ((torch.randn(3, 3, 4, 4), torch.tensor([0, 3, 1])),)
+
+    @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+    def test_they_are_an_error(self, around):
+        with pytest.raises(RuntimeError, match="layer 'mix' ran with gradients disabled"):
+            channel_attention(self.Net(around), self.batches, ["mix", "conv"], progress=False, method="taylor")
+        with pytest.raises(RuntimeError, match=r"no gradient comes back from the loss to the layers \['conv'\]"):
+            channel_attention(self.Net(around), self.batches, ["conv"], progress=False, method="taylor")
+
+    def test_the_exact_way_needs_none(self):
+        model = self.Net(torch.no_grad)
+        got = channel_attention(model, self.batches, ["conv"], progress=False)["conv"]
+        torch.testing.assert_close(got, by_hooks(model, self.batches, "conv"), rtol=1e-3, atol=1e-6)
+
+
+def test_scripted_modules():
+    """A layer can't be one; beside the layer they run again in every pass."""
+    batches = [(torch.randn(3, 3, 4, 4), torch.tensor([0, 3, 1]))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        stem = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    model = nn.Sequential(stem, nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    with pytest.raises(TypeError, match="expected model to be a module of Python's, got a scripted one"):
+        channel_attention(stem, batches, ["0"], progress=False)
+    with pytest.raises(TypeError, match=r"expected layer '0\.0' to be a module of Python's, got a scripted one"):
+        channel_attention(model, batches, ["0.0"], progress=False)
+    plain = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), *model[1:])
+    plain[0].load_state_dict(stem.state_dict())
+    got, expected = (channel_attention(net, batches, ["1"], progress=False) for net in (model, plain))
+    torch.testing.assert_close(got, expected)
+
+
+def test_aliases_and_layers_given_twice():
+    model = small_net()
+    ask = functools.partial(channel_attention, model, TestChannelAttention.batches, progress=False)
+    expected = ask(["conv1", "conv2"])
+    assert list(ask({"conv2": "b", "conv1": "a"})) == ["b", "a"]
+    torch.testing.assert_close(ask(["conv1", "conv2", "conv1"]), expected, rtol=0, atol=0)

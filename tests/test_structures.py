@@ -60,7 +60,7 @@ class Frozen:
 
 
 class Slotted:
-    __slots__ = ("__a", "never", "__weakref__")
+    __slots__ = ("__a", "__weakref__", "never")
 
     def __init__(self, a):
         self.__a = a

@@ -6,10 +6,13 @@ import operator
 import os
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,20 +24,33 @@ from ..checks import check_positive_integer
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
 from .fingerprint import fingerprint
-from .layers import check_output, check_runs, find_layer, layer_names, uncompiled
+from .layers import (
+    check_channel_dim,
+    check_output,
+    check_runs,
+    find_layer,
+    layer_names,
+    uncompiled,
+    without_gradients,
+)
 from .logits import check_temperature
-from .prediction import evaluating, inputs_of, labels_of
+from .prediction import evaluating, inputs_of
 from .replay import Replay
+from .structures import map_tensors, moved
 
 # of a layer's outputs per pass: what a CPU's allocator keeps for the next pass, and about its cache
 _PASS_BYTES = defaultdict(lambda: 512 * 2**20, cpu=32 * 2**20)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_LOST = (
+    'the loss does not depend on them, or what lies between detaches or disables gradients; take method="exact" then'
+)
 
 
 def channel_attention(
     model: nn.Module,
     data_loader: Iterable,
-    return_layers: Iterable[str],
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    return_layers: Iterable[str] | Mapping[str, str],
+    criterion: Callable[[Any, Any], Tensor] = F.cross_entropy,
     max_batches: int | None = 10,
     temperature: float = 5.0,
     device: torch.device | str | None = None,
@@ -42,6 +58,7 @@ def channel_attention(
     channels_per_pass: int | None = None,
     method: str = "exact",
     cache: str | os.PathLike | None = None,
+    channel_dim: int = 1,
 ) -> OrderedDict[str, Tensor]:
     """DELTA's attention: how much the loss of the source network depends on each channel of each layer.
 
@@ -61,10 +78,13 @@ def channel_attention(
     what :mod:`pickle` would save of them: one that counts how often it is used is never the same.
 
     Args:
-        model: returns logits in evaluation mode: a source backbone with a head for the target's classes.
-        data_loader: batches ``(x, labels, ...)``.
-        return_layers: names of layers, each once, that run once per pass and return ``[b, C, *]``.
-        criterion: ``(logits, labels)`` → 0-dim loss.
+        model: a source backbone with a head for the target's classes; it runs in evaluation mode, and what it returns
+            is the criterion's.
+        data_loader: batches ``(x, labels, ...)``. The labels are the criterion's too: tensors of any dtype and shape,
+            or a structure of them, such as a dict; arrays, and lists of numbers, become tensors.
+        return_layers: names of layers that run once per pass and return a tensor with a batch and a channel dimension,
+            or a mapping from them to aliases, as :class:`IntermediateLayerGetter` takes them.
+        criterion: ``(model's output, labels)`` → 0-dim loss, or a number with ``method="exact"``.
         max_batches: how many batches to look at; None for all.
         temperature: of the softmax.
         device: where to work; the model's device by default, and the model must be there.
@@ -73,15 +93,20 @@ def channel_attention(
             a GPU, as more are slower on a CPU.
         method: ``exact`` or ``taylor``.
         cache: file to keep the increases in.
+        channel_dim: dimension of the layers' channels: 1 for images, -1 for tokens ``[b, t, C]`` and images whose
+            channels come last; not 0, the batch's. As in :class:`AttentionBehavioralRegularization`.
 
     Returns:
-        float32 vectors ``[C]``, each of sum 1, by layer name in the order of ``return_layers``.
+        float32 vectors ``[C]``, each of sum 1, by layer name, or alias, in the order of ``return_layers``.
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError, ValueError: an argument or a batch is not as above, the loader is empty, or a loss is not finite.
+        TypeError, ValueError: an argument or a batch is not as above, the model or a layer is scripted, the loader is
+            empty, or a loss is not finite.
+        RuntimeError: with ``method="taylor"`` a layer runs with gradients disabled, or none come back to it.
     """
-    names = layer_names(model, return_layers)
+    aliases = layer_names(model, return_layers)
+    names = list(aliases)
     layers = {name: find_layer(model, name) for name in names}
     check_temperature(temperature)
     for name, number in (("max_batches", max_batches), ("channels_per_pass", channels_per_pass)):
@@ -89,40 +114,69 @@ def channel_attention(
             check_positive_integer(number, name)
     if method not in ("exact", "taylor"):
         raise ValueError(f"expected method to be exact or taylor, got {method!r}")
+    check_channel_dim(channel_dim)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = _Increases(names)
     if cache is not None:
         data = getattr(data_loader, "dataset", data_loader), getattr(data_loader, "batch_size", None)
-        known.keep_in(Path(cache), fingerprint(method, max_batches, criterion, dict(model.state_dict()), *data))
+        options = method, max_batches, criterion, channel_dim
+        known.keep_in(Path(cache), fingerprint(*options, dict(model.state_dict()), *data))
     if not known.complete:
         # a DataLoader of an IterableDataset looks as if it had a len()
         total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
         batches = itertools.islice(data_loader, max_batches)
-        with evaluating(model), uncompiled():
+        with evaluating(model), uncompiled(), _outside_inference_mode():
             for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):
                 wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
                 if not wanted:
                     continue
-                x, labels = inputs_of(batch).to(device), labels_of(batch).to(device)
+                x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_labels_of(batch, device))
                 if method == "taylor":
-                    for name, increase in _estimated_increases(model, wanted, x, labels, criterion).items():
+                    estimated = _estimated_increases(model, wanted, x, labels, criterion, channel_dim)
+                    for name, increase in estimated.items():
                         known.add(name, increase)
                     continue
                 for name in wanted:
                     with torch.no_grad():
-                        replay = Replay(model, name, x)
+                        replay = Replay(model, name, x, channel_dim)
                         increase = _loss_increases(replay, labels, criterion, channels_per_pass, progress)
                     known.add(name, increase)
         known.finish()
     attention = OrderedDict()
-    for name in names:
-        increase = known.mean(name)
-        centred = increase - increase.mean()
-        deviation = centred.square().mean().sqrt()
-        standardized = torch.where(deviation > 0, centred / deviation, 0)
-        attention[name] = F.softmax(standardized / temperature, dim=0).float().to(device)
+    with _outside_inference_mode():
+        for name, alias in aliases.items():
+            increase = known.mean(name)
+            centred = increase - increase.mean()
+            deviation = centred.square().mean().sqrt()
+            standardized = torch.where(deviation > 0, centred / deviation, 0)
+            attention[alias] = F.softmax(standardized / temperature, dim=0).float().to(device)
     return attention
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Within it new tensors are ordinary ones, which autograd takes."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
+
+
+def _ordinary(value: Any) -> Any:
+    """The same structure without tensors of the inference mode."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
+
+
+def _labels_of(batch: Any, device: torch.device | str) -> Any:
+    """The labels of a batch ``(x, labels, ...)``, whatever the criterion takes; integers as int64."""
+    if not isinstance(batch, Sequence) or len(batch) < 2:
+        raise TypeError(f"expected batches (x, labels, ...), got {type(batch).__name__}")
+    labels = batch[1]
+    if isinstance(labels, np.ndarray) or (isinstance(labels, list) and all(isinstance(y, Number) for y in labels)):
+        labels = torch.as_tensor(labels, device=device)
+    if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:
+        labels = labels.long()
+    return moved(labels, device)
 
 
 class _Increases:
@@ -188,37 +242,48 @@ class _Increases:
 
 
 def _loss_increases(
-    replay: Replay,
-    labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    channels_per_pass: int | None,
-    show: bool,
+    replay: Replay, labels: Any, criterion: Callable[[Any, Any], Tensor], channels_per_pass: int | None, show: bool
 ) -> Tensor:
     """By how much the batch's loss rises when a channel is zeroed: float64 ``[C]`` on the CPU."""
     assert replay.original is not None
     original = replay.original
     channels_per_pass = channels_per_pass or max(1, _PASS_BYTES[original.device.type] // max(1, original.nbytes))
-    chunks = torch.arange(original.size(1), device=original.device).split(channels_per_pass)
+    channels = torch.arange(original.size(replay.channel_dim), device=original.device)
+    chunks = channels.split(channels_per_pass)
     losses = [
-        criterion(output, labels)
+        _loss(criterion(output, labels), original.device)
         for chunk in progress_bar(chunks, replay.name, len(chunks), show)
         for output in replay.without_channels(chunk)
     ]
-    return torch.stack(losses).cpu().double() - criterion(replay.output, labels).cpu().double()
+    with_all = _loss(criterion(replay.output, labels), original.device)
+    return torch.stack(losses).cpu().double() - with_all.cpu().double()
+
+
+def _loss(loss: Any, device: torch.device) -> Tensor:
+    """What a criterion returned, as a 0-dim tensor."""
+    if isinstance(loss, Number):
+        loss = torch.tensor(loss, dtype=torch.float64, device=device)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"expected the criterion to return a 0-dim loss, got {got}")
+    return loss.reshape(())
 
 
 def _estimated_increases(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    x: Tensor,
-    labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    x: Any,
+    labels: Any,
+    criterion: Callable[[Any, Any], Tensor],
+    channel_dim: int,
 ) -> dict[str, Tensor]:
     """The first-order estimate of the same for all ``layers``, from one backward pass."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook(_module: nn.Module, _args: Any, output: Any, *, name: str) -> Tensor:
-        output = check_output(name, output)
+        if not torch.is_grad_enabled():
+            raise without_gradients(name)
+        output = check_output(name, output, channel_dim)
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name].append(output)
@@ -227,15 +292,25 @@ def _estimated_increases(
     handles = [layer.register_forward_hook(functools.partial(hook, name=name)) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
-            loss = criterion(model(x), labels)
+            loss = _loss(criterion(_with_ordinary_weights(model, x), labels), torch.device("cpu"))
     finally:
         for handle in handles:
             handle.remove()
     for name, found in outputs.items():
         check_runs(name, len(found))
     maps = [found[0] for found in outputs.values()]
-    gradients = torch.autograd.grad(loss, maps)
+    gradients = torch.autograd.grad(loss, maps, allow_unused=True) if loss.requires_grad else [None] * len(maps)
+    lost = [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None]
+    if lost:
+        raise RuntimeError(f"no gradient comes back from the loss to the layers {lost}: {_LOST}")
     return {
-        name: -(output.detach().double() * gradient.double()).transpose(0, 1).flatten(1).sum(1).cpu()
+        name: -(output.detach().double() * gradient.double()).movedim(channel_dim, 0).flatten(1).sum(1).cpu()
         for name, output, gradient in zip(outputs, maps, gradients, strict=True)
     }
+
+
+def _with_ordinary_weights(model: nn.Module, x: Any) -> Any:
+    """The model's output, where its weights were made in inference mode with copies that autograd takes."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    copies = {name: tensor.clone() for name, tensor in tensors if tensor.is_inference()}
+    return torch.func.functional_call(model, copies, (x,)) if copies else model(x)

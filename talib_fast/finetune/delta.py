@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..checks import check_module, is_integer
+from ..checks import check_module
 from ..ops import squared_distance
 from .attention import channel_attention
-from .layers import IntermediateLayerGetter, get_attribute, unwrap
+from .layers import IntermediateLayerGetter, check_channel_dim, get_attribute, unwrap
 
 __all__ = [
     "AttentionBehavioralRegularization",
@@ -200,8 +200,7 @@ class AttentionBehavioralRegularization(nn.Module):
 
     def __init__(self, channel_attention: Mapping[str, Tensor] | Sequence[Tensor], channel_dim: int = 1) -> None:
         super().__init__()
-        if not is_integer(channel_dim) or channel_dim == 0:
-            raise ValueError(f"expected channel_dim to be an integer other than 0, the batch's, got {channel_dim!r}")
+        check_channel_dim(channel_dim)
         self.channel_dim = channel_dim
         self._names = list(channel_attention) if isinstance(channel_attention, Mapping) else None
         values = list(channel_attention.values() if isinstance(channel_attention, Mapping) else channel_attention)

@@ -9,14 +9,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .layers import check_output, check_runs, find_layer
-from .structures import clone, map_tensors
+from .structures import clone, map_tensors, tensors_in
 
 
 class Inseparable(Exception):
     """The model does something to a :class:`Separable` that a pair of tensors can't stand for."""
+
+
+def _exchanged(tensor: Tensor, other: Tensor, channel: Tensor, channel_dim: int) -> Tensor:
+    """``tensor``, with one channel from ``other``."""
+    kept = torch.arange(tensor.size(channel_dim), device=tensor.device) != channel
+    sizes = [1] * tensor.dim()
+    sizes[channel_dim] = -1
+    return torch.where(kept.view(sizes), tensor, other)
 
 
 class Separable(Tensor):
@@ -52,10 +61,7 @@ class Separable(Tensor):
 
     def ordinary(self) -> Tensor:
         """The tensor that the network would hold."""
-        if self.constant:
-            return self.whole
-        other = torch.arange(self.whole.size(1), device=self.whole.device) != self.channel
-        return torch.where(other.view(-1, *[1] * (self.whole.dim() - 2)), self.whole, self.zeroed)
+        return self.whole if self.constant else _exchanged(self.whole, self.zeroed, self.channel, 1)
 
     def difference(self) -> Tensor:
         """What zeroing the one channel adds to it, ``[b, 1, *]``."""
@@ -315,15 +321,18 @@ class Replay:
     module that is not entered calls none of its own. Later passes hand out what was recorded.
     """
 
-    def __init__(self, model: nn.Module, name: str, x: Tensor) -> None:
-        """``name`` is the layer's."""
-        self.model, self.name, self.x = model, name, x
+    def __init__(self, model: nn.Module, name: str, x: Any, channel_dim: int = 1) -> None:
+        """``name`` is the layer's, ``channel_dim`` the dimension of its channels."""
+        self.model, self.name, self.x, self.channel_dim = model, name, x, channel_dim
         self.layer = find_layer(model, name)
         self.original: Tensor | None = None
         self._recorded: list[tuple[nn.Module, Any]] = []
         self._parameters = frozenset(map(id, (*model.parameters(), *model.buffers())))
-        self._ways = [self._separately, self._together]
         self.output = self._record()
+        self._ways = [self._separately, self._together]
+        assert self.original is not None
+        if channel_dim % self.original.dim() != 1:  # of tokens, which a normalisation or an attention mixes soon
+            self._ways.remove(self._separately)
 
     def _record(self) -> Any:
         open_calls: list[int] = []
@@ -338,7 +347,8 @@ class Replay:
             if module is self.layer:
                 calls += 1
                 # mapped over without copies
-                self.original = check_output(self.name, output).clone(memory_format=torch.contiguous_format)
+                found = check_output(self.name, output, self.channel_dim)
+                self.original = found.clone(memory_format=torch.contiguous_format)
             if self.original is None:
                 del self._recorded[start:]
                 self._recorded.append((module, clone(output)))
@@ -346,6 +356,8 @@ class Replay:
         handles = []
         try:
             for module in self.model.modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: it runs again in every pass
+                    continue
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
             output = self.model(self.x)
@@ -394,18 +406,37 @@ class Replay:
 
     @staticmethod
     def _mapped(without_channel: Callable[[Tensor], Any], channels: Tensor) -> Iterable[Any]:
-        with _ForMapping():
-            return torch.func.vmap(without_channel)(channels).unbind()
+        output: Any = None
+
+        def tensors_without_channel(channel: Tensor) -> tuple[Tensor, ...]:
+            nonlocal output
+            output = without_channel(channel)
+            return tuple(tensors_in(output))
+
+        # fused attention between tokens can't be mapped over: it would run for every channel by itself
+        with _ForMapping(), sdpa_kernel(SDPBackend.MATH):
+            mapped = torch.func.vmap(tensors_without_channel)(channels)
+        by_channel = {id(tensor): values.unbind() for tensor, values in zip(tensors_in(output), mapped, strict=True)}
+
+        def of(index: int) -> Any:
+            return map_tensors(lambda tensor: by_channel[id(tensor)][index], output)
+
+        return [of(index) for index in range(len(channels))]
 
     def _without_channel(self, channel: Tensor, separable: bool = False) -> Any:
         """``channel`` is a 0-dim index."""
         assert self.original is not None
         original = self.original.clone()
-        pair = Separable(original, torch.zeros_like(original), channel, self._parameters)
+        zeros = torch.zeros_like(original)
+        layer_output = (
+            Separable(original, zeros, channel, self._parameters)
+            if separable
+            else _exchanged(original, zeros, channel, self.channel_dim)
+        )
 
         def constant(tensor: Tensor) -> Tensor:
             return Separable(tensor, tensor, channel, self._parameters) if separable else tensor
 
-        with self._standing_in(pair if separable else pair.ordinary(), constant):
+        with self._standing_in(layer_output, constant):
             output = self.model(map_tensors(constant, self.x))
         return map_tensors(lambda tensor: tensor.ordinary() if isinstance(tensor, Separable) else tensor, output)
