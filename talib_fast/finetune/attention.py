@@ -41,9 +41,6 @@ from .structures import map_tensors, moved
 # of a layer's outputs per pass: what a CPU's allocator keeps for the next pass, and about its cache
 _PASS_BYTES = defaultdict(lambda: 512 * 2**20, cpu=32 * 2**20)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
-_LOST = (
-    'the loss does not depend on them, or what lies between detaches or disables gradients; take method="exact" then'
-)
 
 
 def channel_attention(
@@ -261,6 +258,8 @@ def _loss_increases(
 
 def _loss(loss: Any, device: torch.device) -> Tensor:
     """What a criterion returned, as a 0-dim tensor."""
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
     if isinstance(loss, Number):
         loss = torch.tensor(loss, dtype=torch.float64, device=device)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -299,14 +298,19 @@ def _estimated_increases(
     for name, found in outputs.items():
         check_runs(name, len(found))
     maps = [found[0] for found in outputs.values()]
-    gradients = torch.autograd.grad(loss, maps, allow_unused=True) if loss.requires_grad else [None] * len(maps)
-    lost = [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None]
-    if lost:
-        raise RuntimeError(f"no gradient comes back from the loss to the layers {lost}: {_LOST}")
-    return {
-        name: -(output.detach().double() * gradient.double()).movedim(channel_dim, 0).flatten(1).sum(1).cpu()
-        for name, output, gradient in zip(outputs, maps, gradients, strict=True)
-    }
+    gradients: Sequence[Tensor | None] = [None] * len(maps)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, maps, allow_unused=True)
+    increases = {}
+    for name, output, gradient in zip(outputs, maps, gradients, strict=True):
+        if gradient is None:
+            raise RuntimeError(
+                f"no gradient comes back from the loss to layer {name!r}: the loss does not depend on it, or something "
+                'between them detaches or disables gradients; take method="exact" then'
+            )
+        terms = output.detach().double() * gradient.double()
+        increases[name] = -terms.movedim(channel_dim, 0).flatten(1).sum(1).cpu()
+    return increases
 
 
 def _with_ordinary_weights(model: nn.Module, x: Any) -> Any:

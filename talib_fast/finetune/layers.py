@@ -274,7 +274,7 @@ def _modes(model: nn.Module) -> int:
     pending = [model]
     while pending:
         module = pending.pop()
-        modes.append((id(module), type(module), module.training, module.__dict__.get("inplace")))
+        modes.append((id(module), type(module), module.training, bool(module.__dict__.get("inplace"))))
         pending.extend(child for child in module._modules.values() if child is not None)
     return hash(tuple(modes))
 

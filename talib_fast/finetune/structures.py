@@ -132,7 +132,8 @@ class _Structure:
         return self._copies[key]
 
     def _fill(self, copied: Any, value: Any) -> None:
-        base = _base(type(value))
+        cls: Any = type(value)
+        base = _base(cls)
         if isinstance(value, dict):
             for name, part in base.items(value):
                 base.__setitem__(copied, name, self.mapped(part))
@@ -149,7 +150,8 @@ class _Structure:
 
 def _parts(value: Any) -> list[Any]:
     """What ``value`` holds, where that may be tensors."""
-    if _base(type(value)) not in _BASES or isinstance(value, (nn.Module, enum.Enum)):
+    cls: Any = type(value)
+    if _base(cls) not in _BASES or isinstance(value, (nn.Module, enum.Enum)):
         return list(value) if _is_structseq(value) else []
     parts = _items(value)
     parts += getattr(value, "__dict__", {}).values()
@@ -162,19 +164,20 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(dict.values(value))
     if isinstance(value, (*_IMMUTABLE, *_COLLECTIONS)):
-        return list(_base(type(value)).__iter__(value))
+        cls: Any = type(value)
+        return list(_base(cls).__iter__(value))
     return []
 
 
 def _made_of(value: Any, parts: list[Any]) -> Any:
     """A tuple or frozenset of the class of ``value``."""
-    cls = type(value)
+    cls: Any = type(value)
     return cls(parts) if _is_structseq(value) else _base(cls).__new__(cls, parts)
 
 
 def _emptied(value: Any) -> Any:
     """An object of the class of ``value``, without a call of its constructor."""
-    cls = type(value)
+    cls: Any = type(value)
     base = _base(cls)
     copied = base.__new__(cls)
     if base is collections.defaultdict:
@@ -209,8 +212,9 @@ def _members(cls: type) -> list[types.MemberDescriptorType]:
 
 def _slots(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
     """The ``__slots__`` that something is assigned to, with it."""
+    cls: Any = type(value)
     slots = []
-    for member in _members(type(value)):
+    for member in _members(cls):
         with contextlib.suppress(AttributeError):
             slots.append((member, member.__get__(value)))
     return slots
