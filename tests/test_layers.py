@@ -130,6 +130,15 @@ class TestIntermediateLayerGetter:
         net[3] = nn.ReLU(inplace=True)
         check()
 
+    def test_fault_in_place_operations_overwrote_the_outputs_under_function_transforms(self):
+        net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)), torch.randn(5, 2, 3)
+        getter = IntermediateLayerGetter(net, ["0"])
+        for _ in range(2):
+            mapped = torch.func.vmap(lambda part: getter(part)[0]["0"])(x)
+            _, tangent = torch.func.jvp(lambda part: getter(part)[0]["0"], (x,), (x,))
+            torch.testing.assert_close(mapped, net[0](x))
+            torch.testing.assert_close(tangent, net[0](x) - net[0].bias)
+
     def test_what_is_overwritten_once_is_copied_from_then_on(self):
         class Moody(nn.Linear):
             def forward(self, x):

@@ -174,7 +174,8 @@ class _Pass:
         self._gradients = torch.is_grad_enabled()
         self._mode = (self._gradients, _modes(model))
         self._handles: list[RemovableHandle] = []
-        self._watched: dict[str, list[tuple[Tensor, int]]] = {}  # the layers' outputs, with their versions
+        # the layers' outputs, with their versions; those of inference mode and of mapped tensors do not count changes
+        self._watched: dict[str, list[tuple[Tensor, int]]] = {}
         self._handed_out: set[str] = set()  # layers whose outputs were not copied
         self._without_gradients: str | None = None
         self._later: set[nn.Module] = set()  # with parameters to learn that run after that layer
@@ -209,7 +210,7 @@ class _Pass:
         if self._gradients and (not torch.is_grad_enabled() or _detaches(module, inputs, output)):
             self._watch_later_ones(name)
         kept = None
-        if isinstance(output, Tensor) and not output.is_inference():
+        if isinstance(output, Tensor) and not output.is_inference() and not may_be_in_function_transform():
             self._watched.setdefault(name, []).append((output, output._version))
             if self._survives.get((name, *self._mode)):
                 self._handed_out.add(name)
@@ -264,7 +265,7 @@ def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
         and output.is_floating_point()
         and not any(output is given for given in inputs)  # a layer may be skipped
         and any(parameter.requires_grad for parameter in module.parameters())
-        and not may_be_in_function_transform()  # in which requires_grad says something else
+        and not may_be_in_function_transform()  # in which a tensor does not say what the one inside it requires
     )
 
 
