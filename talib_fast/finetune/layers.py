@@ -20,6 +20,8 @@ from .names import plain_name
 from .structures import clone, tensors_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# what torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules call what they hold
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WHY = "TorchScript runs no hooks, by which layers are seen"
 
 
@@ -85,10 +87,14 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 def _called(model: nn.Module, name: str) -> Iterator[Any]:
     yield get_attribute(model, name, None)
     yield get_attribute(unwrap(model), name, None)
-    plain = plain_name(name)
+    plain = _without_wrappers(name)
     for known, module in model.named_modules(remove_duplicate=False):
-        if plain and plain_name(known) == plain:  # the outermost wrapper comes first
+        if plain and _without_wrappers(known) == plain:  # the outermost wrapper comes first
             yield module
+
+
+def _without_wrappers(name: str) -> str:
+    return plain_name(".".join(part for part in name.split(".") if part not in _WRAPPED))
 
 
 def check_channel_dim(channel_dim: int) -> None:
