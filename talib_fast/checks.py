@@ -1,5 +1,6 @@
 """What public functions and modules ask of their arguments, and the errors that say so."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ def check_floats(tensor: Any, name: str) -> None:
         raise TypeError(f"expected {name} to be a dense tensor, got {tensor.layout}")
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"expected {name} to be a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``torch.distributed.tensor.DTensor``, without importing these where there are none."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_module(part: Any, name: str) -> None:

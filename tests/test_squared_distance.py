@@ -118,6 +118,33 @@ def test_only_some_targets_want_gradients_and_sources_never_get_any():
     assert all(tensor.grad is None for tensor in [targets[0], *targets[2:], *sources])
 
 
+def test_fault_constants_of_inference_mode_could_not_be_saved():
+    targets = [target.requires_grad_() for target in lists()[0]]
+    with torch.inference_mode():
+        _, sources, weights = lists()
+        targets[1] = torch.randn(3, 6, dtype=torch.float64)  # which trains no more
+    trained = [targets[0], *targets[2:]]
+    x = targets[0].detach()
+    found = []
+    for of_inference in (True, False):
+        if not of_inference:
+            targets, sources, weights = (
+                [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+                for tensors in (targets, sources, weights)
+            )
+        constants = sources[:1], weights[:1]
+
+        def of_one(t, constants=constants):
+            return squared_distance([t], *constants)[0]
+
+        total, terms = squared_distance(targets, sources, weights)
+        gradients = torch.autograd.grad(total, trained, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), trained)
+        transformed = grad(of_one)(x), vmap(of_one)(torch.stack([x, 2 * x])), jvp(of_one, (x,), (x + 1,))
+        found.append((total, terms, gradients, second, transformed))
+    torch.testing.assert_close(*found)
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

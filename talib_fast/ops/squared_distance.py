@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_floats, check_integer
+from ..checks import check_floats, check_integer, is_dtensor
 from .library import Function, accumulation_dtype, define, needs_pytorch_formula
 
 
@@ -114,20 +114,28 @@ class _SquaredDistance(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.channel_dim, ctx.num_targets, ctx.num_sources, *tensors = inputs
+        ctx.of_inference = {}
+        if not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors)):
+            # which autograd refuses to save, for it would not see them change
+            ctx.of_inference = {j: tensor for j, tensor in enumerate(tensors) if tensor.is_inference()}
+            tensors = [None if j in ctx.of_inference else tensor for j, tensor in enumerate(tensors)]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [j for j in range(ctx.num_targets) if ctx.needs_input_grad[3 + j]]
+        saved = list(ctx.saved_tensors)
+        for j, tensor in ctx.of_inference.items():
+            saved[j] = tensor
         targets, sources, weights = (
             [tensors[j] for j in wanted] if tensors else []
-            for tensors in _split(ctx.saved_tensors, ctx.num_targets, ctx.num_sources)
+            for tensors in _split(saved, ctx.num_targets, ctx.num_sources)
         )
         gradients = (_gradients if torch.is_grad_enabled() else _backward_op)(
             grad, targets, sources, weights, ctx.channel_dim
         )
-        result: list[Tensor | None] = [None] * (3 + len(ctx.saved_tensors))
+        result: list[Tensor | None] = [None] * (3 + len(saved))
         for j, gradient in zip(wanted, gradients, strict=True):
             result[3 + j] = gradient
         return tuple(result)
@@ -156,7 +164,8 @@ def squared_distance(
     """Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² over lists of tensors of any shapes, dtypes and layouts on one device.
 
     Sums are taken in float32 (float64 for float64 targets). Differentiable in ``targets``, also twice, in forward mode
-    and under :func:`torch.func.functionalize`; ``sources`` are detached and ``weights`` are constants. The compiled
+    and under :func:`torch.func.functionalize`; ``sources`` are detached and ``weights`` are constants, also those of
+    :func:`torch.inference_mode` (in compiled code clone these before, as PyTorch's error says). The compiled
     kernels read every tensor once and store no difference; they copy a target that is not dense, and a source whose
     order in memory differs from its target's by more than the exchange of two neighbouring groups of dimensions (NCHW
     and NHWC differ by one). Under :func:`torch.vmap`, in forward mode and under ``functionalize`` PyTorch's
@@ -173,8 +182,8 @@ def squared_distance(
         for logging.
 
     Raises:
-        TypeError: a tensor stands where a list should, is not dense or not floating point, or ``channel_dim`` is not an
-            integer.
+        TypeError: a tensor stands where a list should, is not dense, not floating point or a DTensor, or
+            ``channel_dim`` is not an integer.
         ValueError: lengths, shapes or devices do not fit, or a weight requires a gradient.
     """
     check_integer(channel_dim, "channel_dim")
@@ -197,6 +206,8 @@ def squared_distance(
             if tensor is None:
                 continue
             check_floats(tensor, f"{name} {j}")
+            if is_dtensor(tensor):
+                raise TypeError(f"expected {name} {j} to be one process's tensor, got a DTensor: give its to_local()")
             if tensor.device != device:
                 raise ValueError(f"expected {name} {j} on {device}, the first target's device, got {tensor.device}")
         if source is not None and source.shape != target.shape:
@@ -220,6 +231,8 @@ def squared_distance(
                 )
     sources = [source.detach() for source in sources or ()]
     weights = weights or []
+    if not torch.compiler.is_compiling():
+        weights = [weight.clone() if weight.is_inference() else weight for weight in weights]
     if needs_pytorch_formula():
         return _by_formula(targets, sources, [weight.detach() for weight in weights], int(channel_dim))
     tensors = [*targets, *sources, *weights]
