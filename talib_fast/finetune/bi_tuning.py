@@ -13,6 +13,7 @@ from .classifier import Classifier as ClassifierBase
 from .classifier import ParameterGroup
 from .labels import check_range, integer_labels
 from .logits import at_least_float32, check_temperature
+from .names import parameters_by_name, plain_name
 
 __all__ = ["BiTuning", "Bituning", "Classifier"]
 
@@ -143,8 +144,7 @@ class BiTuning(nn.Module):
             raise ValueError(f"expected key_buffers to be own, copy or average, got {key_buffers!r}")
         if encoder_q is encoder_k:
             raise ValueError("expected two encoders, got the same module twice: build one more, or copy.deepcopy it")
-        shapes_q = [(name, parameter.shape) for name, parameter in encoder_q.named_parameters()]
-        if shapes_q != [(name, parameter.shape) for name, parameter in encoder_k.named_parameters()]:
+        if _names_and_shapes(encoder_q) != _names_and_shapes(encoder_k):
             raise ValueError("expected two encoders of one architecture, but their parameters differ in name or shape")
         of_q = set(encoder_q.parameters())
         shared = next((name for name, parameter in encoder_k.named_parameters() if parameter in of_q), None)
@@ -260,6 +260,14 @@ class BiTuning(nn.Module):
         even = logits_z.new_full((len(labels), self.K + 1), 1 / (self.K + 1))
         labels_c = F.pad(even, (0, (self.num_classes - 1) * self.K))
         return y_q, logits_z, logits_y, labels_c
+
+
+def _names_and_shapes(encoder: nn.Module) -> list[tuple[str, torch.Size]]:
+    """Those of ``encoder.parameters()``, in that order, without what is around the encoder or a part of it."""
+    names: dict[Tensor, str] = {}
+    for name, parameter in parameters_by_name(encoder).items():
+        names.setdefault(parameter, plain_name(name))
+    return [(name, parameter.shape) for parameter, name in names.items()]
 
 
 def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> Tensor:

@@ -1,4 +1,55 @@
-"""Names of a model's parts without what wrappers add to them."""
+"""A model's parameters by the names that they have without what is around the model, or around a part of it."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.swa_utils import AveragedModel
+
+# the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, and of no others
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # whose child is called "module"
+
+FLATTENED = "got a flattened shard of FullyShardedDataParallel: shard the model by torch.distributed.fsdp.fully_shard"
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under every name that it has, as if nothing were around the model or a part of it.
+
+    That is DataParallel, DistributedDataParallel, AveragedModel, FullyShardedDataParallel, ``torch.compile``,
+    ``checkpoint_wrapper`` and PEFT's model. The original of a parametrised tensor has that tensor's name. The order is
+    that of ``model.named_parameters()``.
+
+    Raises:
+        TypeError: FullyShardedDataParallel has flattened parameters.
+    """
+    found: dict[str, Tensor] = {}
+    _collect(model, "", found)
+    return found
+
+
+def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
+    for key, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        name = prefix + key
+        if key == "_flat_param":
+            raise TypeError(f"expected a model's parameters in their own shapes, {FLATTENED}")
+        if key == "original" and isinstance(module, ParametrizationList):
+            owner, _, name = prefix[:-1].rpartition("parametrizations.")
+            name = owner + name
+        found[name] = parameter
+    children = module._modules
+    for key, child in children.items():
+        if child is None:
+            continue
+        if key in _WRAPPED or (key == "module" and isinstance(module, _WRAPPERS) and len(children) == 1):
+            _collect(child, prefix, found)
+        elif key == "base_model" and hasattr(module, "get_base_model"):  # PEFT's, whose tuner may lie in between
+            _collect(module.get_base_model(), prefix, found)  # type: ignore[operator]
+        else:
+            _collect(child, f"{prefix}{key}.", found)
 
 
 def plain_name(name: str) -> str:
@@ -10,3 +61,14 @@ def plain_name(name: str) -> str:
         for j, part in enumerate(parts)
         if part not in ("module", "base_layer", "modules_to_save") and (j == 0 or parts[j - 1] != "modules_to_save")
     )
+
+
+def by_plain_name(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters by plain name, but for those of which several have one."""
+    plain: dict[str, Tensor] = {}
+    ambiguous = set()
+    for name, parameter in parameters.items():
+        name = plain_name(name)
+        if plain.setdefault(name, parameter) is not parameter:
+            ambiguous.add(name)
+    return {name: parameter for name, parameter in plain.items() if name not in ambiguous}
