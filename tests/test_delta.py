@@ -1,10 +1,15 @@
 import copy
+import functools
+import pickle
 from collections import OrderedDict
 
 import pytest
 import torch
 from network_support import small_net
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from talib_fast.finetune import delta
 from talib_fast.finetune.delta import (
@@ -48,6 +53,139 @@ class TestL2Regularization:
     def test_rejects_what_is_no_module(self):
         with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got list"):
             L2Regularization([])
+        with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got NoneType"):
+            L2Regularization(nn.ReLU()).model = None
+
+    def test_a_tied_tensor_counts_once(self):
+        assert L2Regularization(Tied(True))() == 0.5 * 15
+
+    def test_another_model_is_not_owned_either(self):
+        regularization = L2Regularization(nn.Linear(2, 2))
+        regularization.model = nn.ParameterList([torch.full((3,), 2.0)])
+        assert regularization() == 6 and not list(regularization.children())
+
+
+class Tied(nn.Module):
+    """An embedding of ones, and a head with the same weight, or with one of its own."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        for parameter in self.parameters():
+            nn.init.ones_(parameter)
+        self.tie() if tied else None
+
+    def tie(self):
+        self.head.weight = self.embedding.weight
+
+    def untie(self):
+        self.head.weight = nn.Parameter(self.embedding.weight.detach().clone())
+
+
+class Holder(nn.Module):
+    """A user's own wrapper, with a parameter beside what it wraps."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.scale = module, nn.Parameter(torch.ones(1))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+WRAPPERS = {
+    "torch.compile": functools.partial(torch.compile, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "a user's": Holder,
+}
+
+
+def add(model, amount=1.0):
+    with torch.no_grad():
+        for parameter in set(model.parameters()):
+            parameter.add_(amount)
+
+
+@pytest.fixture
+def kinds_of_numbers():
+    """A model with a number of every kind: floats, frozen float8, complex ones, and frozen integers."""
+    model = nn.Linear(2, 3, dtype=torch.bfloat16)
+    model.register_parameter("tiny", nn.Parameter(torch.full((4,), 2.0).to(torch.float8_e4m3fn), requires_grad=False))
+    model.register_parameter("wave", nn.Parameter(torch.full((2, 2), 3 + 4j)))
+    model.register_parameter("still", nn.Parameter(torch.full((3,), 2j, dtype=torch.complex128), requires_grad=False))
+    for name, dtype in (("packed", torch.uint8), ("mask", torch.bool)):
+        model.register_parameter(name, nn.Parameter(torch.ones(9, dtype=dtype), requires_grad=False))
+    return model
+
+
+class TestParametersOfEveryKind:
+    INTEGERS = r"not regularised, because they hold no floating-point numbers: \['packed', 'mask'\]"
+
+    def test_l2(self, kinds_of_numbers):
+        model = kinds_of_numbers
+        with pytest.warns(UserWarning, match=self.INTEGERS):
+            loss = L2Regularization(model)()
+        linear = 0.5 * sum(p.detach().double().square().sum() for p in (model.weight, model.bias))
+        torch.testing.assert_close(loss.double(), linear + 0.5 * (4 * 4 + 4 * 25 + 3 * 4), rtol=1e-6, atol=0)
+        loss.backward()
+        torch.testing.assert_close([model.wave.grad, model.bias.grad], [model.wave.detach(), model.bias.detach()])
+
+    def test_l2_sp(self, kinds_of_numbers):
+        model = kinds_of_numbers
+        with pytest.warns(UserWarning, match=self.INTEGERS):
+            regularization = SPRegularization(model, model)
+        SPRegularization(model, model, unmatched="ignore")
+        assert regularization() == 0
+        add(nn.ParameterList([model.wave, model.still]), 1 - 1j)
+        with torch.no_grad():
+            model.tiny.copy_(torch.full((4,), 3.0))
+        loss = regularization()
+        assert loss == 0.5 * (4 * 2 + 3 * 2 + 4)
+        loss.backward()
+        assert (model.wave.grad == 1 - 1j).all() and not model.weight.grad.any()
+
+    def test_several_devices(self):
+        """Summed on the first one's; meta tensors, which a machine without a GPU has, can't be copied from there."""
+        devices = ("meta", "cpu") if not torch.cuda.is_available() else ("cpu", "cuda")
+        source = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        target = copy.deepcopy(source)
+        regularizations = SPRegularization(source, target), L2Regularization(target)
+        expected = [regularization() + 0 for regularization in regularizations]
+        for part, device in zip(target, devices, strict=True):
+            part.to(device)
+        for regularization, value in zip(regularizations, expected, strict=True):
+            loss = regularization()
+            assert loss.device.type == devices[0]
+            if devices[0] == "cpu":
+                torch.testing.assert_close(loss, value)
+                loss.backward()
+
+    @pytest.mark.parametrize(
+        ("weight", "message"),
+        [
+            (torch.ones(2, 2).to_sparse(), "expected parameter '0.weight' to be a dense tensor, got torch.sparse_coo"),
+            (
+                torch.ones(2, 2, dtype=torch.complex64),
+                "'0.weight' of the source in numbers as .*float32, got .*complex64",
+            ),
+            (torch.ones(2, 2).char(), "'0.weight' of the source in numbers as the target's .*float32, got torch.int8"),
+        ],
+    )
+    def test_errors_name_the_parameter(self, weight, message):
+        source, target = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+        source[0].weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(TypeError, match=message):
+            SPRegularization(source, target)
+        if weight.is_sparse:
+            with pytest.raises(TypeError, match=message):
+                L2Regularization(source)()
 
 
 class TestSPRegularization:
@@ -92,7 +230,20 @@ class TestSPRegularization:
         model = nn.Linear(3, 2)
         regularization = SPRegularization(nn.Linear(3, 2), model)
         assert not regularization.state_dict() and not list(regularization.parameters())
-        assert [b.dtype for b in regularization.double().buffers()] == [torch.float64] * 2
+        assert [start.dtype for start in regularization.double().source_weight.values()] == [torch.float64] * 2
+
+    def test_fault_the_start_in_a_module_was_sent_at_every_step(self):
+        """DistributedDataParallel broadcasts all buffers."""
+        module = nn.ModuleDict({"model": nn.Linear(3, 2)})
+        module.regularization = SPRegularization(nn.Linear(3, 2), module["model"])
+        module.attention = AttentionBehavioralRegularization([torch.ones(2)])
+        assert not list(module.buffers())
+        module.half()
+        tensors = [*module.regularization.source_weight.values(), *module.attention.channel_attention]
+        assert [tensor.dtype for tensor in tensors] == [torch.float16] * 3
+        again = pickle.loads(pickle.dumps(module))
+        torch.testing.assert_close(again.regularization.source_weight, module.regularization.source_weight)
+        assert again.regularization() == module.regularization()
 
     @pytest.mark.parametrize("destination", ["cuda", "meta"])
     def test_the_start_follows_the_parameters(self, destination):
@@ -103,7 +254,7 @@ class TestSPRegularization:
         expected = regularization()
         target.to(destination)
         assert regularization().device.type == destination
-        assert all(start.device.type == destination for start in regularization.buffers())
+        assert all(start.device.type == destination for start in regularization.source_weight.values())
         if destination == "cuda":
             torch.testing.assert_close(regularization().cpu(), expected)
 
@@ -112,6 +263,91 @@ class TestSPRegularization:
         expected = SPRegularization(source, target.module)()
         assert SPRegularization(source, target)() == expected
         assert SPRegularization(source, torch.compile(target.module))() == expected
+
+    @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+    @pytest.mark.parametrize("when", ["before", "after", "in both"])
+    def test_fault_wrapped_parts_were_left_out(self, wrap, when):
+        source = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+        target = copy.deepcopy(source)
+        if when != "after":
+            target[0] = wrap(target[0])
+        if when == "in both":
+            source[0] = wrap(source[0])
+        regularization = SPRegularization(source, target, unmatched="ignore")
+        if when == "after":
+            target[0] = wrap(target[0])
+        inner = target[0] if isinstance(target[0], nn.Linear) else next(iter(target[0].children()))
+        add(nn.ModuleList([inner, target[1]]))
+        assert regularization() == 0.5 * (6 + 3 + 12 + 4)
+        assert {"1.weight", "1.bias"} < set(regularization.source_weight)
+
+    def test_a_parameter_s_own_module_called_module_is_none_of_a_wrapper(self):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module, self.weight = nn.Linear(2, 2, bias=False), nn.Parameter(torch.zeros(2, 2))
+
+        source = Own()
+        target = nn.DataParallel(copy.deepcopy(source))
+        regularization = SPRegularization(source, target, unmatched="error")
+        assert set(regularization.source_weight) == {"weight", "module.weight"} and regularization() == 0
+        with pytest.warns(UserWarning, match=r"no such parameters: \['weight'\]"):
+            assert SPRegularization(nn.ModuleDict({"module": source.module}), target)() == 0
+
+    def test_a_parametrised_tensor_is_compared_by_its_original(self):
+        source = nn.Sequential(nn.Linear(2, 3))
+        target = copy.deepcopy(source)
+        before = SPRegularization(source, target)
+        parametrize.register_parametrization(target[0], "weight", Doubled())
+        with torch.no_grad():
+            target[0].parametrizations.weight.original.copy_(source[0].weight + 2)
+        for regularization in (before, SPRegularization(source, target, unmatched="error")):
+            assert set(regularization.source_weight) == {"0.weight", "0.bias"}
+            torch.testing.assert_close(regularization(), torch.tensor(0.5 * 6 * 4))
+
+    @pytest.mark.parametrize("target_tied", [True, False])
+    @pytest.mark.parametrize("source_tied", [True, False])
+    def test_fault_second_names_of_tied_weights_were_dropped(self, source_tied, target_tied):
+        source, target = Tied(source_tied), Tied(target_tied)
+        regularization = SPRegularization(source, target, unmatched="error")
+        add(target)
+        expected = [7.5 if target_tied else 15.0]
+        found = [regularization()]
+        target.untie() if target_tied else target.tie()  # both have the values that they had
+        expected.append(15.0 if target_tied else 7.5)
+        found.append(regularization())
+        assert found == expected
+
+    def test_a_tied_weight_without_a_counterpart_is_listed_once(self):
+        source, target = nn.ModuleDict({"body": nn.Linear(1, 1)}), nn.ModuleDict({"body": nn.Linear(1, 1)})
+        target["new"] = Tied(True)
+        with pytest.warns(UserWarning, match=r"no such parameters: \['new.embedding.weight'\]"):
+            SPRegularization(source, target)
+        regularization = SPRegularization(source, target, unmatched="penalize")
+        torch.testing.assert_close(
+            regularization() - SPRegularization(source["body"], target["body"])(), torch.tensor(7.5)
+        )
+
+    def test_upstream_s_attribute_has_the_starts(self):
+        source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+        regularization = SPRegularization(source, target)
+        torch.testing.assert_close(regularization.source_weight, dict(source.named_parameters()), check_dtype=True)
+        with pytest.raises(AttributeError):
+            regularization.source_weight = {}
+        other = copy.deepcopy(source)
+        regularization.target_model = other
+        assert regularization() == 0 and regularization.target_model is other and not list(regularization.children())
+
+    @pytest.mark.parametrize("how", ["built", "called", "moved", "of a model made"])
+    def test_fault_inference_mode_broke_it_for_good(self, how):
+        source, target = nn.Linear(3, 2), nn.Linear(3, 2).double()
+        with torch.inference_mode(how != "called"):
+            source = copy.deepcopy(source) if how == "of a model made" else source
+            regularization = SPRegularization(source, target)
+        with torch.inference_mode():
+            regularization() if how == "called" else regularization.double()
+        regularization().backward()
+        torch.testing.assert_close(target.weight.grad, target.weight.detach() - source.weight.detach())
 
     def test_deepcopy_watches_the_copied_model(self):
         pair = nn.ModuleDict({"model": nn.Linear(2, 2)})
@@ -137,6 +373,13 @@ class TestSPRegularization:
         regularization = SPRegularization(nn.Linear(2, 2), model)
         model.bias = None
         with pytest.raises(RuntimeError, match="has lost its parameter 'bias'"):
+            regularization()
+
+    def test_a_parameter_of_another_shape_is_named(self):
+        model = nn.Linear(2, 2)
+        regularization = SPRegularization(nn.Linear(2, 2), model)
+        model.weight = nn.Parameter(torch.ones(3, 2))
+        with pytest.raises(ValueError, match=r"'weight' of shape \[2, 2\].*got \[3, 2\]"):
             regularization()
 
 
@@ -171,6 +414,17 @@ class TestBehavioralRegularization:
         source["b"] = source["b"][:, :1]
         with pytest.raises(ValueError, match=r"layer 'b' of one shape.*\[2, 1, 2, 2\].*\[2, 5, 2, 2\]"):
             BehavioralRegularization()(source, target)
+
+    def test_fault_maps_of_inference_mode_could_not_be_saved(self):
+        target = maps(True)
+        with torch.inference_mode():
+            source, vectors = maps(), [torch.rand(3), torch.rand(5)]
+        copied = {name: x.clone() for name, x in source.items()}
+        for regularization in (BehavioralRegularization(), AttentionBehavioralRegularization(vectors)):
+            losses = [regularization(given, target) for given in (source, copied)]
+            gradients = [torch.autograd.grad(loss, list(target.values())) for loss in losses]
+            assert losses[0] > 0 and torch.equal(*losses)
+            torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
     def test_wrong_types_are_named(self):
         with pytest.raises(TypeError, match="layer 'a' of the source to be a tensor, got list"):
@@ -237,9 +491,34 @@ class TestAttentionBehavioralRegularization:
         with pytest.raises(ValueError, match=message):
             AttentionBehavioralRegularization(attention)(source, target)
 
+    def test_fault_rows_and_integers_were_refused(self):
+        source, target = maps(), maps()
+        vectors = [torch.tensor([0.0, 2, 1]), torch.tensor([1.0, 0, 3, 1, 1])]
+        expected = AttentionBehavioralRegularization(vectors)(source, target)
+        for change in (lambda x: x[None], lambda x: x.int(), lambda x: x[None, None].long()):
+            changed = AttentionBehavioralRegularization([change(vector) for vector in vectors])
+            torch.testing.assert_close(changed(source, target), expected)
+            assert [vector.shape for vector in changed.channel_attention] == [(3,), (5,)]
+        rows = torch.stack([vectors[0], 2 * vectors[0]])  # a layer each
+        same = {"a": source["a"], "b": source["a"]}, {"a": target["a"], "b": target["a"]}
+        listed = AttentionBehavioralRegularization(list(rows))(*same)
+        torch.testing.assert_close(AttentionBehavioralRegularization(rows)(*same), listed)
+
+    def test_fault_attention_could_not_be_assigned(self):
+        source, target = maps(), maps()
+        regularization = AttentionBehavioralRegularization([torch.ones(3)])
+        for vectors in (self.attention, list(self.attention.values())):
+            regularization.channel_attention = vectors
+            torch.testing.assert_close(regularization(source, target), self.expected(source, target))
+            torch.testing.assert_close(regularization.channel_attention, list(self.attention.values()))
+        with pytest.raises(TypeError, match="got list"):
+            regularization.channel_attention = [[1.0]]
+
     def test_wrong_attention_is_named(self):
-        with pytest.raises(TypeError, match=r"channel attention 0 to be a floating-point vector \[C\], got \[2, 2\]"):
+        with pytest.raises(TypeError, match=r"channel attention 0 to be a vector \[C\] of .*shape \[2, 2\]"):
             AttentionBehavioralRegularization([torch.ones(2, 2)])
+        with pytest.raises(TypeError, match=r"got torch.complex64 of shape \[2\]"):
+            AttentionBehavioralRegularization([torch.ones(2, dtype=torch.complex64)])
         with pytest.raises(TypeError, match="got list"):
             AttentionBehavioralRegularization([[1.0]])
 

@@ -1,0 +1,106 @@
+"""Half squared distances of a model's parameters, wherever and however these lie."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checks import is_dtensor
+from ..ops import squared_distance
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS_OF_8_BITS = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+
+
+def is_of_integers(parameter: Tensor) -> bool:
+    """Whether it holds integers, or numbers packed into them, as the frozen ones of quantized layers do."""
+    return parameter.dtype not in _FLOATS and not (parameter.is_complex() or parameter.dtype in _FLOATS_OF_8_BITS)
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel hands out this rank's share of the model's parameters under their own names."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) and module.sharding_strategy != fsdp.ShardingStrategy.NO_SHARD
+        for module in model.modules()
+    )
+
+
+def _is_common(tensor: Tensor) -> bool:
+    """Whether it can be summed over as it is."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _FLOATS and tensor.layout is torch.strided
+
+
+def check_parameter(parameter: Tensor, name: str) -> None:
+    """Raise TypeError unless ``parameter``, or this rank's shard of it, can be summed over."""
+    if parameter.layout != torch.strided:
+        raise TypeError(f"expected parameter {name!r} to be a dense tensor, got {parameter.layout}")
+    if is_dtensor(parameter) and any(placement.is_partial() for placement in parameter.placements):  # type: ignore[attr-defined]
+        raise TypeError(f"expected parameter {name!r} to be replicated or sharded, got {parameter.placements}")  # type: ignore[attr-defined]
+
+
+def check_start(start: Tensor, parameter: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless ``start`` can be where ``parameter`` started."""
+    check_parameter(start, name)
+    if is_of_integers(start) or start.is_complex() != parameter.is_complex():
+        raise TypeError(
+            f"expected parameter {name!r} of the source in numbers as the target's {parameter.dtype}, got {start.dtype}"
+        )
+    if start.shape != parameter.shape:
+        raise ValueError(
+            f"expected parameter {name!r} of one shape in both models, got {list(start.shape)} in the source and "
+            f"{list(parameter.shape)} in the target: leave a new head out of the models compared"
+        )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Real numbers of the same squared modulus, in a dtype that is summed over; of a DTensor those of this rank."""
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.float() if tensor.dtype in _FLOATS_OF_8_BITS else tensor
+
+
+def _sharding(parameter: Tensor) -> Any:
+    """The device mesh and its dimensions that the parameter is sharded over, or None."""
+    if not is_dtensor(parameter):
+        return None
+    placements = parameter.placements  # type: ignore[attr-defined]
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    dimensions = tuple(j for j, p in enumerate(placements) if not p.is_replicate() and mesh.size(j) > 1)
+    return (mesh, dimensions) if dimensions else None
+
+
+def _over_ranks(part: Tensor, mesh: Any, dimensions: tuple[int, ...]) -> Tensor:
+    """The sum of the ranks' parts, with the gradient of this rank's own."""
+    whole = part.detach().to(mesh.device_type, copy=True)  # whose backend is there, also where parameters are offloaded
+    for dimension in dimensions:
+        dist.all_reduce(whole, group=mesh.get_group(dimension))
+    return whole.to(part.device) + (part - part.detach())
+
+
+def half_squared_distance(parameters: Mapping[Tensor, str], starts: Sequence[Tensor] | None = None) -> Tensor:
+    """Σ ½‖w − w₀‖² on the first parameter's device: at once over those that lie on one device, sharded alike."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for j, (parameter, name) in enumerate(parameters.items()):
+        start = None if starts is None else starts[j]
+        device, sharding = parameter.device, None
+        if not _is_common(parameter) or (start is not None and not _is_common(start)):
+            check_parameter(parameter, name)
+            sharding = _sharding(parameter)
+            parameter, start = _real(parameter), None if start is None else _real(start)
+        targets, sources = groups.setdefault((device, sharding), ([], []))
+        targets.append(parameter)
+        if start is not None:
+            sources.append(start)
+    total = None
+    for (_, sharding), (targets, sources) in groups.items():
+        part, _ = squared_distance(targets, None if starts is None else sources)
+        if sharding is not None:
+            part = _over_ranks(part, *sharding)
+        total = part if total is None else total + part.to(total.device)
+    return torch.zeros(()) if total is None else total
