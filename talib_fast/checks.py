@@ -45,6 +45,11 @@ def check_floats(tensor: Any, name: str) -> None:
         raise TypeError(f"expected {name} to be a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
 
 
+def is_ordinary(tensor: Any) -> bool:
+    """Whether ``tensor`` is a dense one of floats as the operations take them, and of no subclass of Tensor's."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _FLOATS and tensor.layout is torch.strided
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a ``torch.distributed.tensor.DTensor``, without importing these where there are none."""
     if type(tensor) in (Tensor, nn.Parameter):

@@ -32,6 +32,35 @@ expected = 0.01 * trainer.distance() + 1e-3 * trainer.shrinkage(outputs.hidden_s
 torch.testing.assert_close(loss, outputs.loss + expected)
 assert not any("distance" in name for name in model.state_dict())
 """,
+    "PEFT": """
+import copy
+from talib_fast.finetune.delta import SPRegularization
+merged, pretrained = copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()
+distance = SPRegularization(pretrained, merged.requires_grad_(True), unmatched="error")  # both have the new head
+assert l2_sp(model) > 0
+torch.testing.assert_close(distance(), l2_sp(model))
+distance().backward()
+layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+assert len(layers) == 4
+adapters = [p for layer in layers.values() for name, p in layer.named_parameters() if "lora_" in name]
+gradients = torch.autograd.grad(l2_sp(model), adapters)
+deltas = [layer.get_delta_weight("default") for layer in layers.values()]
+expected = torch.autograd.grad(deltas, adapters, [merged.get_submodule(name).weight.grad for name in layers])
+torch.testing.assert_close(gradients, expected)
+
+# names that PEFT changes match: of the model, of what it wraps, and of one that it wraps later
+later = copy.deepcopy(pretrained)
+before = SPRegularization(pretrained, later)
+later = get_peft_model(later, LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]))
+base = later.get_base_model()
+every = [before, *(SPRegularization(pretrained, m, unmatched="ignore") for m in (later, base))]
+with torch.no_grad():
+    for p in (base.vit.layers[0].mlp.fc1.base_layer.weight, base.classifier.modules_to_save["default"].bias):
+        p.add_(1)
+assert all(len(each.source_weight) == len(list(pretrained.parameters())) for each in every)
+for each in every:
+    torch.testing.assert_close(each(), torch.tensor(0.5 * (64 * 32 + 2)))
+""",
     "Lightning": """
 assert loss.isfinite() and trainer.global_step == 2
 assert not module.source.training and module.source[0][1].num_batches_tracked == 0
@@ -82,7 +111,12 @@ def recipe(key):
 
 @pytest.mark.parametrize(
     "key, packages",
-    [("timm", ["timm"]), ("Hugging Face", ["transformers", "accelerate"]), ("Lightning", ["lightning"])],
+    [
+        ("timm", ["timm"]),
+        ("Hugging Face", ["transformers", "accelerate"]),
+        ("PEFT", ["peft"]),
+        ("Lightning", ["lightning"]),
+    ],
 )
 def test_recipe(key, packages, tmp_path):
     for package in packages:  # not imported here, where their warnings would be errors

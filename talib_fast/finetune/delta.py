@@ -118,8 +118,7 @@ class L2Regularization(_ModelRegularization):
         _warn_of_integers([name for name, parameter in parameters_by_name(model).items() if is_of_integers(parameter)])
 
     def forward(self) -> Tensor:
-        named = parameters_by_name(self.model).items()
-        return half_squared_distance({p: name for name, p in named if not is_of_integers(p)})
+        return half_squared_distance({parameter: name for name, parameter in parameters_by_name(self.model).items()})
 
 
 class SPRegularization(_ModelRegularization):
@@ -216,7 +215,7 @@ class SPRegularization(_ModelRegularization):
     def _start(self, j: int, name: str, parameter: Tensor) -> Tensor:
         """The start that is kept as number ``j``, where and as ``parameter`` lies."""
         start = self._kept[j]
-        if start.shape != parameter.shape:
+        if start.shape != parameter.shape and not is_of_integers(parameter):
             raise ValueError(
                 f"expected parameter {name!r} of shape {list(start.shape)}, its own when the regulariser was made, got "
                 f"{list(parameter.shape)}: its model has changed, or FullyShardedDataParallel has flattened it, for "
@@ -257,10 +256,9 @@ class SPRegularization(_ModelRegularization):
                 parameter = plain.get(plain_name(name))
             if parameter is None:
                 raise RuntimeError(f"the target model has lost its parameter {name!r} since the regulariser was made")
-            if parameter in parameters or is_of_integers(parameter):
-                continue
-            parameters[parameter] = name
-            starts.append(self._start(j, name, parameter))
+            if parameter not in parameters:
+                parameters[parameter] = name
+                starts.append(self._start(j, name, parameter))
         return half_squared_distance(parameters, starts)
 
 

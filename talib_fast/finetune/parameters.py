@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import is_dtensor
+from ..checks import is_dtensor, is_ordinary
 from ..ops import squared_distance
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,11 +27,6 @@ def is_flattened(model: nn.Module) -> bool:
         isinstance(module, fsdp.FullyShardedDataParallel) and module.sharding_strategy != fsdp.ShardingStrategy.NO_SHARD
         for module in model.modules()
     )
-
-
-def _is_common(tensor: Tensor) -> bool:
-    """Whether it can be summed over as it is."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _FLOATS and tensor.layout is torch.strided
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:
@@ -84,12 +79,17 @@ def _over_ranks(part: Tensor, mesh: Any, dimensions: tuple[int, ...]) -> Tensor:
 
 
 def half_squared_distance(parameters: Mapping[Tensor, str], starts: Sequence[Tensor] | None = None) -> Tensor:
-    """Σ ½‖w − w₀‖² on the first parameter's device: at once over those that lie on one device, sharded alike."""
+    """Σ ½‖w − w₀‖² on the first parameter's device: at once over those that lie on one device, sharded alike.
+
+    Parameters of integers are left out.
+    """
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for j, (parameter, name) in enumerate(parameters.items()):
         start = None if starts is None else starts[j]
         device, sharding = parameter.device, None
-        if not _is_common(parameter) or (start is not None and not _is_common(start)):
+        if not is_ordinary(parameter) or (start is not None and not is_ordinary(start)):
+            if is_of_integers(parameter):
+                continue
             check_parameter(parameter, name)
             sharding = _sharding(parameter)
             parameter, start = _real(parameter), None if start is None else _real(start)

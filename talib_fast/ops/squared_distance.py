@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_floats, check_integer, is_dtensor
+from ..checks import check_floats, check_integer, is_dtensor, is_ordinary
 from .library import Function, accumulation_dtype, define, needs_pytorch_formula
 
 
@@ -205,9 +205,10 @@ def squared_distance(
         for name, tensor in (("target", target), ("source", source), ("weight", weight)):
             if tensor is None:
                 continue
-            check_floats(tensor, f"{name} {j}")
-            if is_dtensor(tensor):
-                raise TypeError(f"expected {name} {j} to be one process's tensor, got a DTensor: give its to_local()")
+            if not is_ordinary(tensor):
+                check_floats(tensor, f"{name} {j}")
+                if is_dtensor(tensor):
+                    raise TypeError(f"expected {name} {j} to be a process's own, got a DTensor: take its to_local()")
             if tensor.device != device:
                 raise ValueError(f"expected {name} {j} on {device}, the first target's device, got {tensor.device}")
         if source is not None and source.shape != target.shape:
