@@ -281,6 +281,19 @@ class TestSPRegularization:
         assert regularization() == 0.5 * (6 + 3 + 12 + 4)
         assert {"1.weight", "1.bias"} < set(regularization.source_weight)
 
+    @pytest.mark.parametrize("wrap", [Holder, nn.DataParallel])
+    def test_wrapped_and_tied_parts_compile_into_one_graph(self, wrap):
+        source = nn.ModuleDict({"a": nn.Linear(2, 3), "b": Tied(False)})
+        target = copy.deepcopy(source)
+        target["a"] = wrap(target["a"])
+        regularization = SPRegularization(source, target, unmatched="ignore")
+        target["b"].tie()
+        add(target)
+        loss = torch.compile(lambda: regularization(), fullgraph=True, backend="aot_eager")()
+        assert loss == 0.5 * (9 + 15)
+        loss.backward()
+        assert (target["b"].head.weight.grad == 1).all() and (target["a"].module.bias.grad == 1).all()
+
     def test_a_parameter_s_own_module_called_module_is_none_of_a_wrapper(self):
         class Own(nn.Module):
             def __init__(self):
