@@ -433,7 +433,10 @@ class TestBehavioralRegularization:
         with torch.inference_mode():
             source, vectors = maps(), [torch.rand(3), torch.rand(5)]
         copied = {name: x.clone() for name, x in source.items()}
-        for regularization in (BehavioralRegularization(), AttentionBehavioralRegularization(vectors)):
+        moved = AttentionBehavioralRegularization([vector.clone() for vector in vectors])
+        with torch.inference_mode():
+            moved.double()
+        for regularization in (BehavioralRegularization(), AttentionBehavioralRegularization(vectors), moved):
             losses = [regularization(given, target) for given in (source, copied)]
             gradients = [torch.autograd.grad(loss, list(target.values())) for loss in losses]
             assert losses[0] > 0 and torch.equal(*losses)

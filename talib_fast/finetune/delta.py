@@ -163,7 +163,7 @@ class SPRegularization(_ModelRegularization):
         check_module(source_model, "source_model")
         self.target_model = target_model
         self._index: dict[str, int] = {}  # by the target's names, which of the tensors kept is the start
-        self._gathered: dict[int, Tensor] = {}  # starts as a whole of which shards are kept
+        self._gathered: dict[int, Tensor] = {}  # as a whole, starts of which shards are kept
         source, target = parameters_by_name(source_model), parameters_by_name(target_model)
         plain_source, plain_target = by_plain_name(source), by_plain_name(target)
         starts: dict[Tensor, int] = {}
@@ -209,7 +209,7 @@ class SPRegularization(_ModelRegularization):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SPRegularization":
         super()._apply(fn, recurse)
-        self._gathered = {}
+        self._gathered = {}  # to be gathered anew
         return self
 
     def _start(self, j: int, name: str, parameter: Tensor) -> Tensor:
@@ -222,26 +222,30 @@ class SPRegularization(_ModelRegularization):
                 "which take torch.distributed.fsdp.fully_shard"
             )
         if is_dtensor(parameter) or is_dtensor(start):
-            start = self._laid_out(j, parameter)
-        return start if start.device == parameter.device else self._on(parameter.device, j)
+            with torch.inference_mode(False), torch.no_grad():
+                return self._in_shards(j, parameter) if is_dtensor(parameter) else self._as_a_whole(j, parameter.device)
+        return self._on(parameter.device, j)
 
-    def _laid_out(self, j: int, parameter: Any) -> Tensor:
-        """The start in shards, as ``parameter`` is, or whole: between passes fully_shard has whole parameters, too."""
+    def _in_shards(self, j: int, parameter: Any) -> Tensor:
         start: Any = self._kept[j]
-        with torch.inference_mode(False), torch.no_grad():
-            if not is_dtensor(parameter):
-                if j not in self._gathered:
-                    self._gathered[j] = start.full_tensor()
-                return self._gathered[j]
-            layout = parameter.device_mesh, parameter.placements
-            if not is_dtensor(start) or (start.device_mesh, start.placements) != layout:
-                from torch.distributed.tensor import distribute_tensor  # which takes long to import
+        layout = parameter.device_mesh, parameter.placements
+        if not is_dtensor(start) or (start.device_mesh, start.placements) != layout:
+            from torch.distributed.tensor import distribute_tensor  # which takes long to import
 
-                whole = start.full_tensor() if is_dtensor(start) else start
-                # every rank has the whole; a copy, or the shard would be a view of it
-                start = distribute_tensor(whole, *layout, src_data_rank=None).clone()
-                self._keep(j, start)
-            return start
+            whole = start.full_tensor() if is_dtensor(start) else start  # every rank has all of it
+            start = distribute_tensor(whole, *layout, src_data_rank=None).clone()  # else shards are views of the whole
+        if start.device != parameter.device:
+            start = start.to(parameter.device)
+        if start is not self._kept[j]:
+            self._keep(j, start)
+        return start
+
+    def _as_a_whole(self, j: int, device: torch.device) -> Tensor:
+        """For the parameters that fully_shard keeps whole from a forward pass to its backward pass."""
+        start: Any = self._kept[j]
+        if j not in self._gathered or self._gathered[j].device != device:
+            self._gathered[j] = start.full_tensor().to(device)
+        return self._gathered[j]
 
     def forward(self) -> Tensor:
         named = parameters_by_name(self.target_model)

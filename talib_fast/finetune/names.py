@@ -55,20 +55,23 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
 def plain_name(name: str) -> str:
     """``name`` without what a user's modules may be called as well: any ``module``, as further wrappers call what they
     hold, and what PEFT puts into the names of a layer that it adapts, or of one that it trains a copy of."""
-    parts = name.split(".")
-    return ".".join(
-        part
-        for j, part in enumerate(parts)
-        if part not in ("module", "base_layer", "modules_to_save") and (j == 0 or parts[j - 1] != "modules_to_save")
-    )
+    if "module" not in name and "base_layer" not in name:  # which saves most names the rest
+        return name
+    parts = [part for part in name.split(".") if part not in ("module", "base_layer")]
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
+    return ".".join(parts)
 
 
 def by_plain_name(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters by plain name, but for those of which several have one."""
     plain: dict[str, Tensor] = {}
-    ambiguous = set()
+    ambiguous = []
     for name, parameter in parameters.items():
         name = plain_name(name)
         if plain.setdefault(name, parameter) is not parameter:
-            ambiguous.add(name)
-    return {name: parameter for name, parameter in plain.items() if name not in ambiguous}
+            ambiguous.append(name)
+    for name in ambiguous:
+        plain.pop(name, None)
+    return plain
