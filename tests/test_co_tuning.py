@@ -13,7 +13,7 @@ from classifier_support import assert_trains_alike_in_low_precision, images, wit
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from talib_fast.finetune import co_tuning, lwf
+from talib_fast.finetune import lwf
 from talib_fast.finetune.co_tuning import Classifier, CoTuningLoss, Relationship, calibrate_temperature
 
 REQUIRED = inspect.Parameter.empty
@@ -921,7 +921,7 @@ def test_cache_is_written_in_one_step(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(co_tuning.np, "savez", fail)
+        patch.setattr(np, "savez", fail)
         with pytest.raises(OSError, match="disk full"), pytest.warns(UserWarning, match="computed again"):
             Relationship(loader, classifier, "cpu", path, temperature=2.0)
     assert path.read_bytes() == content and os.listdir(tmp_path) == ["table.npz"]
