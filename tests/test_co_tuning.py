@@ -90,6 +90,7 @@ def test_signatures_are_the_contracts():
         ("temperature", 1.0),
         ("C", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)),
         ("progress", True),
+        ("process_group", None),
     ]
     parameters = inspect.signature(Classifier).parameters
     assert [(name, p.default) for name, p in parameters.items() if name != "kwargs"] == [
@@ -374,8 +375,6 @@ def test_fault_classifier_was_left_in_eval():
     classifier[2].eval()
     before = copy.deepcopy(classifier.state_dict())
     Relationship(batches(*samples()), classifier, "cpu")
-    with pytest.raises(ValueError, match="have none"):
-        Relationship(batches(*samples((0, 2))), classifier, "cpu")
     with pytest.raises(ValueError, match="labels in"):
         Relationship(batches(*samples((0, 2))), classifier, "cpu", num_classes=2)
     assert [module.training for module in classifier.modules()] == [True, True, True, False]
@@ -425,10 +424,21 @@ def test_training_with_workers_autocast_and_channels_last(device):
 def test_fault_absent_class_gave_a_nan_row_and_a_short_table():
     x, labels = samples((0, 3, 3, 0))
     classifier = source_classifier()
-    with pytest.raises(ValueError, match=r"every target class, but 2 of 4 have none: \[1, 2\]; pass absent="):
-        Relationship(batches(x, labels), classifier, "cpu")
-    with pytest.raises(ValueError, match=r"but 4 of 6 have none: \[1, 2, 4, 5\]"):
-        Relationship(batches(x, labels), classifier, "cpu", num_classes=6)
+    relationship = Relationship(batches(x, labels), classifier, "cpu", num_classes=6)
+    assert np.isnan(relationship.relationship).any(1).tolist() == [False, True, True, False, True, True]
+    expected = relationship.relationship[[3, 0]]
+    np.testing.assert_array_equal(relationship[[3, 0]], expected)
+    np.testing.assert_array_equal(relationship.lookup(torch.tensor([3, 0])), expected)
+    for missing in ([1], [4, 0, 4, 2]):
+        message = re.escape(f"classes with samples, but {sorted({*missing} - {0})} had none")
+        for look_up in (relationship.lookup, relationship.__getitem__):
+            with pytest.raises(ValueError, match=message):
+                look_up(torch.tensor(missing))
+        with pytest.raises(ValueError, match=message):
+            relationship[missing]
+    with pytest.raises(ValueError, match=r"but \[1, 2, 4, 5\] had none"):
+        relationship[:]
+    assert relationship.lookup(torch.tensor([1, 0], device="meta")).shape == (2, SOURCE_CLASSES)
     for absent in ("mean", "uniform"):
         relationship = Relationship(batches(x, labels), classifier, "cpu", num_classes=6, absent=absent)
         assert relationship.relationship.shape == (6, SOURCE_CLASSES)
@@ -930,8 +940,8 @@ def test_cache_is_written_in_one_step(tmp_path, monkeypatch):
 
 
 def test_failed_computation_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="have none"):
-        Relationship(batches(*samples((0, 2))), source_classifier(), "cpu", tmp_path / "table")
+    with pytest.raises(ValueError, match="labels in"):
+        Relationship(batches(*samples((0, 2))), source_classifier(), "cpu", tmp_path / "table", num_classes=2)
     assert os.listdir(tmp_path) == []
 
 

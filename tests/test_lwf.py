@@ -54,6 +54,7 @@ def test_signatures_are_the_contracts():
         ("classifier", REQUIRED),
         ("device", REQUIRED),
         ("progress", True),
+        ("process_group", None),
     ]
 
 

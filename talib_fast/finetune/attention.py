@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checks import check_positive_integer
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
-from .fingerprint import fingerprint
+from .fingerprint import Unknown, fingerprint
 from .layers import (
     check_channel_dim,
     check_output,
@@ -33,6 +33,7 @@ from .layers import (
     uncompiled,
     without_gradients,
 )
+from .loader import loader_parts
 from .logits import check_temperature
 from .prediction import evaluating, inputs_of
 from .replay import Replay
@@ -116,9 +117,8 @@ def channel_attention(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = _Increases(names)
     if cache is not None:
-        data = getattr(data_loader, "dataset", data_loader), getattr(data_loader, "batch_size", None)
-        options = method, max_batches, criterion, channel_dim
-        known.keep_in(Path(cache), fingerprint(*options, dict(model.state_dict()), *data))
+        options = (method, max_batches, criterion, channel_dim, dict(model.state_dict()))
+        known.keep_in(Path(cache), options, data_loader)
     if not known.complete:
         # a DataLoader of an IterableDataset looks as if it had a len()
         total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
@@ -187,9 +187,15 @@ class _Increases:
         self._fingerprint = ""
         self.complete = False
 
-    def keep_in(self, path: Path, fingerprint: str) -> None:
+    def keep_in(self, path: Path, options: Iterable[Any], data_loader: Iterable) -> None:
         """Go on from what ``path`` holds, if it fits, and write there from now on."""
-        self._path, self._fingerprint = path, fingerprint
+        try:
+            self._fingerprint = fingerprint(*options, *loader_parts(data_loader, ordered=True))
+        except Unknown as error:
+            message = f"the cached channel attention {path} is computed again every time: it depends on {error}"
+            warnings.warn(message, stacklevel=3)
+            return
+        self._path = path
         if not path.exists():
             return
         try:
@@ -200,7 +206,7 @@ class _Increases:
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             reason = f"it can't be read ({error})"
         else:
-            if said.get("fingerprint") == fingerprint and sums.keys() <= set(self._names):
+            if said.get("fingerprint") == self._fingerprint and sums.keys() <= set(self._names):
                 self._sums, self.complete = sums, said.get("complete") == "yes" and sums.keys() == set(self._names)
                 self._batches |= batches
                 return

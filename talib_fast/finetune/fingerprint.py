@@ -1,51 +1,66 @@
 """Tells whether what a cache was made from is still the same."""
 
 import contextlib
+import copyreg
+import dis
+import functools
 import hashlib
-import os
-import random
+import io
+import sys
+import threading
 import types
-from collections.abc import Sized
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 # what data sets may show as properties, beside what they hold
 _SHOWN_BY_DATA_SETS = ["classes", "targets", "labels", "samples", "imgs", "tensors", "indices", "dataset", "datasets"]
-_PLAIN = (str, bytes, int, float, complex, range, np.generic, os.PathLike, type(None))
-# what they hold is another thing after every draw, and in every process
-_RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+_PLAIN = frozenset({str, bytes, int, float, complex, bool, range, type(None)})
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))  # decide nothing
+_DESCRIPTORS = (classmethod, staticmethod, property)
+_LIBRARIES = frozenset({"torch", "torchvision", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names})
+
+
+class Unknown(Exception):
+    """Something's content can't be known; the message names it, and says why."""
 
 
 def fingerprint(*values: Any) -> str:
-    """The same for equal ``values``, in any process: data by content, functions by code, objects by what they hold.
+    """The same for equal ``values``, in any process, and another one for others.
 
-    What an object holds is what :mod:`pickle` would save of it, so no sample is loaded for that. One that can't be
-    pickled, such as an open file, and a generator of random numbers count by their type.
+    Data count by content, generators of random numbers by their state, functions by their code and by the data and
+    functions of its own module that it uses, libraries' functions by name and code, other objects by their class's
+    code and by what :mod:`pickle` would save of them, so that no sample of a data set is loaded.
+
+    Raises:
+        Unknown: one of them holds something that can't be pickled, such as a running generator or an open file.
     """
     digest = hashlib.sha256()
     seen: dict[int, tuple[int, Any]] = {}  # keeps the objects alive, so that an id stays one object's
     pending = list(reversed(values))  # a stack, as objects may hold each other deeper than functions may call
     while pending:
         value = pending.pop()
-        name = type(value).__qualname__
-        if isinstance(value, _PLAIN):
-            digest.update(f"{name} {value!r} ".encode())
+        kind = type(value)
+        if kind in _PLAIN or isinstance(value, (np.generic, PurePath)):
+            digest.update(f"{kind.__qualname__} {value!r} ".encode())
             continue
-        digest.update(f"{name} ".encode())
-        if not isinstance(value, tuple):  # of which there are many, and which never hold themselves
+        digest.update(f"{kind.__qualname__} ".encode())
+        if kind is not tuple:  # of which there are many, and which never hold themselves
             if id(value) in seen:
                 digest.update(f"{seen[id(value)][0]} ".encode())
                 continue
             seen[id(value)] = len(seen), value
-        if isinstance(value, Tensor) and value.layout == torch.strided:
+        data = _data(value)
+        if data is not None:
             digest.update(f"{value.dtype} {list(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            digest.update(f"{value.dtype} {list(value.shape)} ".encode())
-            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            digest.update(data)
+        elif kind in (list, tuple) and _PLAIN.issuperset(map(type, value)):
+            digest.update(f"{len(value)} {value!r} ".encode())
         else:
             parts = _parts(value)
             digest.update(f"{len(parts)} ".encode())
@@ -53,34 +68,163 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()
 
 
+def _data(value: Any) -> memoryview | None:
+    """The bytes of a tensor or an array that is nothing but its numbers."""
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided:
+        if value.device.type == "meta":
+            return memoryview(b"")
+        plain = value.detach().resolve_conj().resolve_neg()
+        if not plain.is_quantized:
+            return plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    if type(value) in (np.ndarray, np.memmap) and not value.dtype.hasobject:
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+    return None
+
+
 def _parts(value: Any) -> list[Any]:
-    """What, beside its type, makes ``value`` what it is."""
-    if isinstance(value, (list, tuple)):
+    """What, beside the name of its class, makes ``value`` what it is."""
+    kind = type(value)
+    if kind in (list, tuple):
         return list(value)
-    if isinstance(value, np.ndarray):
-        return [value.shape, value.tolist()]
-    if isinstance(value, dict):
+    if kind in (dict, types.MappingProxyType):
         return [part for item in value.items() for part in item]
-    if isinstance(value, (set, frozenset)):
-        return sorted(fingerprint(part) for part in value)  # their order differs between processes
-    if isinstance(value, (type, types.ModuleType)):
-        return [value.__module__, value.__qualname__] if isinstance(value, type) else [value.__name__]
+    if kind in (set, frozenset):
+        try:
+            return sorted(fingerprint(part) for part in value)  # their order differs between processes
+        except RecursionError:
+            raise Unknown("a set that holds itself") from None
+    if kind is np.ndarray:
+        return [value.shape, value.tolist()]
+    if isinstance(value, type):
+        return _class_parts(value)
+    if isinstance(value, types.ModuleType):
+        return [value.__name__]
     if isinstance(value, types.FunctionType):
-        cells = []
-        for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
-                cells.append(cell.cell_contents)
-        return [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+        return _function_parts(value)
     if isinstance(value, types.CodeType):
-        return [value.co_code, value.co_consts, value.co_names]
-    if isinstance(value, _RANDOM):
+        return [value.co_code, value.co_consts, value.co_names, getattr(value, "co_exceptiontable", b"")]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, (classmethod, staticmethod)):
+        return [value.__func__]
+    if isinstance(value, property):
+        return [value.fget, value.fset]
+    if isinstance(value, torch.Generator):
+        return [str(value.device), value.get_state()]
+    if isinstance(value, _LOCKS):
         return []
-    parts: list[Any] = []
-    with contextlib.suppress(Exception):  # an object may refuse to say its length or to be pickled, with any error
-        parts += [len(value)] if isinstance(value, Sized) else []
-    with contextlib.suppress(Exception):
-        saved = value.__reduce_ex__(4)
-        if isinstance(saved, tuple):  # function, arguments, state, iterators over items
-            saved = (*saved[:3], *(list(items) for items in saved[3:5] if items is not None))
-        parts.append(saved)
-    return parts + [getattr(value, attribute, None) for attribute in _SHOWN_BY_DATA_SETS]
+    if isinstance(value, (DataLoader, Sampler)):
+        from .loader import loader_parts, sampler_parts  # which takes fingerprints itself
+
+        return loader_parts(value, ordered=True) if isinstance(value, DataLoader) else sampler_parts(value)
+    return _pickled(value) + _shown(value)
+
+
+def _pickled(value: Any) -> list[Any]:
+    """What :mod:`pickle` would save of an object."""
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        saved = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        if isinstance(saved, str):  # the name of a global, such as a compiled function's
+            return [getattr(value, "__module__", None), saved, getattr(value, "__dict__", None)]
+        # function, arguments, state, iterators over items, and what sets the state
+        return [part if part is None or number not in (3, 4) else list(part) for number, part in enumerate(saved)]
+    except Exception as error:  # an object may refuse to be pickled with any error
+        raise Unknown(f"{_called(value)}, whose content can't be known") from error
+
+
+def _called(value: Any) -> str:
+    if isinstance(value, types.GeneratorType):
+        return f"a generator ({value.__qualname__})"
+    if isinstance(value, io.IOBase):
+        return "an open file"
+    return f"an object of {type(value).__module__}.{type(value).__qualname__}"
+
+
+def _shown(value: Any) -> list[Any]:
+    """What an object says of itself, which may be more than it lets :mod:`pickle` save."""
+    shown: list[Any] = []
+    if isinstance(value, Sized):
+        with contextlib.suppress(Exception):  # it may refuse with any error
+            shown.append(len(value))
+    if isinstance(value, Dataset):
+        for attribute in _SHOWN_BY_DATA_SETS:
+            with contextlib.suppress(Exception):
+                shown += [attribute, getattr(value, attribute)]
+    return shown
+
+
+@functools.cache
+def _in_library(module: str | None) -> bool:
+    """Whether a module's code is installed, so that it is the same wherever it has the same name."""
+    if module is None or module.partition(".")[0] in _LIBRARIES:
+        return module is not None
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+
+
+def _class_parts(kind: type) -> list[Any]:
+    parts: list[Any] = [kind.__module__, kind.__qualname__, kind.__bases__]
+    library = _in_library(kind.__module__)
+    for name, value in vars(kind).items():
+        if library:
+            # installed code may change too, but what else it holds is left alone: it is much, and can't always be known
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(value, types.FunctionType):
+                parts += [name, value.__code__]
+        elif callable(value) or isinstance(value, _DESCRIPTORS) or not name.startswith(("__", "_abc_")):
+            parts += [name, value]
+    return parts
+
+
+def _function_parts(function: types.FunctionType) -> list[Any]:
+    parts: list[Any] = [function.__module__, function.__qualname__, function.__code__]
+    library = _in_library(function.__globals__.get("__name__"))
+    if library and _importable(function):
+        return parts
+    cells = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            cells.append(cell.cell_contents)
+    parts += [function.__defaults__, function.__kwdefaults__, function.__dict__, cells]
+    return parts if library else [*parts, *_used(function)]
+
+
+def _importable(function: types.FunctionType) -> bool:
+    """Whether the function is what its module has under its name."""
+    found: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _used(function: types.FunctionType) -> list[Any]:
+    """The globals that a function's code refers to, and the attributes it takes of modules that aren't installed."""
+    codes = list(_codes(function.__code__))
+    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
+    used = {}
+    for instruction in instructions:
+        name = instruction.argval
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in function.__globals__:
+            used[name] = function.__globals__[name]
+        elif instruction.opname == "IMPORT_NAME" and name in sys.modules:
+            used[f"import {name}"] = sys.modules[name]
+    attributes = {name for code in codes for name in code.co_names}
+    modules: set[str] = set()
+    return [part for name in sorted(used) for part in (name, _of_module(used[name], attributes, modules))]
+
+
+def _of_module(value: Any, attributes: Iterable[str], seen: set[str]) -> Any:
+    if not isinstance(value, types.ModuleType) or value.__name__ in seen or _in_library(value.__name__):
+        return value
+    seen.add(value.__name__)
+    found = {name: vars(value)[name] for name in sorted(attributes) if name in vars(value)}
+    return [value.__name__, {name: _of_module(part, attributes, seen) for name, part in found.items()}]

@@ -7,12 +7,13 @@ from torch import Tensor
 
 
 def integer_labels(labels: Any) -> Tensor:
-    """``labels``, a tensor or what NumPy takes for an array, as int64.
+    """``labels``, a tensor or what NumPy takes for an array, as int64; what is no tensor comes to lie on the CPU.
 
     Raises:
         TypeError: they are no integers.
     """
-    labels = torch.as_tensor(labels)
+    if not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels, device="cpu")  # not on the default device
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"expected integer labels, got {labels.dtype}")
     return labels.long()

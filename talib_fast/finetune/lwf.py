@@ -1,44 +1,63 @@
 """Learning without Forgetting, ECCV 2016 (https://arxiv.org/abs/1606.09282)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_module
 from .classifier import ClassifierBase, ParameterGroup, check_linear
-from .prediction import OnHost, predictions
+from .loader import share_of
+from .prediction import OnHost, counted, joined_over_ranks, predictions, warn_of_share
+from .ranks import check_group, together
 
 __all__ = ["Classifier", "collect_pretrain_labels"]
 
 
 def collect_pretrain_labels(
-    data_loader: Iterable, classifier: nn.Module, device: torch.device | str, progress: bool = True
+    data_loader: Iterable,
+    classifier: nn.Module,
+    device: torch.device | str,
+    progress: bool = True,
+    process_group: Any = None,
 ) -> Tensor:
     """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
 
     From a GPU they come through pinned memory, each batch while the next one is computed.
 
     Args:
-        data_loader: batches ``x`` or ``(x, ...)``; without shuffling, or the order is lost.
-        classifier: gives logits ``[b, N_p]`` in evaluation mode; its modes are restored afterwards.
+        data_loader: batches ``x`` or ``(x, ...)``, where x is a tensor or moves by its ``to(device)``; without
+            shuffling, or the order is lost.
+        classifier: gives logits ``[b, N_p]``, or maps ``[b, ...]``, in evaluation mode; its modes are restored
+            afterwards.
         device: where the classifier is.
         progress: show a progress bar.
+        process_group: processes that share out the data; each of them gets the logits of all samples. Those of a
+            :class:`~torch.utils.data.DistributedSampler` come once each and in the data set's order, shuffled or not;
+            those of accelerate's ``prepare_data_loader`` once each and in the order that the loader had before; data
+            that are shared out in another way rank by rank. By default each process is alone.
 
     Returns:
         Logits ``[N, N_p]`` on the CPU.
 
     Raises:
         TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
-            loader is empty.
+            loader is empty; on all processes if on one.
     """
     check_module(classifier, "classifier")
-    collected = OnHost()
-    for _, logits in predictions(data_loader, classifier, device, "Collecting pretrain labels", progress):
-        collected.append(logits)
-    if not len(collected):
-        raise ValueError("expected a data loader with at least one batch, got an empty one")
-    return collected.joined()
+    check_group(process_group)
+    if process_group is None:
+        warn_of_share(data_loader, "collect_pretrain_labels", joins=True)
+    share, collected = share_of(data_loader, process_group), OnHost()
+
+    def collect() -> None:
+        batches = predictions(data_loader, classifier, device, "Collecting pretrain labels", progress, maps=True)
+        for _, logits, counts in counted(batches, share):
+            collected.append(logits if counts is None else logits[counts.to(logits.device)])
+
+    together(collect, process_group)
+    return joined_over_ranks(collected, share, process_group)
 
 
 class Classifier(ClassifierBase):

@@ -4,11 +4,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..progress import progress
 from .labels import integer_labels
+from .loader import Share, warn_of_share
+from .ranks import gathered, gathered_rows, together
+
+__all__ = [
+    "OnHost",
+    "counted",
+    "evaluating",
+    "inputs_of",
+    "joined_over_ranks",
+    "labels_of",
+    "predictions",
+    "warn_of_share",
+]
 
 
 @contextmanager
@@ -23,37 +38,79 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def inputs_of(batch: Any) -> Tensor:
-    """The inputs x of a batch ``x`` or ``(x, ...)``."""
-    x = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected batches that are a tensor or start with one, got {type(batch).__name__}")
+def inputs_of(batch: Any) -> Any:
+    """The inputs x of a batch ``x`` or ``(x, ...)``: a tensor, or another object that moves by its ``to(device)``."""
+    # a packed sequence is a tuple of its own
+    listed = isinstance(batch, Sequence) and not isinstance(batch, PackedSequence)
+    x = batch[0] if listed and len(batch) else batch
+    if not callable(getattr(x, "to", None)):
+        raise TypeError(
+            f"expected batches that are a tensor or start with one, got {type(batch).__name__}; "
+            "other inputs need a method to(device)"
+        )
     return x
 
 
-def labels_of(batch: Any) -> Tensor:
-    """The labels ``[b]`` of a batch ``(x, labels, ...)``, one integer per input."""
-    if not isinstance(batch, Sequence) or len(batch) < 2:
+def labels_of(batch: Any, size: int | None = None) -> Tensor:
+    """The labels ``[b]`` of a batch ``(x, labels, ...)``, one integer per input, of which there are ``size``.
+
+    Without ``size`` the inputs are a tensor ``[b, ...]``.
+    """
+    if not isinstance(batch, Sequence) or isinstance(batch, PackedSequence) or len(batch) < 2:
+        inputs_of(batch)
         raise TypeError(f"expected batches (x, labels, ...), got {type(batch).__name__}")
     labels = integer_labels(batch[1])
-    if labels.shape != (len(inputs_of(batch)),):
-        raise ValueError(f"expected one label per input, [{len(inputs_of(batch))}], got {list(labels.shape)}")
+    size = len(inputs_of(batch)) if size is None else size
+    if labels.shape != (size,):
+        raise ValueError(f"expected one label per input, [{size}], got {list(labels.shape)}")
     return labels
 
 
 def predictions(
-    data_loader: Iterable, classifier: nn.Module, device: torch.device | str, description: str, show: bool = True
+    data_loader: Iterable,
+    classifier: nn.Module,
+    device: torch.device | str,
+    description: str,
+    show: bool = True,
+    maps: bool = False,
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode."""
+    """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode.
+
+    With ``maps`` they may be of any shape ``[b, ...]``.
+    """
     with evaluating(classifier):
         for batch in progress(data_loader, description, show=show):
+            x = inputs_of(batch)
             # the mode spans the loop, but no_grad must not leak into the caller's code between two batches
             with torch.no_grad():
-                logits = classifier(inputs_of(batch).to(device, non_blocking=True))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                logits = classifier(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
+            fits = isinstance(logits, Tensor) and logits.dim() == 2
+            if maps and isinstance(logits, Tensor) and logits.dim():
+                fits = fits or not isinstance(x, Tensor) or logits.shape[:1] == x.shape[:1]
+            if not fits:
                 got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"expected the classifier to return logits of shape [b, N] in eval mode, got {got}")
             yield batch, logits
+
+
+def counted(batches: Iterator[tuple[Any, Tensor]], share: Share | None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+    """Batches and logits, and which of their samples count, as booleans on the CPU; None where all do.
+
+    Raises:
+        ValueError: they are not as many samples as the share has.
+    """
+    start = 0
+    for batch, logits in batches:
+        counts = None if share is None else torch.from_numpy(share.counts[start : start + len(logits)])
+        start += len(logits)
+        if counts is not None and len(counts) < len(logits):
+            break
+        yield batch, logits, None if counts is None or bool(counts.all()) else counts
+    if share is not None and start != len(share.counts):
+        raise ValueError(
+            f"expected one output for each of this process's {len(share.counts)} samples, got {start} or more: which "
+            "of them are repeated can't be told where a loader leaves some out"
+        )
 
 
 class OnHost:
@@ -87,10 +144,39 @@ class OnHost:
         self._on_the_way = None
 
     def joined(self) -> Tensor:
-        """All rows in their order, ``[N, ...]``; at least one batch must have been collected."""
+        """All rows in their order, ``[N, ...]``; at least one batch must have been collected.
+
+        They can be trained with, also those that were computed under :class:`torch.inference_mode`.
+        """
         self._arrive()
-        return torch.cat(self._batches)
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.cat(self._batches)
 
     def __len__(self) -> int:
         """The number of batches."""
         return len(self._batches) + (self._on_the_way is not None)
+
+
+def joined_over_ranks(collected: OnHost, share: Share | None, process_group: Any) -> Tensor:
+    """The rows of all processes, on the CPU: in the order of the whole, or else in that of the ranks.
+
+    Raises:
+        ValueError: there are none, or they differ in dtype or shape.
+    """
+    rows = together(lambda: collected.joined() if len(collected) else None, process_group)
+    told = gathered(None if rows is None else (rows.dtype, tuple(rows.shape[1:])), process_group)
+    kinds = [kind for kind in told if kind is not None]
+    if not kinds:
+        raise ValueError("expected a data loader with at least one batch, got an empty one")
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"expected outputs of one dtype and shape on all ranks, got {kinds}")
+    if process_group is None:
+        return rows  # type: ignore[return-value]
+    with torch.inference_mode(False), torch.no_grad():
+        if rows is None:
+            rows = torch.empty(0, *kinds[0][1], dtype=kinds[0][0], device="cpu")
+        joined = torch.cat(gathered_rows(rows, process_group))
+        if share is None:
+            return joined
+        places = np.concatenate(gathered(share.places[share.counts], process_group))
+        return joined[torch.from_numpy(np.argsort(places, kind="stable"))]

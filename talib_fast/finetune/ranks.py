@@ -1,0 +1,92 @@
+"""What the processes of a group do together. Without a group, None, each function does its work alone."""
+
+import builtins
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def check_group(process_group: Any) -> None:
+    """Raise TypeError unless ``process_group`` is one that this process is in, or None."""
+    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        got = type(process_group).__name__
+        raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
+
+
+def is_first(group: Any) -> bool:
+    """Whether this process is the group's first."""
+    return group is None or dist.get_rank(group) == 0
+
+
+def gathered(value: T, group: Any) -> list[T]:
+    """Every rank's ``value``, something to pickle, in rank order."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def together(work: Callable[[], T], group: Any) -> T:
+    """What ``work`` returns on this rank, after all ranks did it; an error of one raises on all."""
+    if group is None:
+        return work()
+    result, mine = None, None
+    try:
+        result = work()
+    except Exception as error:  # of any kind, or the others would wait for ever
+        mine = error
+    errors = gathered(None if mine is None else (type(mine).__name__, str(mine)), group)
+    for rank, told in enumerate(errors):
+        if told is None:
+            continue
+        if rank == dist.get_rank(group) and mine is not None:
+            raise mine
+        kind = getattr(builtins, told[0], None)
+        if kind not in (ValueError, TypeError, ImportError, OSError, MemoryError):
+            kind = RuntimeError
+        raise kind(f"rank {rank}: {told[1]}") from mine
+    return result  # type: ignore[return-value]
+
+
+def from_first(work: Callable[[], T], group: Any) -> T:
+    """What ``work`` returns on the group's first rank, which does it for all: something to pickle."""
+    if group is None:
+        return work()
+    result: list[Any] = [together(work if is_first(group) else lambda: None, group)]
+    dist.broadcast_object_list(result, dist.get_global_rank(group, 0), group)
+    return result[0]
+
+
+def summed(tensor: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks of tensors of one shape, on the CPU."""
+    if group is not None:
+        tensor = tensor.to(_reachable(group, tensor.device))
+        dist.all_reduce(tensor, group=group)
+    return tensor.cpu()
+
+
+def gathered_rows(rows: Tensor, group: Any) -> list[Tensor]:
+    """Every rank's ``rows``, CPU tensors of one dtype and of one shape but for the first dimension, in rank order."""
+    if group is None:
+        return [rows]
+    counts = gathered(len(rows), group)
+    device = _reachable(group, torch.device("cuda"))
+    padded = F.pad(rows.reshape(len(rows), -1).view(torch.uint8), (0, 0, 0, max(counts) - len(rows))).to(device)
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group)
+    return [
+        part[:count].cpu().view(rows.dtype).reshape(count, *rows.shape[1:])
+        for part, count in zip(parts, counts, strict=True)
+    ]
+
+
+def _reachable(group: Any, device: torch.device) -> torch.device:
+    """The CPU where the group's backend serves it, ``device`` otherwise."""
+    return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device
