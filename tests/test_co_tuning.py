@@ -702,6 +702,122 @@ def test_lookup_does_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_a_relationship_of_inference_mode_can_be_trained_with(method):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+    x, labels = samples()
+    classifier = source_classifier()
+    expected = Relationship(batches(x, labels), classifier, "cpu", method=method).relationship
+    with torch.inference_mode():
+        relationship = Relationship(batches(x, labels), classifier, "cpu", method=method)
+        relationship.lookup(torch.tensor([0, 1]))  # as a validation before the training would
+    np.testing.assert_array_equal(relationship.relationship, expected)
+    logits = torch.randn(2, SOURCE_CLASSES, requires_grad=True)
+    rows = relationship.lookup(torch.tensor([1, 2]))
+    (logits * rows).sum().backward()
+    assert torch.equal(logits.grad, torch.from_numpy(expected[[1, 2]]))
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_the_default_device_is_not_the_tensors(method, tmp_path):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+    x, labels = samples()
+    classifier, options = source_classifier(), {"method": method, "C": 1.0, "num_classes": 5, "absent": "mean"}
+    for loader in (batches(x, labels), with_numpy_labels(x, labels), with_labels_in_lists(x, labels)):
+        expected = Relationship(loader, classifier, "cpu", **options)
+        with torch.device("meta"):
+            found = Relationship(loader, classifier, "cpu", tmp_path / "table", **options)
+            got = found.lookup(torch.tensor([2, 4, 0], device="cpu"))
+            row = found[[2]]
+        np.testing.assert_array_equal(found.relationship, expected.relationship)
+        assert torch.equal(got, expected.lookup(torch.tensor([2, 4, 0])))
+        np.testing.assert_array_equal(row, expected[[2]])
+        os.unlink(tmp_path / "table.npz")
+
+
+# --- upstream's own methods
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_collected_labels_make_the_relationship(method):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+    x, labels = samples()
+    classifier = source_classifier()
+    relationship = Relationship(batches(x, labels), classifier, "cpu", method=method)
+    probabilities, collected = relationship.collect_labels()
+    assert isinstance(probabilities, np.ndarray) and isinstance(collected, np.ndarray)
+    np.testing.assert_array_equal(collected, labels)
+    np.testing.assert_allclose(probabilities, source_probabilities(classifier, x), rtol=1e-5)
+    table = relationship.get_category_relationship(probabilities, collected)
+    assert isinstance(table, np.ndarray)
+    np.testing.assert_allclose(table, relationship.relationship, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["samples", "rows", "both"])
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_fault_methods_of_a_subclass_were_ignored(changed, method):
+    if method == "reverse":
+        pytest.importorskip("sklearn")
+
+    def collect_labels(self):
+        probabilities, labels = super(kind, self).collect_labels()
+        return probabilities[:5], labels[:5]  # as a script may leave some out
+
+    def get_category_relationship(self, source_probabilities, target_labels):
+        return super(kind, self).get_category_relationship(source_probabilities, target_labels)[::-1]
+
+    members = {"samples": [collect_labels], "rows": [get_category_relationship]}
+    members["both"] = members["samples"] + members["rows"]
+    kind = type("Kind", (Relationship,), {member.__name__: member for member in members[changed]})
+    x, labels = samples()
+    classifier, options = source_classifier(), {"method": method, "C": 1.0}
+    kept = 9 if changed == "rows" else 5
+    expected = Relationship(batches(x[:kept], labels[:kept]), classifier, "cpu", **options).relationship
+    got = kind(batches(x, labels), classifier, "cpu", **options).relationship
+    np.testing.assert_allclose(got, expected if changed == "samples" else expected[::-1], rtol=1e-5)
+
+
+def test_a_subclass_has_a_cache_of_its_own(tmp_path):
+    class Uniform(Relationship):
+        def get_category_relationship(self, source_probabilities, target_labels):
+            return np.full((3, SOURCE_CLASSES), 1 / SOURCE_CLASSES)
+
+    loader, classifier, path = batches(*samples()), source_classifier(), tmp_path / "table.npz"
+    Relationship(loader, classifier, "cpu", path)
+    with pytest.warns(UserWarning, match="is computed again: it was made from another"):
+        got = Uniform(loader, classifier, "cpu", path)
+    assert (got.relationship == np.float32(1 / SOURCE_CLASSES)).all()
+    np.testing.assert_array_equal(Uniform(loader, Uncalled(classifier), "cpu", path).relationship, got.relationship)
+
+
+def test_an_assigned_table_with_a_row_of_nan_raises_at_look_up():
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    rows = relationship.relationship.copy()
+    rows[1] = np.nan  # as upstream's files have them
+    relationship.relationship = rows
+    for look_up in (relationship.lookup, relationship.__getitem__):
+        with pytest.raises(ValueError, match=r"\[1\] had none"):
+            look_up(torch.tensor([0, 1]))
+    np.testing.assert_array_equal(relationship[[0, 2]], rows[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    "shapes, labels, message",
+    [
+        ((4,), 4, r"source_probabilities \[N, N_p\] and target_labels \[N\], got \[4\] and \[4\]"),
+        ((4, 3), 3, r"got \[4, 3\] and \[3\]"),
+        ((0, 3), 0, r"got \[0, 3\] and \[0\]"),
+    ],
+)
+def test_bad_samples_for_a_relationship(shapes, labels, message):
+    relationship = Relationship(batches(*samples()), source_classifier(), "cpu")
+    with pytest.raises(ValueError, match=message):
+        relationship.get_category_relationship(np.zeros(shapes), np.zeros(labels, int))
+
+
 # --- cache
 
 

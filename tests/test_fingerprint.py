@@ -1,8 +1,16 @@
+import dataclasses
+import enum
 import functools
+import io
+import logging
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
+import types
+import weakref
 from collections import OrderedDict, deque
 from pathlib import Path
 
@@ -13,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from talib_fast.finetune.fingerprint import fingerprint
+from talib_fast.finetune.fingerprint import Unknown, fingerprint
 
 
 class Scale:
@@ -45,13 +53,13 @@ class Slotted:
 
 
 class Property(Dataset):
-    """Says only by a property what it holds, and can't be pickled."""
+    """Says only by a property what it holds, and not to pickle."""
 
     def __init__(self, labels):
         self._labels = labels
 
-    def __reduce_ex__(self, protocol):
-        raise TypeError("never")
+    def __reduce__(self):
+        return Property, ()
 
     @property
     def targets(self):
@@ -70,21 +78,66 @@ def loss(smoothing, default=1):
     return scaled
 
 
+class Elements(enum.Enum):
+    FIRE = 1
+    WATER = 2
+
+
+@dataclasses.dataclass
+class Record:
+    number: int = 0
+    words: list = dataclasses.field(default_factory=list)
+
+
+class Lazy(Dataset):
+    @functools.cached_property
+    def lock(self):
+        return threading.Lock()
+
+
+@functools.lru_cache
+def remembered(x):
+    return x
+
+
+class Method:
+    def __init__(self, function):
+        self.bound = types.MethodType(function, self)
+
+
 def objects():
     """One of each kind, made anew."""
-    with open(os.devnull) as file:
-        pass
     words = {"a", "b", "c", "d", "e", 5}
     ring = [1]
     ring.append(ring)
     chain = None
     for _ in range(5000):
         chain = Slotted(chain)
-    parts = [file, threading.Lock(), np.random.default_rng(), torch.Generator(), Path("a"), torch.float32, torch, len]
+    parts = [threading.Lock(), np.random.default_rng(1), torch.Generator(), Path("a"), torch.float32, torch, len]
+    parts += [random.Random(0), re.compile("a+"), Elements.FIRE, Elements, Record(3), Lazy(), remembered, iter([1, 2])]
+    parts += [logging.getLogger("talib_fast"), np.random.RandomState(0), range(3), types.MappingProxyType({1: 2})]
+    parts += [
+        Method(scale),
+        int | str,
+        nn.Linear,
+        torch.zeros(2, device="meta"),
+        torch.ones(2, dtype=torch.cfloat).conj(),
+    ]
     parts += [words, frozenset(words), deque([1, 2]), ring, chain, {"a": np.arange(3)}, torch.eye(2).to_sparse()]
     parts += [lambda x: x + 1, loss(0.1), functools.partial(F.relu, inplace=True), Scale(2).__call__]
     parts += [nn.Linear, nn.Flatten(), torch.device("cpu")]
     return [Custom(part) for part in parts]
+
+
+def scale(x):
+    return FACTOR * x
+
+
+def remember(x):
+    return scale(x)
+
+
+FACTOR = 2
 
 
 def test_equal_objects_have_one_fingerprint():
@@ -121,6 +174,16 @@ def test_fingerprints_are_those_of_another_process():
         (Slotted(2), Slotted(3)),
         (Slotted(Slotted([Scale(2)])), Slotted(Slotted([Scale(3)]))),
         (Property([0, 1]), Property([0, 2])),
+        (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)),
+        (random.Random(1), random.Random(2)),
+        (np.random.default_rng(1), np.random.default_rng(2)),
+        (np.random.RandomState(1), np.random.RandomState(2)),
+        (re.compile("a"), re.compile("b")),
+        (Elements.FIRE, Elements.WATER),
+        (Record(1), Record(2)),
+        (Method(scale), Method(remember)),
+        (True, 1),
+        ([1, 2], [1, True]),
         (Unsized(0), Unsized(1)),
         (deque([1, 2]), deque([1, 3])),
         (OrderedDict(a=1), OrderedDict(a=2)),
@@ -144,6 +207,57 @@ def test_fingerprints_are_those_of_another_process():
 def test_different_objects_have_two(one, other):
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(Custom(one)) != fingerprint(Custom(other))
+
+
+@pytest.mark.parametrize("function", [scale, remember, Scale(scale), functools.partial(remember, 1)], ids=str)
+def test_what_a_function_uses_of_its_module_counts(function, monkeypatch):
+    before = fingerprint(function)
+    assert before == fingerprint(function)
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert fingerprint(function) != before
+
+
+def test_an_edited_method_counts_also_that_of_a_base_class(monkeypatch):
+    class Derived(Scale):
+        shared = 1
+
+    first = fingerprint(Derived(2))
+    Derived.shared = 2
+    second = fingerprint(Derived(2))
+    monkeypatch.setattr(Scale, "__call__", lambda self, x: self.by + x)
+    assert len({first, second, fingerprint(Derived(2))}) == 3
+
+
+def test_looking_at_an_object_does_not_change_it():
+    part = Custom([Slotted(1), Elements.FIRE, Record(), re.compile("a")])
+    assert fingerprint(part) == fingerprint(part)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: (x for x in "ab"), "a generator (.*genexpr"),
+        (lambda: io.FileIO(os.devnull), "an open file"),
+        (lambda: random.SystemRandom(), "an object of random.SystemRandom"),
+        (lambda: weakref.ref(Custom), "an object of weakref.*"),
+        (lambda: memoryview(b"a"), "an object of builtins.memoryview"),
+    ],
+)
+def test_what_cannot_be_known_is_named(make, named):
+    part = make()
+    holders = [part, Custom(part), [Slotted({"a": part})], {part}, lambda x: part, functools.partial(scale, part)]
+    for value in holders[:3] + holders[4:] if part.__hash__ is None else holders:
+        with pytest.raises(Unknown, match=f"^{named.replace('(', '[(]')}.*whose content can't be known$"):
+            fingerprint(1, value)
+    if hasattr(part, "close"):
+        part.close()
+
+
+def test_a_set_that_holds_itself_cannot_be_known():
+    held = Custom()
+    held.content = {held}
+    with pytest.raises(Unknown, match="a set that holds itself"):
+        fingerprint(held)
 
 
 def test_shared_parts_are_told_from_each_other():

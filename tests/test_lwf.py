@@ -1,6 +1,8 @@
+import contextlib
 import copy
 import inspect
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from classifier_support import (
     with_workers,
 )
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from talib_fast.finetune.co_tuning import Relationship
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
 from talib_fast.finetune.lwf import Classifier, collect_pretrain_labels
 from talib_fast.finetune.prediction import evaluating, predictions
@@ -368,6 +372,136 @@ def test_progress_of_pretrain_labels_is_shown_on_request(shown, capsys, monkeypa
 def test_what_is_no_classifier_is_named():
     with pytest.raises(TypeError, match=r"classifier to be a torch\.nn\.Module, got str"):
         collect_pretrain_labels([images()], "x", "cpu")
+
+
+class Counting:
+    """A loader that counts how often it is begun."""
+
+    def __init__(self, batches):
+        self.batches, self.begun = batches, 0
+
+    def __iter__(self):
+        self.begun += 1
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("shown", [True, False])
+def test_fault_a_loader_was_begun_twice(shown, terminal, monkeypatch):
+    """And drew one random number more than the loop of a script does."""
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    x, labels = images(6)[..., :2, :2], torch.arange(6) % 3
+    counting = Counting([(x, labels)])
+    loader = DataLoader(TensorDataset(x, labels), 4, shuffle=True)
+    torch.manual_seed(1)
+    for _ in loader:
+        pass
+    expected = torch.rand(1)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    for learn in (collect_pretrain_labels, Relationship):
+        torch.manual_seed(1)
+        learn(loader, classifier, "cpu", progress=shown)
+        assert torch.rand(1) == expected
+        learn(counting, classifier, "cpu", progress=shown)
+    assert counting.begun == 2
+
+
+@pytest.mark.parametrize("end", ["an error of the loader", "an error", "a break", "nothing"])
+def test_a_progress_bar_is_closed_at_whatever_end(end, monkeypatch, capsys):
+    tqdm = pytest.importorskip("tqdm.auto").tqdm
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def batches():
+        yield from range(3)
+        if end == "an error of the loader":
+            raise KeyError
+
+    with contextlib.suppress(KeyError):
+        for number in progress(batches(), "Counting", 4):
+            assert len(tqdm._instances) == 1
+            if number and end == "a break":
+                break
+            if number and end == "an error":
+                raise KeyError
+    assert not tqdm._instances
+
+
+def test_a_progress_bar_knows_the_length_of_what_it_counts(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for counted in ([1, 2, 3], iter([1, 2, 3]), DataLoader([1, 2, 3])):
+        assert len(list(progress(counted, "Counting"))) == 3
+        assert "0/3" in capsys.readouterr().err
+    assert len(list(progress(DataLoader(Stream()), "Counting"))) == 6
+
+
+class Words(UserDict):
+    """What a tokenizer gives: it moves, and is no tensor."""
+
+    def to(self, device):
+        return Words({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class Embedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, words):
+        if isinstance(words, PackedSequence):
+            words, _ = pad_packed_sequence(words, batch_first=True)
+            return self.table(words).mean(1)
+        return self.table(words["input_ids"]).mean(1)
+
+
+def test_inputs_that_move_and_are_no_tensors(device):
+    ids, classifier = torch.tensor([[1, 2], [3, 4], [5, 8]]), Embedding().to(device)
+    expected = classifier.table.weight.detach().cpu()[ids].mean(1)
+    packed = pack_padded_sequence(ids, [2, 2, 2], batch_first=True)
+    for x in (Words(input_ids=ids), packed):
+        for batch in (x, (x,), [x, torch.arange(3)]):
+            torch.testing.assert_close(collect_pretrain_labels([batch], classifier, device), expected)
+        relationship = Relationship([(x, torch.arange(3))], classifier, device).relationship
+        torch.testing.assert_close(torch.from_numpy(relationship), expected.softmax(1))
+        with pytest.raises(ValueError, match=r"one label per input, \[3\], got \[2\]"):
+            Relationship([(x, torch.arange(2))], classifier, device)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2, 2)])
+def test_maps_of_any_shape_are_collected(shape):
+    class Maps(nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3)).view(-1, *[1] * len(shape)).expand(-1, *shape)
+
+    x = images(5)
+    expected = x.mean((1, 2, 3)).view(-1, *[1] * len(shape)).expand(-1, *shape)
+    torch.testing.assert_close(collect_pretrain_labels(x.split(2), Maps(), "cpu"), expected)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_pretrain_labels_of_inference_mode_can_be_trained_with(inside):
+    class Inferring(nn.Linear):
+        @torch.inference_mode()
+        def forward(self, x):
+            return super().forward(x)
+
+    x = torch.randn(4, 3)
+    for batches in ([x], [x[:1], x[1:]]):
+        with torch.inference_mode() if inside else contextlib.nullcontext():
+            logits = collect_pretrain_labels(batches, nn.Linear(3, 2) if inside else Inferring(3, 2), "cpu")
+        assert not logits.is_inference()
+        student = torch.randn(4, 2, requires_grad=True)
+        (student * logits).sum().backward()
+        assert torch.equal(student.grad, logits)
+
+
+def test_the_default_device_is_not_the_tensors():
+    classifier, x = source_classifier(), images()[..., :2, :2]
+    expected = classifier.eval()(x)
+    with torch.device("meta"):
+        logits = collect_pretrain_labels([x[:3], x[3:]], classifier, "cpu")
+    torch.testing.assert_close(logits, expected)
 
 
 def test_progress_is_silent_without_tqdm_and_on_request(capsys, monkeypatch):

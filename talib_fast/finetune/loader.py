@@ -104,8 +104,7 @@ def share_of(data_loader: Iterable, process_group: Any) -> Share | None:
     """
     if process_group is None:
         return None
-    ranks, rank = together(lambda: _ranks(data_loader), process_group)
-    told = gathered((ranks, rank), process_group)
+    told = gathered(together(lambda: _sharing(data_loader), process_group), process_group)
     if {number for number, _ in told} == {1}:
         return None
     if sorted(told) != [(len(told), number) for number in range(len(told))]:
@@ -121,7 +120,7 @@ def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None
 
     ``joins``: whether it takes a process group, which joins them.
     """
-    ranks, _ = _ranks(data_loader)
+    ranks = _ranks(data_loader)
     if ranks > 1:
         remedy = "; process_group=torch.distributed.group.WORLD joins them" if joins else ""
         warnings.warn(
@@ -173,17 +172,30 @@ def _distributed(loader: DataLoader) -> Any:
     return loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
 
 
-def _ranks(data_loader: Any) -> tuple[int, int]:
-    """Among how many processes a loader's samples are shared out, and the number of this one."""
+def _ranks(data_loader: Any) -> int:
+    """Among how many processes a loader's samples are shared out, in whatever way."""
     if not isinstance(data_loader, DataLoader):
-        return 1, 0
+        return 1
     loader, _ = _plain(data_loader)
     shard = _batch_sampler(loader)
     if isinstance(shard, _accelerate("BatchSamplerShard")):
-        return shard.num_processes, shard.process_index  # type: ignore[attr-defined]
-    sampler = _distributed(loader)
-    ranks, rank = getattr(sampler, "num_replicas", 1), getattr(sampler, "rank", 0)
-    return (ranks, rank) if isinstance(ranks, int) and isinstance(rank, int) else (1, 0)
+        return shard.num_processes  # type: ignore[attr-defined]
+    ranks = getattr(_distributed(loader), "num_replicas", 1)
+    return ranks if isinstance(ranks, int) else 1
+
+
+def _sharing(data_loader: Any) -> tuple[int, int]:
+    """Among how many processes a loader's samples are shared out in a way that's known, and this one's number."""
+    if not isinstance(data_loader, DataLoader) or isinstance(data_loader.dataset, IterableDataset):
+        return 1, 0
+    loader, _ = _plain(data_loader)
+    batch_sampler = _batch_sampler(loader)
+    if isinstance(batch_sampler, _accelerate("BatchSamplerShard")):
+        known = type(batch_sampler.batch_sampler) is BatchSampler  # type: ignore[attr-defined]
+        return (batch_sampler.num_processes, batch_sampler.process_index) if known else (1, 0)  # type: ignore
+    if batch_sampler is not None and type(batch_sampler) is not BatchSampler:
+        return 1, 0
+    return _interleaved(_distributed(loader))[:2]
 
 
 def _plan(data_loader: Any) -> _Plan:
@@ -218,9 +230,8 @@ def _batched(batch_sampler: Any) -> _Plan:
 
 
 def _in_batches(sampler: Any, batch_size: int, drop_last: bool) -> _Plan:
-    source = _source(sampler)
+    source, shares = _source(sampler), []
     ranks, rank, total = _interleaved(sampler)
-    shares = []
     for number in range(ranks):
         positions = np.arange(number, source.size if ranks == 1 else total, ranks)
         kept = len(positions) // batch_size * batch_size if drop_last else len(positions)
@@ -233,7 +244,7 @@ def _in_batches(sampler: Any, batch_size: int, drop_last: bool) -> _Plan:
 def _interleaved(sampler: Any) -> tuple[int, int, int]:
     """Number of processes, that of this one, and positions in all, of which they take every so many-th in turn.
 
-    As :class:`DistributedSampler` does, and others that look like one and yield as many.
+    As :class:`DistributedSampler` does, and others that look like one and yield as many; without it 1, 0 and 0.
     """
     ranks, rank, total = (getattr(sampler, name, 0) for name in ("num_replicas", "rank", "total_size"))
     if not all(isinstance(number, int) for number in (ranks, rank, total)) or not ranks:
@@ -248,7 +259,7 @@ def _sharded(shard: Any) -> _Plan:
     """Accelerate's, whose positions are found by letting it share them out."""
     inner = shard.batch_sampler
     if type(inner) is not BatchSampler:
-        return _Plan(_unknown(inner), [_Draws(np.arange(0), [])] * shard.num_processes, shard.process_index)
+        return _Plan(_unknown(inner), [_Draws(np.arange(0), [])], 0)
     source, shares = _source(inner.sampler), []
     for number in range(shard.num_processes):
         other = copy.copy(shard)
@@ -268,8 +279,8 @@ def _source(sampler: Any) -> _Source:
         return _Source(len(sampler), sampler)
     if kind in (np.ndarray, torch.Tensor):
         return _Source(len(sampler), list(sampler) if sampler.ndim > 1 else sampler.tolist())
-    if isinstance(sampler, DistributedSampler):
-        size = len(sampler.dataset)  # type: ignore[arg-type]
+    if _interleaved(sampler)[2]:
+        size = len(sampler.dataset)
         if kind is not DistributedSampler:
             return _unknown(sampler)._replace(size=size)
         undivided = copy.copy(sampler)

@@ -129,7 +129,7 @@ class OnHost:
         if rows.device.type != "cuda":
             self._batches.append(rows.cpu())
             return
-        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
         pinned.copy_(rows, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(rows.device))

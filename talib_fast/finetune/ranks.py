@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
@@ -78,13 +77,13 @@ def gathered_rows(rows: Tensor, group: Any) -> list[Tensor]:
         return [rows]
     counts = gathered(len(rows), group)
     device = _reachable(group, torch.device("cuda"))
-    padded = F.pad(rows.reshape(len(rows), -1).view(torch.uint8), (0, 0, 0, max(counts) - len(rows))).to(device)
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group)
-    return [
-        part[:count].cpu().view(rows.dtype).reshape(count, *rows.shape[1:])
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    sent = padded.flatten().view(torch.uint8).to(device)  # bytes, as not every backend knows every dtype
+    parts = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(parts, sent, group)
+    found = [part.cpu().view(rows.dtype).view_as(padded) for part in parts]
+    return [part[:count] for part, count in zip(found, counts, strict=True)]
 
 
 def _reachable(group: Any, device: torch.device) -> torch.device:

@@ -22,7 +22,7 @@ from .labels import check_range, integer_labels
 from .loader import Share, loader_parts, share_of
 from .logits import at_least_float32, check_logits, check_temperature
 from .prediction import OnHost, counted, joined_over_ranks, labels_of, predictions, warn_of_share
-from .ranks import check_group, from_first, gathered, is_first, summed, together
+from .ranks import check_group, from_first, gathered, summed, together
 
 
 def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> float:
@@ -168,8 +168,8 @@ class Relationship:
             return _read_cache(path, fingerprint, num_classes, upstreams=Path(cache).suffix != ".npz")
 
         cached, message = from_first(read, process_group)
-        if message and is_first(process_group):
-            warnings.warn(message, stacklevel=2)
+        if message:  # where warnings are errors, the first rank's is every rank's
+            from_first(lambda: warnings.warn(message, stacklevel=5), process_group)
         if cached is None:
             cached = self._learn()
             if not unknown:
@@ -187,7 +187,8 @@ class Relationship:
     @relationship.setter
     def relationship(self, relationship: np.ndarray) -> None:
         self._relationship = np.asarray(relationship, dtype=np.float32)
-        self._absent_classes = frozenset(np.isnan(self._relationship).all(-1).nonzero()[0].tolist())
+        absent = np.isnan(self._relationship).all(1) if self._relationship.ndim == 2 else ()
+        self._absent_classes = frozenset(np.flatnonzero(absent).tolist())
         self._on_device: dict[torch.device, Tensor] = {}  # copies of it
 
     def __getitem__(self, category: Any) -> np.ndarray:
@@ -407,7 +408,7 @@ def _target_logits(probabilities: np.ndarray, labels: np.ndarray, strengths: Seq
     source_classes = np.eye(probabilities.shape[1])
     counts = np.bincount(labels)
     if len(counts) == 1:
-        return torch.zeros(len(source_classes), 1, dtype=torch.float64)
+        return torch.zeros(len(source_classes), 1, dtype=torch.float64, device="cpu")
     best, temperature = strengths[0], 1.0
     held_out = counts[labels] > 1  # a class's only sample can't be predicted from its others
     features, (classes, held_out_labels) = probabilities[held_out], np.unique(labels[held_out], return_inverse=True)
@@ -415,7 +416,7 @@ def _target_logits(probabilities: np.ndarray, labels: np.ndarray, strengths: Seq
         folds = StratifiedKFold(min(5, counts[classes].min()), shuffle=True, random_state=0)
         smoothing, least = 1 / (len(features) + 2), math.inf
         for C in strengths:
-            logits = torch.empty(len(features), len(classes), dtype=torch.float64)
+            logits = torch.empty(len(features), len(classes), dtype=torch.float64, device="cpu")
             for rest, fold in folds.split(features, held_out_labels):
                 found = fitted_logits(C, features[rest], held_out_labels[rest], features[fold])
                 logits[fold] = torch.from_numpy(found)
