@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_support import needs_gloo, spawn_ranks
+from rank_support import in_group, needs_gloo, spawn_ranks
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
@@ -158,6 +158,20 @@ def _fail_as_a_rank(rank, ranks, group):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_ranks_learn_of_a_data_set_equals_one_process(ranks, tmp_path):
     spawn_ranks(ranks, _learn_as_a_rank, tmp_path)
+
+
+def test_a_group_of_one_keeps_the_data_sets_order_too(tmp_path):
+    data = labelled(7)
+
+    def learn():
+        sampler = DistributedSampler(data, shuffle=True)
+        shuffled = DataLoader(data, 2, sampler=sampler, collate_fn=InDouble())
+        whole = DataLoader(data, 3, collate_fn=InDouble())
+        got = answers_of(shuffled, dist.group.WORLD)
+        torch.testing.assert_close(got, answers_of(whole))
+        assert not torch.allclose(got, answers_of(shuffled))  # in the loader's order
+
+    in_group(learn, init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
 
 
 def test_a_process_group_is_one():

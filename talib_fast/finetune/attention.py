@@ -71,9 +71,11 @@ def channel_attention(
     A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
     later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
     the data. It is used only if its fingerprint fits the model's weights, the layers, criterion, method, number of
-    batches and their size, and what can be seen of the data set without loading its samples; otherwise it is computed
-    again, with a warning. The temperature may change. Criterion and data set are known by their functions' code and by
-    what :mod:`pickle` would save of them: one that counts how often it is used is never the same.
+    batches and all that decides the loader's samples, their order and batches, without loading one; otherwise it is
+    computed again, with a warning, and so it is every time where something of this can't be known, as with a generator
+    or a sampler of one's own. The temperature may change. Criterion, data set and ``collate_fn`` are known by their
+    functions' code and by what :mod:`pickle` would save of them: one that counts how often it is used is never the
+    same; a random order is known by the state of its generator.
 
     Args:
         model: a source backbone with a head for the target's classes; it runs in evaluation mode, and what it returns

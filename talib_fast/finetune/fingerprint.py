@@ -3,10 +3,10 @@
 import contextlib
 import copyreg
 import dis
-import functools
 import hashlib
 import io
 import sys
+import sysconfig
 import threading
 import types
 from collections.abc import Iterable, Iterator, Sized
@@ -23,7 +23,8 @@ _SHOWN_BY_DATA_SETS = ["classes", "targets", "labels", "samples", "imgs", "tenso
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, range, type(None)})
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))  # decide nothing
 _DESCRIPTORS = (classmethod, staticmethod, property)
-_LIBRARIES = frozenset({"torch", "torchvision", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names})
+_LIBRARIES = frozenset({"torch", "torchvision", "numpy", __name__.partition(".")[0]})
+_STANDARD = sysconfig.get_path("stdlib")
 
 
 class Unknown(Exception):
@@ -33,9 +34,9 @@ class Unknown(Exception):
 def fingerprint(*values: Any) -> str:
     """The same for equal ``values``, in any process, and another one for others.
 
-    Data count by content, generators of random numbers by their state, functions by their code and by the data and
-    functions of its own module that it uses, libraries' functions by name and code, other objects by their class's
-    code and by what :mod:`pickle` would save of them, so that no sample of a data set is loaded.
+    Data count by content, generators of random numbers by their state, functions by their code and by what it refers
+    to, other objects by their class's code and by what :mod:`pickle` would save of them, so that no sample of a data
+    set is loaded. Of what libraries define the code counts, of PyTorch's and Python's own the name.
 
     Raises:
         Unknown: one of them holds something that can't be pickled, such as a running generator or an open file.
@@ -154,10 +155,17 @@ def _shown(value: Any) -> list[Any]:
     return shown
 
 
-@functools.cache
-def _in_library(module: str | None) -> bool:
-    """Whether a module's code is installed, so that it is the same wherever it has the same name."""
-    if module is None or module.partition(".")[0] in _LIBRARIES:
+def _known_by_name(module: str | None) -> bool:
+    """Whether a module's code is left alone: PyTorch changes its own while it runs, and is not what a user edits."""
+    if module is None:
+        return False
+    name, file = module.partition(".")[0], getattr(sys.modules.get(module), "__file__", None)
+    return name in _LIBRARIES or (name in sys.stdlib_module_names and (file is None or file.startswith(_STANDARD)))
+
+
+def _installed(module: str | None) -> bool:
+    """Whether a module is a library's, of which only the code is looked at, not the data."""
+    if module is None or _known_by_name(module):
         return module is not None
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
@@ -165,10 +173,11 @@ def _in_library(module: str | None) -> bool:
 
 def _class_parts(kind: type) -> list[Any]:
     parts: list[Any] = [kind.__module__, kind.__qualname__, kind.__bases__]
-    library = _in_library(kind.__module__)
+    if _known_by_name(kind.__module__):
+        return parts
+    installed = _installed(kind.__module__)
     for name, value in vars(kind).items():
-        if library:
-            # installed code may change too, but what else it holds is left alone: it is much, and can't always be known
+        if installed:
             value = getattr(value, "__func__", getattr(value, "fget", value))
             if isinstance(value, types.FunctionType):
                 parts += [name, value.__code__]
@@ -178,16 +187,19 @@ def _class_parts(kind: type) -> list[Any]:
 
 
 def _function_parts(function: types.FunctionType) -> list[Any]:
-    parts: list[Any] = [function.__module__, function.__qualname__, function.__code__]
-    library = _in_library(function.__globals__.get("__name__"))
-    if library and _importable(function):
+    module = function.__globals__.get("__name__")
+    parts: list[Any] = [function.__module__, function.__qualname__]
+    if _known_by_name(module) and _importable(function):
+        return parts
+    parts.append(function.__code__)
+    if _installed(module) and _importable(function):
         return parts
     cells = []
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             cells.append(cell.cell_contents)
     parts += [function.__defaults__, function.__kwdefaults__, function.__dict__, cells]
-    return parts if library else [*parts, *_used(function)]
+    return parts if _installed(module) else [*parts, *_used(function)]
 
 
 def _importable(function: types.FunctionType) -> bool:
@@ -223,7 +235,7 @@ def _used(function: types.FunctionType) -> list[Any]:
 
 
 def _of_module(value: Any, attributes: Iterable[str], seen: set[str]) -> Any:
-    if not isinstance(value, types.ModuleType) or value.__name__ in seen or _in_library(value.__name__):
+    if not isinstance(value, types.ModuleType) or value.__name__ in seen or _installed(value.__name__):
         return value
     seen.add(value.__name__)
     found = {name: vars(value)[name] for name in sorted(attributes) if name in vars(value)}

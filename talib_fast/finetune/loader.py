@@ -22,6 +22,8 @@ from torch.utils.data import (
 from .fingerprint import Unknown, fingerprint
 from .ranks import gathered, together
 
+_UNSHARED = (0, 0)  # number of processes, and rank, where nothing is known to be shared out
+
 
 class _Source(NamedTuple):
     """What a sampler draws from, before any process takes its share: samples at the positions 0 to ``size`` - 1."""
@@ -105,7 +107,7 @@ def share_of(data_loader: Iterable, process_group: Any) -> Share | None:
     if process_group is None:
         return None
     told = gathered(together(lambda: _sharing(data_loader), process_group), process_group)
-    if {number for number, _ in told} == {1}:
+    if set(told) == {_UNSHARED}:
         return None
     if sorted(told) != [(len(told), number) for number in range(len(told))]:
         raise ValueError(
@@ -187,15 +189,16 @@ def _ranks(data_loader: Any) -> int:
 def _sharing(data_loader: Any) -> tuple[int, int]:
     """Among how many processes a loader's samples are shared out in a way that's known, and this one's number."""
     if not isinstance(data_loader, DataLoader) or isinstance(data_loader.dataset, IterableDataset):
-        return 1, 0
+        return _UNSHARED
     loader, _ = _plain(data_loader)
     batch_sampler = _batch_sampler(loader)
     if isinstance(batch_sampler, _accelerate("BatchSamplerShard")):
         known = type(batch_sampler.batch_sampler) is BatchSampler  # type: ignore[attr-defined]
-        return (batch_sampler.num_processes, batch_sampler.process_index) if known else (1, 0)  # type: ignore
+        return (batch_sampler.num_processes, batch_sampler.process_index) if known else _UNSHARED  # type: ignore
     if batch_sampler is not None and type(batch_sampler) is not BatchSampler:
-        return 1, 0
-    return _interleaved(_distributed(loader))[:2]
+        return _UNSHARED
+    ranks, rank, total = _interleaved(_distributed(loader))
+    return (ranks, rank) if total else _UNSHARED
 
 
 def _plan(data_loader: Any) -> _Plan:
