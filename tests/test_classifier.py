@@ -1,5 +1,6 @@
 import copy
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ import torch
 from classifier_support import Backbone, Vectors, bottleneck, images
 from torch import nn
 
-from talib_fast.finetune.classifier import Classifier
+from talib_fast.finetune import bi_tuning, co_tuning, lwf
+from talib_fast.finetune.classifier import Classifier, ImageClassifier
 
 REQUIRED = inspect.Parameter.empty
 
@@ -201,3 +203,85 @@ def test_backbone_does_not_say_how_many_features(out_features):
 def test_head_does_not_fit(head, message):
     with pytest.raises(ValueError, match=message):
         Classifier(Backbone(), 5, head=head)
+
+
+ALL = {
+    "classifier": Classifier,
+    "lwf": lambda *args, **kwargs: lwf.Classifier(*args, nn.Linear(3, 5), **kwargs),
+    "co_tuning": lambda *args, **kwargs: co_tuning.Classifier(*args, nn.Linear(3, 5), **kwargs),
+    "bi_tuning": bi_tuning.Classifier,
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 7, 3), (4, 3, 7), (4, 3, 2, 2, 2)])
+@pytest.mark.parametrize("name", ALL)
+def test_fault_features_that_are_no_maps_were_pooled(name, shape):
+    model = ALL[name](Vectors(), 2)
+    with pytest.raises(ValueError, match=rf"maps \[b, C, H, W\], .*, got {re.escape(str(list(shape)))}: pass a pool_"):
+        model(torch.randn(shape))
+    tokens = ALL[name](Vectors(), 2, pool_layer=lambda x: x.mean(1)).eval()
+    assert tokens(torch.randn(4, 7, 3)).shape == (4, 2)
+
+
+def test_output_that_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match=r"maps \[b, C, H, W\], .*, got dict: pass a pool_layer"):
+        Classifier(Vectors(), 2)({"features": images()})
+
+
+def test_default_pool_layer_is_a_sequential():
+    model = Classifier(Vectors(), 2)
+    assert repr(model.pool_layer) == repr(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    assert isinstance(model.pool_layer, nn.Sequential) and isinstance(model.pool_layer[0], nn.AdaptiveAvgPool2d)
+    assert not any("pool" in name for name in model.state_dict())
+
+
+def scaled(features):
+    return 2 * features
+
+
+def test_fault_functions_as_parts_were_refused():
+    x = torch.randn(4, 3)
+    model = Classifier(Vectors(), 3, scaled, 3, scaled, pool_layer=scaled)
+    predictions, features = model(x)
+    assert torch.equal(predictions, 8 * x) and torch.equal(features, 4 * x)
+    assert [group["params"] for group in model.get_parameters()] == [[], [], []]
+    assert torch.equal(copy.deepcopy(model)(x)[0], predictions)
+
+
+@pytest.mark.parametrize("kind, groups", [(lwf.Classifier, 3), (co_tuning.Classifier, 4)])
+def test_functions_as_heads(kind, groups):
+    x, bottleneck = torch.randn(4, 3), nn.Linear(3, 3)
+    model = kind(Vectors(), 3, scaled, head_target=scaled, bottleneck=bottleneck, bottleneck_dim=3, pool_layer=scaled)
+    y_s, y_t = model(x)
+    assert torch.equal(y_s, 4 * x) and torch.equal(y_t, 2 * bottleneck(2 * x))
+    assert [len(group["params"]) for group in model.get_parameters()] == ([0, 2, 0] if groups == 3 else [0, 0, 2, 0])
+    model.freeze_head_source()
+    torch.optim.SGD(model.get_parameters(), lr=0.1)
+
+
+def test_class_is_no_part():
+    with pytest.raises(TypeError, match=r"pool_layer to be a torch.nn.Module, got type"):
+        Classifier(Vectors(), 2, pool_layer=nn.Identity)
+
+
+def test_features_in_evaluation_on_request():
+    model, x = Classifier(Vectors(), 2).eval(), images()
+    predictions, features = model(x, return_feat=True)
+    assert torch.equal(predictions, model(x)) and torch.equal(features, x.mean((2, 3)))
+
+
+def test_image_classifier_is_a_classifier():
+    model = ImageClassifier(Backbone(), 5)
+    assert isinstance(model, Classifier) and model.state_dict().keys() == Classifier(Backbone(), 5).state_dict().keys()
+
+
+def test_star_import_of_lwf_brings_what_upstreams_does():
+    namespace: dict = {}
+    exec("from talib_fast.finetune.lwf import *", namespace)
+    assert namespace["nn"] is nn and namespace["torch"] is torch and namespace["Classifier"] is lwf.Classifier
+    assert {"Dict", "List", "Optional", "collect_pretrain_labels"} <= set(namespace)
+    try:
+        import tqdm
+    except ImportError:
+        tqdm = None
+    assert namespace.get("tqdm") is tqdm

@@ -1,18 +1,24 @@
 """Learning without Forgetting, ECCV 2016 (https://arxiv.org/abs/1606.09282)."""
 
+import contextlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Dict, List, Optional  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_module
-from .classifier import ClassifierBase, ParameterGroup, check_linear
+from .classifier import ClassifierBase, ParameterGroup, Part, check_linear
 from .loader import share_of
 from .prediction import OnHost, counted, joined_over_ranks, predictions, warn_of_share
 from .ranks import check_group, together
 
-__all__ = ["Classifier", "collect_pretrain_labels"]
+# Dict, List, Optional, nn, torch and tqdm for scripts that rely on upstream's star import
+__all__ = ["Classifier", "Dict", "List", "Optional", "collect_pretrain_labels", "nn", "torch"]
+with contextlib.suppress(ImportError):
+    import tqdm
+
+    __all__ += ["tqdm"]
 
 
 def collect_pretrain_labels(
@@ -68,6 +74,8 @@ class Classifier(ClassifierBase):
     paper does, give the optimizer a group of its own:
     ``optimizer.add_param_group({"params": classifier.head_source.parameters(), "lr": ...})``.
 
+    All but the backbone may be functions; those have no parameters, and their parameter group is empty.
+
     Args:
         backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
         num_classes: number of target classes.
@@ -85,19 +93,20 @@ class Classifier(ClassifierBase):
         In training ``(y_s [b, N_p], y_t [b, num_classes])``, in evaluation ``y_t``.
 
     Raises:
-        TypeError, ValueError: a part is missing or its sizes do not fit.
+        TypeError, ValueError: a part is missing or its sizes do not fit; or the backbone gives no maps, and there is no
+            ``pool_layer`` for what it gives.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        head_source: nn.Module,
-        head_target: nn.Module | None = None,
-        bottleneck: nn.Module | None = None,
+        head_source: Part,
+        head_target: Part | None = None,
+        bottleneck: Part | None = None,
         bottleneck_dim: int | None = -1,
         finetune: bool = True,
-        pool_layer: nn.Module | None = None,
+        pool_layer: Part | None = None,
     ) -> None:
         super().__init__(backbone, num_classes, bottleneck, bottleneck_dim, finetune, pool_layer)
         check_linear(head_source, "head_source", backbone.out_features)  # type: ignore[arg-type]
@@ -107,7 +116,8 @@ class Classifier(ClassifierBase):
 
     def freeze_head_source(self, freeze: bool = True) -> None:
         """Let the source head take no gradients (or, with ``freeze=False``, take them again)."""
-        self.head_source.requires_grad_(not freeze)
+        if isinstance(self.head_source, nn.Module):
+            self.head_source.requires_grad_(not freeze)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         features = self.pooled(x)
