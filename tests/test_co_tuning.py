@@ -134,7 +134,7 @@ def test_loss_is_a_scalar_in_float32_at_least(dtype, target_dtype, device):
     logits, target = logits.to(dtype).requires_grad_(), target.to(target_dtype)
     loss = CoTuningLoss()(logits, target)
     assert loss.shape == () and loss.device == logits.device
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.dtype == (torch.float64 if torch.float64 in (dtype, target_dtype) else torch.float32)
     assert loss.item() == pytest.approx(sum(cross_entropies(logits.detach(), target)) / 5, rel=1e-5)
     loss.backward()
     assert logits.grad.dtype == dtype and logits.grad.abs().sum() > 0
@@ -177,7 +177,8 @@ def test_loss_has_no_state_and_copies():
         (torch.zeros(2, dtype=torch.long), TypeError, r"target to be a floating-point tensor, got torch.int64"),
         (np.zeros((2, 3)), TypeError, r"target to be a floating-point tensor, got ndarray"),
         (torch.zeros(2, 4), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[2, 4\]"),
-        (torch.zeros(1, 3), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[1, 3\]"),
+        (torch.zeros(3, 3), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[3, 3\]"),
+        (torch.zeros(2, 1, 3), ValueError, r"one shape \[b, N_p\], got \[2, 3\] and \[2, 1, 3\]"),
     ],
 )
 def test_loss_of_bad_targets(target, error, message):
@@ -193,6 +194,80 @@ def test_loss_of_bad_logits():
 def test_loss_of_logits_of_another_rank():
     with pytest.raises(ValueError, match=r"one shape \[b, N_p\], got \[3\] and \[3\]"):
         CoTuningLoss()(torch.zeros(3), torch.zeros(3))
+
+
+def upstream_loss(input, target):
+    return torch.mean(torch.sum(-target * nn.functional.log_softmax(input, dim=-1), dim=-1))
+
+
+@pytest.mark.parametrize(
+    "input, target",
+    [
+        ((4, 5, 7), (4, 5, 7)),
+        ((2, 3, 4, 7), (2, 3, 4, 7)),
+        ((4, 5, 7), (4, 1, 7)),
+        ((4, 5, 7), (5, 7)),
+        ((4, 7), (7,)),
+        ((4, 7), (1, 7)),
+        ((4, 7), (4, 1)),
+        ((1, 7), (4, 7)),
+    ],
+)
+def test_fault_shapes_that_upstream_takes_were_refused(input, target):
+    input, target = torch.randn(input, dtype=torch.float64, requires_grad=True), torch.rand(target, dtype=torch.float64)
+    loss, expected = CoTuningLoss()(input, target), upstream_loss(input, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, input) for value in (loss, expected)))
+
+
+@pytest.mark.parametrize("call", ["eager", "compiled", "vmap"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_fault_masked_classes_gave_nan(dtype, call, device):
+    logits = torch.tensor([[0, 1, -math.inf]], device=device, dtype=dtype, requires_grad=True)
+    target = torch.tensor([[math.e, 1, 0]], device=device) / (1 + math.e)
+    loss = CoTuningLoss()
+    if call == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    value = torch.vmap(loss)(logits[None], target[None])[0] if call == "vmap" else loss(logits, target)
+    q = torch.tensor([1, math.e, 0]) / (1 + math.e)
+    expected = -(target.cpu()[0, :2] * q[:2].log()).sum().item()
+    assert value.item() == pytest.approx(expected, rel=1e-5) == pytest.approx(1.0443, abs=1e-4)
+    value.backward()
+    torch.testing.assert_close(logits.grad.cpu().float(), q - target.cpu(), rtol=1e-2, atol=0)
+
+
+def test_second_derivative_with_masked_classes():
+    logits, q = torch.tensor([[0, 1, -math.inf]]).double(), torch.tensor([1, math.e, 0]).double() / (1 + math.e)
+    hessian = torch.func.hessian(lambda x: CoTuningLoss()(x, torch.tensor([[0.7, 0.3, 0]]).double()))(logits)[0, :, 0]
+    torch.testing.assert_close(hessian, torch.diag(q) - q[:, None] * q)
+
+
+@pytest.mark.parametrize(
+    "input, target, expected",
+    [
+        ([[0, -math.inf, 1], [0, 1, 2]], [[0.5, 0.5, 0], [1, 0, 0]], math.inf),
+        ([[0, math.nan, 1], [0, 1, 2]], [[0, 0, 0], [1, 0, 0]], math.nan),
+        ([[-math.inf] * 3, [0, 1, 2]], [[0, 0, 0], [1, 0, 0]], math.nan),
+        ([[-math.inf, 0, 1], [0, 1, 2]], [[math.nan, 0, 1], [1, 0, 0]], math.nan),
+    ],
+)
+def test_loss_of_what_is_not_finite(input, target, expected):
+    loss = CoTuningLoss()(torch.tensor(input), torch.tensor(target, dtype=torch.float32)).item()
+    assert loss == expected or (math.isnan(loss) and math.isnan(expected))
+
+
+def test_targets_made_under_inference_mode():
+    logits, target = batch()
+    with torch.inference_mode():
+        constant = target.clone()
+    gradients = [
+        torch.autograd.grad(CoTuningLoss()(leaf, its), leaf)[0]
+        for leaf, its in ((logits.clone().requires_grad_(), its) for its in (target, constant))
+    ]
+    assert torch.equal(*gradients)
+    with torch.inference_mode():
+        assert torch.equal(CoTuningLoss()(logits, constant), CoTuningLoss()(logits, target))
 
 
 # --- Classifier

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
 
@@ -175,6 +177,108 @@ def test_unknown_reduction():
         KnowledgeDistillationLoss(reduction="median")
 
 
-def test_shapes_differ():
-    with pytest.raises(ValueError, match=r"one shape, got \[2, 3\] and \[1, 3\]"):
-        KnowledgeDistillationLoss()(torch.zeros(2, 3), torch.zeros(1, 3))
+@pytest.mark.parametrize("student, teacher", [((2, 3), (2, 4)), ((2, 3), (3, 3)), ((3,), (2, 3)), ((2, 3), (2, 1))])
+def test_shapes_differ(student, teacher):
+    with pytest.raises(ValueError, match=r"one shape, got \[.*\] and \[.*\]"):
+        KnowledgeDistillationLoss()(torch.zeros(student), torch.zeros(teacher))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (4, 1, 7)])
+@pytest.mark.filterwarnings("ignore:reduction.*mean:UserWarning")
+def test_fault_teacher_that_broadcasts_was_refused(shape, reduction):
+    student, teacher = torch.randn(4, 5, 7, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    loss = KnowledgeDistillationLoss(2.0, reduction)
+    torch.testing.assert_close(loss(student, teacher), loss(student, teacher.expand_as(student)))
+
+
+# student [0, 1, -inf], teacher [1, 0, -inf], class by class
+MASKED = [(1 / (1 + math.e)) * e for e in (math.e * 1.0, -1.0, 0.0)]
+
+
+def masked_logits(device="cpu", dtype=torch.float32):
+    student, teacher = torch.tensor([[[0, 1, -math.inf]], [[1, 0, -math.inf]]], device=device, dtype=dtype)
+    return student.requires_grad_(), teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.filterwarnings("ignore:reduction.*mean:UserWarning")
+def test_fault_masked_classes_gave_nan(reduction, dtype, device):
+    student, teacher = masked_logits(device, dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float64):
+        loss = KnowledgeDistillationLoss(reduction=reduction)(student, teacher)
+    total = sum(MASKED)
+    expected = {"none": [MASKED], "mean": total / 3}.get(reduction, total)
+    torch.testing.assert_close(loss, torch.tensor(expected, device=device).to(loss.dtype))
+    loss.sum().backward()
+    slope = total / (3 if reduction == "mean" else 1)
+    torch.testing.assert_close(
+        student.grad.float(), torch.tensor([[-slope, slope, 0]], device=device), rtol=1e-2, atol=0
+    )
+
+
+def test_masked_classes_in_compiled_code():
+    student, teacher = masked_logits(dtype=torch.float64)
+    loss = torch.compile(KnowledgeDistillationLoss(), fullgraph=True, backend="aot_eager")(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(MASKED))
+    torch.testing.assert_close(student.grad, torch.tensor([[-sum(MASKED), sum(MASKED), 0]], dtype=torch.float64))
+
+
+def test_second_derivatives_with_masked_classes():
+    student, teacher = masked_logits(dtype=torch.float64)
+    loss, p = KnowledgeDistillationLoss(), torch.tensor([1, math.e, 0], dtype=torch.float64) / (1 + math.e)
+    hessian = torch.func.hessian(lambda s: loss(s, teacher))(student.detach())[0, :, 0]
+    torch.testing.assert_close(hessian, torch.diag(p) - p[:, None] * p)
+    (gradient,) = torch.autograd.grad(loss(student, teacher), student, create_graph=True)
+    (second,) = torch.autograd.grad(gradient[0, 0], student)
+    torch.testing.assert_close(second[0], hessian[0])
+
+
+def test_a_class_that_the_student_alone_leaves_out_is_infinitely_far():
+    student, teacher = (
+        torch.tensor([[0, -math.inf, -math.inf], [0, 1, 2]]),
+        torch.tensor([[0, 1, -math.inf], [0, 1, 2]]),
+    )
+    assert KnowledgeDistillationLoss()(student, teacher).item() == math.inf
+    rows = KnowledgeDistillationLoss(reduction="none")(student, teacher)
+    assert rows[0, 1] == math.inf and rows[0, 2] == 0 and rows[[0, 1], :1].isfinite().all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("row", [[0, math.nan, -math.inf], [-math.inf] * 3, [math.inf, 0, -math.inf]])
+def test_rows_without_a_softmax_stay_nan(row, side):
+    rows = [torch.tensor([[0, 1, -math.inf]]), torch.tensor([[1, 0, -math.inf]])]
+    rows[side] = torch.tensor([row])
+    assert KnowledgeDistillationLoss(reduction="none")(*rows).isnan().all()
+    assert KnowledgeDistillationLoss()(*rows).isnan()
+
+
+def test_kl_is_upstreams_attribute():
+    student, teacher = logits()
+    loss = KnowledgeDistillationLoss(2.0, "sum")
+    assert isinstance(loss.kl, nn.KLDivLoss) and loss.kl.reduction == loss.reduction == "sum"
+    summed = loss(student, teacher)
+    loss.kl = nn.KLDivLoss(reduction="batchmean")
+    torch.testing.assert_close(loss(student, teacher) * 5, summed)
+    loss.reduction = "sum"
+    assert torch.equal(loss(student, teacher), summed)
+
+
+def test_star_import_brings_what_upstreams_does():
+    namespace: dict = {}
+    exec("from talib_fast.finetune.knowledge_distillation import *", namespace)
+    assert namespace["nn"] is nn and namespace["F"] is F and "KnowledgeDistillationLoss" in namespace
+
+
+def test_teacher_logits_made_under_inference_mode():
+    student, teacher = logits()
+    with torch.inference_mode():
+        constant = teacher.clone()
+    gradients = []
+    for its in (teacher, constant):
+        leaf = student.clone().requires_grad_()
+        KnowledgeDistillationLoss()(leaf, its).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

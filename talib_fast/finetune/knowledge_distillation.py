@@ -1,17 +1,22 @@
 """Distilling the Knowledge in a Neural Network, 2015 (https://arxiv.org/abs/1503.02531)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .logits import at_least_float32, check_logits, check_temperature
+from .logits import at_least_float32, check_logits, check_temperature, with_masked_classes
 
-__all__ = ["KnowledgeDistillationLoss"]
+# nn and F for scripts that rely on upstream's star import
+__all__ = ["F", "KnowledgeDistillationLoss", "nn"]
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 class KnowledgeDistillationLoss(nn.Module):
     r"""KL(softmax(teacher / T) ‖ softmax(student / T)), without the factor T² of the paper.
+
+    A class that both leave out, with logits of −inf, adds nothing; one that the student alone leaves out makes the
+    divergence infinite.
 
     Args:
         T: temperature, > 0.
@@ -20,14 +25,17 @@ class KnowledgeDistillationLoss(nn.Module):
 
     Inputs:
         y_student: logits ``[b, *, N]``.
-        y_teacher: logits of the same shape; they get no gradient.
+        y_teacher: logits of the same shape, or of one that broadcasts to it in all but N; they get no gradient.
 
     Returns:
         A 0-dim tensor (``[b, *, N]`` for ``none``), in float32 at least.
 
     Raises:
         TypeError: T is no number, or logits are no floating-point tensor.
-        ValueError: T ≤ 0, an unknown reduction, or shapes that differ.
+        ValueError: T ≤ 0, an unknown reduction, or shapes that do not fit.
+
+    Attributes:
+        kl: the :class:`torch.nn.KLDivLoss` that is taken of the student's log-probabilities and the teacher's.
     """
 
     def __init__(self, T: float = 1.0, reduction: str = "batchmean") -> None:
@@ -36,19 +44,34 @@ class KnowledgeDistillationLoss(nn.Module):
         if reduction not in _REDUCTIONS:
             raise ValueError(f"expected reduction to be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
         self.T = T
-        self.reduction = reduction
+        self.kl = nn.KLDivLoss(reduction=reduction)
 
-    def extra_repr(self) -> str:
-        return f"T={self.T}, reduction={self.reduction!r}"
+    @property
+    def reduction(self) -> str:
+        return self.kl.reduction
+
+    @reduction.setter
+    def reduction(self, reduction: str) -> None:
+        self.kl.reduction = reduction
+
+    def __repr__(self) -> str:
+        return f"{self._get_name()}(T={self.T}, reduction={self.reduction!r})"
 
     def forward(self, y_student: Tensor, y_teacher: Tensor) -> Tensor:
         check_logits(y_student, "y_student")
         check_logits(y_teacher, "y_teacher")
-        if y_student.shape != y_teacher.shape:
+        if y_student.shape != y_teacher.shape and not _broadcasts(y_teacher.shape, y_student.shape):
             raise ValueError(
                 "expected student and teacher logits of one shape, "
                 f"got {list(y_student.shape)} and {list(y_teacher.shape)}"
             )
         student = F.log_softmax(at_least_float32(y_student) / self.T, dim=-1)
         teacher = F.softmax(at_least_float32(y_teacher.detach()) / self.T, dim=-1)
-        return F.kl_div(student, teacher.to(student.dtype), reduction=self.reduction)
+        return with_masked_classes(self.kl, student, teacher.to(student.dtype))
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of that shape, which has the last dimension itself, broadcasts to another."""
+    if not 0 < len(shape) <= len(to) or shape[-1] != to[-1]:
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False))

@@ -1,8 +1,11 @@
 """Logits: floating-point tensors whose softmax is taken, at some temperature."""
 
+import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +30,30 @@ def at_least_float32(logits: Tensor) -> Tensor:
     float32 and float64 stay as they are.
     """
     return logits.float() if logits.itemsize < 4 else logits
+
+
+def with_masked_classes(
+    loss: Callable[[Tensor, Tensor], Tensor], log_probabilities: Tensor, probabilities: Tensor
+) -> Tensor:
+    """``loss(log_probabilities, probabilities)``, a sum of their products, in which 0·(−inf) is 0.
+
+    A class with a logit of −inf has no part in what gives it no probability either. Where the classes are looked for,
+    they cost a pass over all values, so on a CPU, which need not be waited for, only a loss that came out as NaN makes
+    that worthwhile.
+    """
+    if log_probabilities.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        value = loss(log_probabilities, probabilities)
+        if not _may_be_nan(value):
+            return value
+    masked = (log_probabilities == -math.inf) & (probabilities == 0)
+    return loss(log_probabilities.masked_fill(masked, 0), probabilities)
+
+
+def _may_be_nan(value: Tensor) -> bool:
+    """Whether a NaN is in ``value``, or nobody can say, as under a tracer or ``torch.vmap``, where it has no value."""
+    if type(value) is not Tensor:
+        return True
+    try:
+        return math.isnan((value if value.dim() == 0 else value.detach().sum()).item())
+    except RuntimeError:
+        return True
