@@ -13,7 +13,7 @@ from rank_support import needs_gloo, spawn_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from talib_fast.finetune.bi_tuning import BiTuning, Bituning, Classifier
+from talib_fast.finetune.bi_tuning import BiTuning, Bituning, Classifier, Keys
 
 REQUIRED = inspect.Parameter.empty
 CLASSES, QUEUE, FEATURES, PROJECTION, BATCH = 4, 3, 6, 5, 7
@@ -353,6 +353,160 @@ def test_backward_after_a_second_forward():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+# --- BiTuning: keys that are not finite
+
+
+def spoilt(images, *samples, value=math.nan):
+    images = images.clone()
+    images[list(samples)] = value
+    return images
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("classes, K, batch", [(4, 3, 2), (4, 3, 3), (2, 2, 11), (3, 1, 7), (1, 3, 5), (4, 3, 1)])
+def test_fault_keys_that_are_not_finite_were_enqueued(classes, K, batch, share, device):
+    model = make(classes=classes, K=K)
+    model.queue_ptr.random_(K)
+    expected = copy.deepcopy(model)
+    model = model.to(device)
+    for _ in range(5):
+        h, z, labels = (
+            torch.randn(batch, FEATURES + 1),
+            torch.randn(batch, PROJECTION),
+            torch.randint(classes, (batch,)),
+        )
+        bad = torch.rand(batch) < share
+        for i in bad.nonzero().flatten().tolist():
+            (h, z)[i % 2][i, i % PROJECTION] = (math.nan, math.inf, -math.inf)[i % 3]
+        model._dequeue_and_enqueue(h.to(device), z.to(device), labels.to(device))
+        for i in (~bad).nonzero().flatten().tolist():
+            c = labels[i]
+            slot = expected.queue_ptr[c].item()
+            expected.queue_h[:, c, slot], expected.queue_z[:, c, slot] = h[i], z[i]
+            expected.queue_ptr[c] = (slot + 1) % K
+        assert same_state(
+            {name: buffer.cpu() for name, buffer in model.named_buffers()}, dict(expected.named_buffers())
+        )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_step_after_one_with_a_sample_that_is_not_finite(value, device):
+    model = make().double().to(device)
+    im_q, im_k, labels = step_inputs(device=device, dtype=torch.float64)
+    twin, kept = copy.deepcopy(model), [0, 1, 2, 4, 5, 6]
+    model(im_q, spoilt(im_k, 3, value=value), labels)
+    twin(im_q[kept], im_k[kept], labels[kept])
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name])
+    inputs = step_inputs(device=device, dtype=torch.float64)
+    loss = loss_of(*model(*inputs), inputs[2])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.encoder_q.parameters())
+
+
+def test_enqueue_operator():
+    model = make()
+    keys = (torch.randn(5, FEATURES + 1), spoilt(torch.randn(5, PROJECTION), 1), torch.tensor([0, 2, 2, 2, 2]))
+    torch.library.opcheck(torch.ops.talib_fast.enqueue.default, (*model.buffers(recurse=False), *keys))
+
+
+# --- BiTuning: accumulation over micro-batches
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (2, 2, 2, 2), (5, 2, 1)])
+def test_micro_batches_equal_one_batch(sizes, device):
+    one, several = [copy.deepcopy(model) for model in [make(m=0.5, T=0.5).double().to(device)] * 2]
+    optimizers = [torch.optim.SGD(model.encoder_q.parameters(), lr=0.1) for model in (one, several)]
+    for _ in range(2):
+        im_q, im_k, labels = step_inputs(8, device=device, dtype=torch.float64)
+        loss = loss_of(*one(im_q, im_k, labels), labels)
+        losses = []
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        parts = list(zip(im_q.split(sizes), im_k.split(sizes), labels.split(sizes), strict=True))
+        keys = several.enqueue((its_im_k, its_labels) for _, its_im_k, its_labels in parts)
+        for (its_im_q, _, its_labels), own in zip(parts, keys, strict=True):
+            losses.append(loss_of(*several(its_im_q, own), its_labels) * len(its_labels) / 8)
+            losses[-1].backward()
+        torch.testing.assert_close(sum(losses), loss)
+        for p, q in zip(several.encoder_q.parameters(), one.encoder_q.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, tensor in several.state_dict().items():
+            torch.testing.assert_close(tensor, one.state_dict()[name], rtol=1e-10, atol=1e-12)
+
+
+def test_step_of_keys_compiles_without_a_graph_break():
+    model, (im_q, im_k, labels) = make(), step_inputs()
+    twin = copy.deepcopy(model)
+    for bituning in (model, twin):
+        (keys,) = bituning.enqueue([(im_k, labels)])
+        assert isinstance(keys, Keys) and not keys.z_k.requires_grad
+        forward = torch.compile(bituning, backend="aot_eager", fullgraph=True) if bituning is model else bituning
+        loss_of(*forward(im_q, keys), labels).backward()
+    for p, q in zip(model.encoder_q.parameters(), twin.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_bad_micro_batches():
+    model, (im_q, im_k, labels) = make(), step_inputs()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"at least one micro-batch \(im_k, labels\), got none"):
+        model.enqueue([])
+    with pytest.raises(ValueError, match=r"im_k and labels of one batch size, got 7 and \[3\]"):
+        model.enqueue([(im_k, labels), (im_k, labels[:3])])
+    with pytest.raises(ValueError, match=r"labels in \[0, 4\), got labels from 4 to 4"):
+        model.enqueue([(im_k, torch.full((BATCH,), 4))])
+    with pytest.raises(TypeError, match=r"tensor of integers, got list"):
+        model.enqueue([(im_k, [0] * BATCH)])
+    with pytest.raises(RuntimeError, match=r"training mode to enqueue keys in, got evaluation mode"):
+        model.eval().enqueue([(im_k, labels)])
+    assert same_state(model.train().state_dict(), before)
+    (keys,) = model.enqueue([(im_k, labels)])
+    with pytest.raises(ValueError, match=r"im_q and keys of one batch size, got 3 and 7"):
+        model(im_q[:3], keys)
+    with pytest.raises(ValueError, match=r"im_q and keys alone, .* got labels as well"):
+        model(im_q, keys, labels)
+    assert torch.equal(model.eval()(im_q, keys), model(im_q))
+
+
+# --- BiTuning: upstream's hooks
+
+
+class Hooked(BiTuning):
+    def _momentum_update_key_encoder(self):
+        self.calls = ["momentum"]
+        super()._momentum_update_key_encoder()
+
+    def _dequeue_and_enqueue(self, h, z, label):
+        assert h.shape == (1, FEATURES + 1) and z.shape == (1, PROJECTION) and label.shape == ()
+        self.calls.append(label.item())
+        super()._dequeue_and_enqueue(h, z, label)
+
+
+def test_fault_hooks_of_a_subclass_were_ignored():
+    model = make(m=0.5)
+    hooked = Hooked(encoder(), encoder(), CLASSES, QUEUE, 0.5)
+    hooked.load_state_dict(model.state_dict())
+    for _ in range(2):
+        inputs = step_inputs()
+        for got, value in zip(hooked(*inputs), model(*inputs), strict=True):
+            torch.testing.assert_close(got, value)
+        assert hooked.calls == ["momentum", *inputs[2].tolist()]
+        assert same_state(hooked.state_dict(), model.state_dict())
+
+
+def test_several_keys_of_one_class_are_enqueued_at_once():
+    model, keys = make(), (torch.randn(2, FEATURES + 1), torch.randn(2, PROJECTION))
+    model.queue_ptr[1] = QUEUE - 1
+    model._dequeue_and_enqueue(*keys, torch.tensor(1))
+    for queue, own in zip((model.queue_h, model.queue_z), keys, strict=True):
+        assert torch.equal(queue[:, 1, [QUEUE - 1, 0]], own.T)
+    assert model.queue_ptr.tolist() == [0, 1, 0, 0]
+
+
 # --- BiTuning: state
 
 
@@ -569,6 +723,26 @@ def test_empty_batch():
     assert same_state(model.state_dict(), before)
 
 
+def test_step_under_another_default_device():
+    model, inputs = make(), step_inputs()
+    twin = copy.deepcopy(model)
+    with torch.device("meta"):
+        outputs = model(*inputs)
+    for got, value in zip(outputs, twin(*inputs), strict=True):
+        assert torch.equal(got, value)
+
+
+def test_keys_and_labels_made_under_inference_mode():
+    model, inputs = make(), step_inputs()
+    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        im_k, labels = inputs[1].clone(), inputs[2].clone()
+    for bituning, arguments in ((model, (inputs[0], im_k, labels)), (twin, inputs)):
+        loss_of(*bituning(*arguments), inputs[2]).backward()
+    for p, q in zip(model.encoder_q.parameters(), twin.encoder_q.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def train(model, forward, steps):
     optimizer = torch.optim.SGD(model.encoder_q.get_parameters(0.1), lr=0.1)
     for inputs in steps:
@@ -583,8 +757,12 @@ def train(model, forward, steps):
 def test_fault_compiled_training_took_gradients_with_the_queue_after_the_batch(backend):
     model = make()
     twin, steps = copy.deepcopy(model), [step_inputs() for _ in range(3)]
-    loss = train(model, torch.compile(model, backend=backend, fullgraph=True), steps)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    loss = train(model, compiled, steps)
     torch.testing.assert_close(loss, train(twin, twin, steps))
+    im_q, im_k, labels = steps[0]
+    for forward in (compiled, twin):
+        forward(im_q, spoilt(im_k, 0, 4), labels)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, twin.state_dict()[name])
 
@@ -685,6 +863,41 @@ def test_bad_encoders():
         BiTuning(one, "x", CLASSES)
 
 
+def test_head_without_bias():
+    one, other = encoder(), encoder()
+    for module in (one, other):
+        module.head = nn.Linear(FEATURES, CLASSES, bias=False)
+    model = BiTuning(one, other, CLASSES, QUEUE)
+    with_bias = make()
+    with_bias.load_state_dict({**model.state_dict(), **{f"encoder_{x}.head.bias": torch.zeros(CLASSES) for x in "qk"}})
+    inputs = step_inputs()
+    for got, value in zip(model(*inputs), with_bias(*inputs), strict=True):
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize(
+    "head, error, message",
+    [
+        (nn.Sequential(nn.Linear(6, 4)), TypeError, r"head to have a weight \[4, 6\] .*, got Sequential without one"),
+        (nn.Linear(6, 5), ValueError, r"head with a weight of shape \[4, 6\], got \[5, 6\]"),
+        (nn.Linear(7, 4), ValueError, r"head with a weight of shape \[4, 6\], got \[4, 7\]"),
+        (nn.Bilinear(6, 6, 4), ValueError, r"head with a weight of shape \[4, 6\], got \[4, 6, 6\]"),
+    ],
+)
+def test_heads_that_do_not_fit(head, error, message):
+    one, other = encoder(), encoder()
+    one.head, other.head = head, copy.deepcopy(head)
+    with pytest.raises(error, match=message):
+        BiTuning(one, other, CLASSES)
+
+
+def test_star_import_brings_what_upstreams_does():
+    namespace: dict = {}
+    exec("from talib_fast.finetune.bi_tuning import *", namespace)
+    assert namespace["nn"] is nn and namespace["torch"] is torch and namespace["normalize"] is F.normalize
+    assert issubclass(Classifier, namespace["ClassifierBase"].__mro__[1]) and namespace["BiTuning"] is BiTuning
+
+
 @pytest.mark.parametrize(
     "inputs, error, message",
     [
@@ -721,8 +934,9 @@ def rank_batches(rank):
 def train_a_rank(rank, folder):
     torch.manual_seed(0)
     bare = make(m=0.5, T=0.5).double()
-    for inputs in rank_batches(rank):
-        bare(*inputs)
+    for im_q, im_k, labels in rank_batches(rank):
+        bare(im_q, im_k, labels)
+        bare.enqueue(zip(spoilt(im_k, rank).split(2), labels.split(2), strict=True))
     torch.manual_seed(rank)
     model = make(m=0.5, T=0.5).double()
     train(model, DistributedDataParallel(model), rank_batches(rank))
@@ -743,8 +957,9 @@ def test_fault_rank_0s_queue_overwrote_the_others(tmp_path):
     ]
     torch.manual_seed(0)
     bare = make(m=0.5, T=0.5).double()
-    for inputs in joined:
-        bare(*inputs)
+    for im_q, im_k, labels in joined:
+        bare(im_q, im_k, labels)
+        bare.enqueue([(spoilt(im_k, *(rank * PER_RANK + rank for rank in range(RANKS))), labels)])
     torch.manual_seed(0)
     trained = make(m=0.5, T=0.5).double()
     train(trained, trained, joined)

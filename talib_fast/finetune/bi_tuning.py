@@ -1,21 +1,25 @@
 """Bi-Tuning of Pre-trained Representations, 2020 (https://arxiv.org/abs/2011.06182)."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from ..checks import check_module, check_number, check_positive_integer
+from ..ops.enqueue import enqueue
 from ..ops.snapshot import snapshot
 from .classifier import Classifier as ClassifierBase
-from .classifier import ParameterGroup
+from .classifier import ParameterGroup, Part
 from .labels import check_range, integer_labels
 from .logits import at_least_float32, check_temperature
 from .names import parameters_by_name, plain_name
 
-__all__ = ["BiTuning", "Bituning", "Classifier"]
+# ClassifierBase, nn, normalize and torch for scripts that rely on upstream's star import
+__all__ = ["BiTuning", "Bituning", "Classifier", "ClassifierBase", "Keys", "nn", "normalize", "torch"]
 
 
 class Classifier(ClassifierBase):
@@ -36,7 +40,8 @@ class Classifier(ClassifierBase):
         features with a 1 appended, which meets the head's bias; in evaluation ``y``.
 
     Raises:
-        TypeError, ValueError: a part is missing or its sizes do not fit.
+        TypeError, ValueError: a part is missing or its sizes do not fit; or the backbone gives no maps, and there is no
+            ``pool_layer`` for what it gives.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class Classifier(ClassifierBase):
         num_classes: int,
         projection_dim: int = 128,
         finetune: bool = True,
-        pool_layer: nn.Module | None = None,
+        pool_layer: Part | None = None,
     ) -> None:
         super().__init__(backbone, num_classes, finetune=finetune, pool_layer=pool_layer)
         check_positive_integer(projection_dim, "projection_dim")
@@ -59,8 +64,8 @@ class Classifier(ClassifierBase):
         y = self.head(h)
         if not self.training:
             return y
-        z = F.normalize(self.projector(h), dim=1)
-        hn = F.normalize(torch.cat([h, h.new_ones(len(h), 1)], dim=1), dim=1)
+        z = normalize(self.projector(h), dim=1)
+        hn = normalize(torch.cat([h, h.new_ones(len(h), 1)], dim=1), dim=1)
         return y, z, hn
 
     def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
@@ -68,6 +73,17 @@ class Classifier(ClassifierBase):
         return self._groups(
             base_lr, [(self.backbone, True), (self.bottleneck, False), (self.head, False), (self.projector, True)]
         )
+
+
+class Keys(NamedTuple):
+    """What :meth:`BiTuning.enqueue` leaves of a micro-batch for its forward pass."""
+
+    labels: Tensor
+    """``[b]``, int64."""
+    z_k: Tensor
+    """The samples' own projections, ``[b, D]``."""
+    queue_z: Tensor
+    """The queue of projections as it was before, ``[D, C·K]``."""
 
 
 class BiTuning(nn.Module):
@@ -79,12 +95,18 @@ class BiTuning(nn.Module):
     head's weight of the sample's class; it gives the head no gradient. From `Bi-tuning of Pre-trained Representations
     <https://arxiv.org/abs/2011.06182>`_.
 
+    A key that is not finite takes no slot of the queues: the loss of its step may be NaN, the next one's is not.
+
+    With gradients accumulated over micro-batches, :meth:`enqueue` takes the keys of all of them first, and each
+    forward pass what it returned: the key encoder and the queues then move once, as with one batch.
+
     Under ``torch.distributed`` every rank enqueues the keys of all ranks of a group, in rank order, so that the queues
     stay alike; the ranks' batches must be of one size. Give DistributedDataParallel ``broadcast_buffers=False``, or it
     sends the queues of rank 0 to the others at every step.
 
     Args:
-        encoder_q: query encoder, trained; a :class:`Classifier`, or what has its attributes and returns.
+        encoder_q: query encoder, trained; a :class:`Classifier`, or what has its attributes and returns. Its head has a
+            ``weight`` ``[C, F]``, and a ``bias`` ``[C]`` or none.
         encoder_k: key encoder of the same architecture; it starts with the query encoder's parameters, in tensors of
             its own, follows them by momentum and takes no gradients.
         num_classes: number of target classes C.
@@ -102,6 +124,7 @@ class BiTuning(nn.Module):
     Inputs:
         im_q, im_k: two views of the same b samples.
         labels: ``[b]``, integers in [0, C).
+        Or im_q and, as im_k, the :class:`Keys` of its micro-batch.
 
     Returns:
         In training ``(y_q [b, C], logits_z, logits_y, labels_c)``, the last three ``[b, 1 + C·K]``; ``labels_c``
@@ -137,6 +160,7 @@ class BiTuning(nn.Module):
                     raise TypeError(f"expected {name} to be a bi_tuning.Classifier, got {got} without {part}")
         if num_classes != encoder_q.num_classes:
             raise ValueError(f"expected num_classes = {encoder_q.num_classes}, the encoder's, got {num_classes}")
+        _check_head(encoder_q.head, num_classes, encoder_q.features_dim)
         check_positive_integer(K, "K, the queue length,")
         check_number(m, "momentum m", 1)
         check_temperature(T, "temperature T")
@@ -163,15 +187,15 @@ class BiTuning(nn.Module):
             for parameter_q, parameter_k in zip(encoder_q.parameters(), encoder_k.parameters(), strict=True):
                 parameter_k.copy_(parameter_q)
                 parameter_k.requires_grad_(False)
-        self.register_buffer("queue_h", F.normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
-        self.register_buffer("queue_z", F.normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
+        self.register_buffer("queue_h", normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
+        self.register_buffer("queue_z", normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, K={self.K}, m={self.m}, T={self.T}, key_buffers={self.key_buffers!r}"
 
     @torch.no_grad()
-    def _update_key_encoder(self) -> None:
+    def _momentum_update_key_encoder(self) -> None:
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
         if self.key_buffers == "own":
             return
@@ -194,67 +218,109 @@ class BiTuning(nn.Module):
     @torch.no_grad()
     def _class_weights(self, labels: Tensor) -> Tensor:
         """The normalised weight and bias of each sample's class in the head, over the temperature: ``[b, F + 1]``."""
-        head = self.encoder_q.head
-        weight = torch.cat([head.weight, head.bias[:, None]], dim=1)[labels]  # type: ignore[list-item, index]
+        head: Any = self.encoder_q.head
+        bias = getattr(head, "bias", None)
+        bias = head.weight.new_zeros(self.num_classes, 1) if bias is None else bias[:, None]
+        weight = torch.cat([head.weight, bias], dim=1)[labels]
         return weight / (weight.norm(dim=1, keepdim=True) * self.T).clamp_min(1e-12)
 
     @torch.no_grad()
-    def _enqueue(self, queue_h: Tensor, queue_z: Tensor, h: Tensor, z: Tensor, labels: Tensor) -> None:
-        """Write the keys in batch order, each to its class's next slot; past K of one class the last writer wins.
+    def _dequeue_and_enqueue(self, h: Tensor, z: Tensor, label: Tensor) -> None:
+        """Write keys ``h [b, F + 1]`` and ``z [b, D]``, in this order, to the next slots of their classes.
 
-        ``queue_h [C·K, F + 1]`` and ``queue_z [C·K, D]`` are views of the queues, a slot a row.
+        ``label`` is theirs, ``[b]`` or one for all. A subclass with a method of its own gets sample by sample.
         """
-        if not len(labels):
-            return
-        place_in_class = (labels[:, None] == labels).tril(-1).sum(1)
-        slot = torch.add((self.queue_ptr[labels] + place_in_class) % self.K, labels, alpha=self.K)
-        if len(labels) > self.K:
-            # Several keys of one slot are all replaced by the last of them, so that the order of the writes is no
-            # matter: argmax takes the first of the largest, the place where the count of the slot's keys ends.
-            last = (slot[:, None] == slot).cumsum(1).argmax(1)
-            h, z = h.index_select(0, last), z.index_select(0, last)
-        queue_h.index_copy_(0, slot, h.to(queue_h.dtype))
-        queue_z.index_copy_(0, slot, z.to(queue_z.dtype))
-        self.queue_ptr.index_add_(0, labels, torch.ones_like(labels)).remainder_(self.K)
+        label = torch.as_tensor(label, device=h.device)
+        enqueue(self.queue_h, self.queue_z, self.queue_ptr, h, z, label if label.dim() else label.expand(len(h)))
 
-    def _check(self, im_k: Tensor | None, labels: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        if im_k is None or labels is None:
-            raise ValueError("expected im_q, im_k and labels in training mode, got im_q alone")
+    def _checked_labels(self, labels: Any, **inputs: Tensor) -> Tensor:
         if not isinstance(labels, Tensor):
             raise TypeError(f"expected labels to be a tensor of integers, got {type(labels).__name__}")
         labels = integer_labels(labels)
-        if labels.shape != (batch,) or len(im_k) != batch:
+        if labels.dim() != 1 or not all(len(input) == len(labels) for input in inputs.values()):
+            sizes = ", ".join(str(len(input)) for input in inputs.values())
             raise ValueError(
-                f"expected im_q, im_k and labels of one batch size, got {batch}, {len(im_k)} and {list(labels.shape)}"
+                f"expected {', '.join(inputs)} and labels of one batch size, got {sizes} and {list(labels.shape)}"
             )
         if (labels.device.type == "cpu" or self.check_labels) and not torch.compiler.is_compiling():
             check_range(labels, self.num_classes)
-        return im_k, labels
+        return labels
+
+    @torch.no_grad()
+    def enqueue(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Keys]:
+        """Move the key encoder once and enqueue the keys of all micro-batches of an optimizer step.
+
+        Each forward pass ``bituning(im_q, keys)`` then takes those of its micro-batch, before the next call of this.
+        The micro-batches' losses, each times its share of the step's samples, have together the gradients of the whole
+        batch, where no batch norm sees a micro-batch by itself. The key encoder moves before the query encoder's
+        forward passes: what ``key_buffers`` copies or averages are the buffers that the last step left.
+
+        Args:
+            batches: ``(im_k, labels)`` of every micro-batch.
+
+        Returns:
+            The :class:`Keys` of every micro-batch.
+
+        Raises:
+            TypeError, ValueError: an input is not as the forward pass asks for it, or there is none.
+            RuntimeError: in evaluation mode, in which queues and key encoder stay as they are.
+        """
+        if not self.training:
+            raise RuntimeError("expected training mode to enqueue keys in, got evaluation mode")
+        checked = [(im_k, self._checked_labels(labels, im_k=im_k)) for im_k, labels in batches]
+        if not checked:
+            raise ValueError("expected at least one micro-batch (im_k, labels), got none")
+        return self._enqueue_keys(checked)
+
+    @torch.no_grad()
+    def _enqueue_keys(self, batches: list[tuple[Tensor, Tensor]]) -> list[Keys]:
+        self._momentum_update_key_encoder()
+        # a copy, because autograd needs the queue as it was when the batch is enqueued
+        queue_z = snapshot(self.queue_z.flatten(1))
+        keys, features = [], []
+        for im_k, labels in batches:
+            # from the host without waiting; to the host a copy has to be waited for
+            labels = labels.to(self.queue_ptr.device, non_blocking=labels.device.type == "cpu")
+            _, z_k, h_k = self.encoder_k(im_k)
+            keys.append(Keys(labels, z_k, queue_z))
+            features.append(h_k)
+        parts = (features, [own.z_k for own in keys], [own.labels for own in keys])
+        h, z, labels = _gather(self.process_group, *map(_joined, parts))
+        own = type(self)._dequeue_and_enqueue is not BiTuning._dequeue_and_enqueue
+        if not own and "_dequeue_and_enqueue" not in vars(self):
+            self._dequeue_and_enqueue(h, z, labels)
+        else:
+            for i, label in enumerate(labels):
+                self._dequeue_and_enqueue(h[i : i + 1], z[i : i + 1], label)
+        return keys
 
     def forward(
-        self, im_q: Tensor, im_k: Tensor | None = None, labels: Tensor | None = None
+        self, im_q: Tensor, im_k: Tensor | Keys | None = None, labels: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         if not self.training:
             return self.encoder_q(im_q)
-        im_k, labels = self._check(im_k, labels, len(im_q))
-        # from the host without waiting; to the host a copy has to be waited for
-        labels = labels.to(self.queue_ptr.device, non_blocking=labels.device.type == "cpu")
-        y_q, z_q, h_q = self.encoder_q(im_q)
-        self._update_key_encoder()
-        with torch.no_grad():
-            _, z_k, h_k = self.encoder_k(im_k)
+        if isinstance(im_k, Keys):
+            if labels is not None:
+                raise ValueError("expected im_q and keys alone, which hold the labels, got labels as well")
+            if len(im_q) != len(im_k.labels):
+                raise ValueError(f"expected im_q and keys of one batch size, got {len(im_q)} and {len(im_k.labels)}")
+            y_q, z_q, h_q = self.encoder_q(im_q)
+            labels, z_k, queue_z = im_k
+        else:
+            if im_k is None or labels is None:
+                raise ValueError("expected im_q, im_k and labels in training mode, got im_q alone")
+            labels = self._checked_labels(labels, im_q=im_q, im_k=im_k)
+            y_q, z_q, h_q = self.encoder_q(im_q)
+            ((labels, z_k, queue_z),) = self._enqueue_keys([(im_k, labels)])
 
         order = self._own_class_first(labels)
-        queue_h, queue_z = self.queue_h.flatten(1).T, self.queue_z.flatten(1)
         query = z_q / self.T
-        # a copy, because autograd needs the queue as it was when the batch is enqueued
-        similarities = query @ snapshot(queue_z).to(query.dtype)
+        similarities = query @ queue_z.to(query.dtype)
         logits_z = _log_probabilities((query * z_k).sum(1, keepdim=True), similarities, order)
 
-        self._enqueue(queue_h, queue_z.T, *_gather(self.process_group, h_k, z_k, labels))
         query = self._class_weights(labels)
         # with the long side first, for which BLAS libraries on CPUs take less time than for the transpose
-        similarities = (queue_h.to(query.dtype) @ query.T).T
+        similarities = (self.queue_h.flatten(1).T.to(query.dtype) @ query.T).T
         logits_y = _log_probabilities((query * h_q).sum(1, keepdim=True), similarities, order)
 
         even = logits_z.new_full((len(labels), self.K + 1), 1 / (self.K + 1))
@@ -270,10 +336,27 @@ def _names_and_shapes(encoder: nn.Module) -> list[tuple[str, torch.Size]]:
     return [(name, parameter.shape) for parameter, name in names.items()]
 
 
+def _check_head(head: Any, num_classes: int, features_dim: int) -> None:
+    """Raise TypeError unless ``head`` has a weight, ValueError unless it and the bias, if any, fit."""
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"expected encoder_q.head to have a weight [{num_classes}, {features_dim}] as nn.Linear has it, "
+            f"got {type(head).__name__} without one"
+        )
+    for name, tensor, shape in (("weight", weight, [num_classes, features_dim]), ("bias", bias, [num_classes])):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"expected encoder_q.head with a {name} of shape {shape}, got {list(tensor.shape)}")
+
+
 def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> Tensor:
     """Log-softmax ``[b, 1 + C·K]`` over the sample's own key and the queue's in the sample's order."""
     logits = torch.cat([current, similarities.gather(1, order)], dim=1)
     return F.log_softmax(at_least_float32(logits), dim=1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gather(process_group: Any, *tensors: Tensor) -> list[Tensor]:

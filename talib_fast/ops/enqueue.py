@@ -1,0 +1,50 @@
+"""Writing a batch of keys into queues that hold K keys of every class."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .library import define
+
+
+def _enqueue(queue_h: Tensor, queue_z: Tensor, pointer: Tensor, h: Tensor, z: Tensor, labels: Tensor) -> None:
+    if not len(labels):
+        return
+    length = queue_h.size(2)
+    h, z = h.to(queue_h.dtype), z.to(queue_z.dtype)
+    finite = torch.linalg.vector_norm(torch.cat([h, z], dim=1), math.inf, dim=1) < math.inf
+    place_in_class = ((labels[:, None] == labels) & finite).tril(-1).sum(1)
+    slot = torch.add((pointer.gather(0, labels) + place_in_class) % length, labels, alpha=length) * finite
+    # Keys of one slot are all replaced by the last finite one of them, so that the order of the writes is no matter.
+    # Those that are not finite write into the first slot of all, if nothing else that slot's own key.
+    writers = (slot[:, None] == slot) & finite
+    count, last = writers.cumsum(1).max(1)  # the first of the largest: the place where the count of a slot's keys ends
+    written = count[:, None] > 0
+    for queue, keys in ((queue_h, h), (queue_z, z)):
+        slots = queue.flatten(1).T
+        slots.index_copy_(0, slot, torch.where(written, keys.index_select(0, last), slots[:1]))
+    pointer.index_add_(0, labels, finite.to(pointer.dtype)).remainder_(length)
+
+
+_enqueue_op = define(
+    "enqueue(Tensor(a!) queue_h, Tensor(b!) queue_z, Tensor(c!) pointer, Tensor h, Tensor z, Tensor labels) -> ()",
+    _enqueue,
+    lambda queue_h, queue_z, pointer, h, z, labels: None,
+)
+
+
+def enqueue(queue_h: Tensor, queue_z: Tensor, pointer: Tensor, h: Tensor, z: Tensor, labels: Tensor) -> None:
+    """Write keys in batch order, each to its class's next slot; past K of one class the last writer wins.
+
+    A key with a value that is not finite in ``h`` or ``z``, once in the queue's dtype, takes no slot. The host waits
+    for nothing.
+
+    Args:
+        queue_h: ``[F, C, K]``, contiguous, overwritten in place.
+        queue_z: ``[D, C, K]``, contiguous, overwritten in place.
+        pointer: ``[C]``, integers, each class's next slot; moved in place.
+        h, z: the keys, ``[b, F]`` and ``[b, D]``, without gradients.
+        labels: ``[b]``, int64 in [0, C).
+    """
+    _enqueue_op(queue_h, queue_z, pointer, h, z, labels)
