@@ -437,6 +437,15 @@ def test_float64_is_as_accurate_as_lapack(condition):
         assert abs(value - exact) <= 4 * abs(oracle(matrix, 1) - exact) + 1e-9 * exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("spectrum", [[3, 1, 1], [1, 1, 1], [2, 0, 0], [0, 0, 0]])
+def test_second_derivative_at_a_tie_across_the_cut_is_nan(spectrum, dtype, device):
+    matrix = torch.diag(torch.tensor(spectrum, dtype=dtype, device=device)).requires_grad_()
+    (gradient,) = torch.autograd.grad(spectral_tail(matrix, 1), matrix, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * torch.randn_like(gradient)).sum(), matrix)
+    assert gradient.isfinite().all() and second.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_gradient_at_ties_is_a_projection(shape):
     """With all singular values equal any k directions will do: 2·P·F for some projector P of rank k."""

@@ -1,15 +1,26 @@
 """Batch Spectral Shrinkage, NeurIPS 2019 (https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html)."""
 
+import operator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_integer
 from ..ops import spectral_tail
 
 __all__ = ["BatchSpectralShrinkage"]
+
+
+def _as_integer(k: Any) -> int:
+    """``k`` as it serves as an index: integers of Python, NumPy and PyTorch, such as a 0-dim tensor."""
+    is_bool = isinstance(k, bool) or getattr(k, "dtype", None) == torch.bool
+    try:
+        if not is_bool:
+            return operator.index(k)
+    except TypeError:
+        pass
+    raise TypeError(f"expected k to be an integer, got {k!r}")
 
 
 class _JoinedOverRanks(torch.autograd.Function):
@@ -48,7 +59,7 @@ class BatchSpectralShrinkage(nn.Module):
     <https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html>`_.
 
     Args:
-        k: how many of the smallest singular values to penalise.
+        k: how many of the smallest singular values to penalise: an integer, also as a 0-dim tensor.
         all_ranks: under ``torch.distributed``, join the features of all ranks, whose batches may differ in size, so
             that data-parallel training penalises what one process with the whole batch would. Every rank returns the
             same loss; with gradients averaged over ranks, as DistributedDataParallel does, they are those of the one
@@ -59,7 +70,9 @@ class BatchSpectralShrinkage(nn.Module):
         feature: ``[b, f]``; computed in float64 whatever its dtype.
 
     Returns:
-        A 0-dim tensor, float32 (float64 for float64 features); not finite for features that are not.
+        A 0-dim tensor, float32 (float64 for float64 features); not finite for features that are not. Differentiable
+        twice, but where σ_k = σ_(k+1): the second derivative is NaN there, without an error (or huge, where rounding
+        has parted the two).
 
     Raises:
         TypeError: ``k`` is not an integer, or ``feature`` is no floating-point tensor.
@@ -69,10 +82,9 @@ class BatchSpectralShrinkage(nn.Module):
 
     def __init__(self, k: int = 1, all_ranks: bool = False, process_group: Any = None) -> None:
         super().__init__()
-        check_integer(k, "k")
-        if k < 0:
+        self.k = _as_integer(k)
+        if self.k < 0:
             raise ValueError(f"expected k >= 0, got {k}")
-        self.k = int(k)
         self.all_ranks, self.process_group = all_ranks, process_group
 
     def extra_repr(self) -> str:

@@ -293,8 +293,9 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
 
     Computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN and a
     non-finite gradient. Differentiable twice, also in forward mode and under :func:`torch.func.functionalize`, which
-    make a third derivative NaN; where σ_k = σ_(k+1) the gradient is one of several subgradients, and there is no second
-    derivative. Under :func:`torch.vmap` a mapped dimension is one more of the batch.
+    make a third derivative NaN. Where σ_k = σ_(k+1), a tie of a chosen singular value and another, the gradient is one
+    of several subgradients, and the second derivative, which there is not, is NaN, without an error (or huge, where
+    rounding has parted the two). Under :func:`torch.vmap` a mapped dimension is one more of the batch.
 
     On a GPU float64 input, matrices with both sides longer than 256, and all in forward mode and under
     ``functionalize``, are decomposed by ``torch.linalg``, which waits for the device; all others are served without,
