@@ -13,7 +13,7 @@ def _enqueue(queue_h: Tensor, queue_z: Tensor, pointer: Tensor, h: Tensor, z: Te
         return
     length = queue_h.size(2)
     h, z = h.to(queue_h.dtype), z.to(queue_z.dtype)
-    finite = torch.linalg.vector_norm(torch.cat([h, z], dim=1), math.inf, dim=1) < math.inf
+    finite = torch.cat([h, z], dim=1).abs().amax(1) < math.inf
     place_in_class = ((labels[:, None] == labels) & finite).tril(-1).sum(1)
     slot = torch.add((pointer.gather(0, labels) + place_in_class) % length, labels, alpha=length) * finite
     # Keys of one slot are all replaced by the last finite one of them, so that the order of the writes is no matter.
@@ -23,7 +23,7 @@ def _enqueue(queue_h: Tensor, queue_z: Tensor, pointer: Tensor, h: Tensor, z: Te
     written = count[:, None] > 0
     for queue, keys in ((queue_h, h), (queue_z, z)):
         slots = queue.flatten(1).T
-        slots.index_copy_(0, slot, torch.where(written, keys.index_select(0, last), slots[:1]))
+        slots.index_copy_(0, slot, torch.where(written, keys.index_select(0, last), slots[:1].contiguous()))
     pointer.index_add_(0, labels, finite.to(pointer.dtype)).remainder_(length)
 
 
