@@ -209,7 +209,7 @@ def test_different_objects_have_two(one, other):
     assert fingerprint(Custom(one)) != fingerprint(Custom(other))
 
 
-@pytest.mark.parametrize("function", [scale, remember, Scale(scale), functools.partial(remember, 1)], ids=str)
+@pytest.mark.parametrize("function", [scale, remember, Scale(scale), functools.partial(remember, 1)])
 def test_what_a_function_uses_of_its_module_counts(function, monkeypatch):
     before = fingerprint(function)
     assert before == fingerprint(function)
