@@ -354,7 +354,9 @@ def test_a_share_of_the_data_is_warned_of(ranks, recwarn):
     loader = load(sampler=DistributedSampler(DATA, ranks, 0))
     relationship(loader)
     collect_pretrain_labels(loader, nn.Linear(2, 4), "cpu", progress=False)
+    channel_attention(nn.Sequential(nn.Linear(2, 4)), loader, ["0"], progress=False)
     warnings = [str(warning.message) for warning in recwarn]
-    assert len(warnings) == (2 if ranks > 1 else 0)
+    assert len(warnings) == (3 if ranks > 1 else 0)
     assert all(f"sees only this process's share of the data, one of {ranks}" in warning for warning in warnings)
-    assert all(warning.filename == __file__ and "process_group=" in str(warning.message) for warning in recwarn)
+    assert all(warning.filename == __file__ for warning in recwarn)
+    assert ["process_group=" in warning for warning in warnings] == [True, True, False][: len(warnings)]

@@ -33,7 +33,7 @@ from .layers import (
     uncompiled,
     without_gradients,
 )
-from .loader import loader_parts
+from .loader import loader_parts, warn_of_share
 from .logits import check_temperature
 from .prediction import evaluating, inputs_of
 from .replay import Replay
@@ -115,6 +115,7 @@ def channel_attention(
     if method not in ("exact", "taylor"):
         raise ValueError(f"expected method to be exact or taylor, got {method!r}")
     check_channel_dim(channel_dim)
+    warn_of_share(data_loader, "channel_attention")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = _Increases(names)

@@ -16,12 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_module, is_integer
 from ..torch_private import may_be_in_function_transform
-from .names import plain_name
+from .names import WRAPPED, plain_name
 from .structures import clone, tensors_in
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-# what torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules call what they hold
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WHY = "TorchScript runs no hooks, by which layers are seen"
 
 
@@ -94,7 +92,7 @@ def _called(model: nn.Module, name: str) -> Iterator[Any]:
 
 
 def _without_wrappers(name: str) -> str:
-    return plain_name(".".join(part for part in name.split(".") if part not in _WRAPPED))
+    return plain_name(".".join(part for part in name.split(".") if part not in WRAPPED))
 
 
 def check_channel_dim(channel_dim: int) -> None:

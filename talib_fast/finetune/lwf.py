@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..checks import check_module
 from .classifier import ClassifierBase, ParameterGroup, Part, check_linear
-from .loader import share_of
-from .prediction import OnHost, counted, joined_over_ranks, predictions, warn_of_share
+from .loader import share_of, warn_of_share
+from .prediction import OnHost, counted, joined_over_ranks, predictions
 from .ranks import check_group, together
 
 # Dict, List, Optional, nn, torch and tqdm for scripts that rely on upstream's star import

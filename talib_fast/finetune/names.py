@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 # the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, and of no others
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # whose child is called "module"
 
 FLATTENED = "got a flattened shard of FullyShardedDataParallel: shard the model by torch.distributed.fsdp.fully_shard"
@@ -44,7 +44,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
     for key, child in children.items():
         if child is None:
             continue
-        if key in _WRAPPED or (key == "module" and isinstance(module, _WRAPPERS) and len(children) == 1):
+        if key in WRAPPED or (key == "module" and isinstance(module, _WRAPPERS) and len(children) == 1):
             _collect(child, prefix, found)
         elif key == "base_model" and hasattr(module, "get_base_model"):  # PEFT's, whose tuner may lie in between
             _collect(module.get_base_model(), prefix, found)  # type: ignore[operator]

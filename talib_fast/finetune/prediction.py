@@ -11,19 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..progress import progress
 from .labels import integer_labels
-from .loader import Share, warn_of_share
+from .loader import Share
 from .ranks import gathered, gathered_rows, together
-
-__all__ = [
-    "OnHost",
-    "counted",
-    "evaluating",
-    "inputs_of",
-    "joined_over_ranks",
-    "labels_of",
-    "predictions",
-    "warn_of_share",
-]
 
 
 @contextmanager

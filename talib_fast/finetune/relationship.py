@@ -19,9 +19,9 @@ from ..checks import check_module, check_positive_integer
 from ..storage import write_atomically
 from .fingerprint import Unknown, fingerprint
 from .labels import check_range, integer_labels
-from .loader import Share, loader_parts, share_of
+from .loader import Share, loader_parts, share_of, warn_of_share
 from .logits import at_least_float32, check_logits, check_temperature
-from .prediction import OnHost, counted, joined_over_ranks, labels_of, predictions, warn_of_share
+from .prediction import OnHost, counted, joined_over_ranks, labels_of, predictions
 from .ranks import check_group, from_first, gathered, summed, together
 
 
