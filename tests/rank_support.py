@@ -4,6 +4,8 @@ import functools
 import gc
 import itertools
 import multiprocessing
+import os
+import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 
 import pytest
@@ -19,7 +21,17 @@ _groups = itertools.count()
 @functools.cache
 def _processes():
     """They stay for the tests that follow, as it takes seconds to start one."""
-    return ProcessPoolExecutor(_MOST, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(_MOST, multiprocessing.get_context("spawn"), _end_with_the_tests)
+
+
+def _end_with_the_tests():
+    """Also where those are killed, and so can't say that this process has no more work."""
+
+    def wait_for_them():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_them, daemon=True).start()
 
 
 def spawn_ranks(world_size, work, folder, *arguments):
