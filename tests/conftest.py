@@ -4,6 +4,7 @@ import os
 import build_parts
 import pytest
 import torch
+from rank_support import end_processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,3 +40,9 @@ def toolkit() -> build_parts.Toolkit:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_end_with_the_session():
+    yield
+    end_processes()

@@ -34,6 +34,13 @@ def _end_with_the_tests():
     threading.Thread(target=wait_for_them, daemon=True).start()
 
 
+def end_processes():
+    """To be called while coverage still takes what they saw."""
+    if _processes.cache_info().currsize:
+        _processes().shutdown()
+        _processes.cache_clear()
+
+
 def spawn_ranks(world_size, work, folder, *arguments):
     """Run ``work(rank, folder, *arguments)``, a function of a module, on each of ``world_size`` ranks."""
     assert world_size <= _MOST
