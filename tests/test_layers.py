@@ -210,6 +210,7 @@ class TestIntermediateLayerGetter:
             return BehavioralRegularization()(getter(source)[0], getter(target)[0])
 
         getters = [IntermediateLayerGetter(net, ["2", "0"]) for _ in range(2)]
+        hooks = [module._forward_hooks for module in net.modules()]
         expected = distance(getters[0])
         compiled = torch.compile(distance, backend="aot_eager", fullgraph=True)
         for _ in range(2):
@@ -217,7 +218,9 @@ class TestIntermediateLayerGetter:
             torch.testing.assert_close(got, expected)
         parameters = list(net.parameters())
         torch.testing.assert_close(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters))
-        assert not any(module._forward_hooks for module in net.modules())
+        assert not any(hooks)
+        assert all(module._forward_hooks is own for module, own in zip(net.modules(), hooks, strict=True))
+        torch.testing.assert_close(distance(getters[1]), expected)  # uncompiled again
 
     def test_structured_outputs_are_copied(self):
         class Output(OrderedDict):

@@ -300,8 +300,9 @@ def _traced(
 
     try:
         for name, layer in layers.items():
-            replaced.append((layer, layer._forward_hooks))
-            hooks = [*layer._forward_hooks.items(), (name, functools.partial(keep, name=name))]
+            own = layer.__dict__["_forward_hooks"]  # an attribute that is empty would come back as another dict
+            replaced.append((layer, own))
+            hooks = [*own.items(), (name, functools.partial(keep, name=name))]
             layer._forward_hooks = OrderedDict(hooks)  # type: ignore[arg-type]
         output = model(*args, **kwargs)
     finally:
