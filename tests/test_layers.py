@@ -329,6 +329,16 @@ class TestFaultOutputsWithoutAGraph:
         with pytest.raises(RuntimeError, match=r"layer 'body\.0' ran with gradients disabled"):
             IntermediateLayerGetter(net, ["body.0"])(self.x)
 
+    @pytest.mark.parametrize("make", [lambda y: (y, None), lambda y: {"y": [y]}], ids=["tuple", "dict"])
+    def test_with_one_whose_output_is_a_structure(self, make):
+        class Layer(nn.Linear):
+            def forward(self, x):
+                with torch.no_grad():
+                    return make(super().forward(x))
+
+        with pytest.raises(RuntimeError, match=r"layer '0' ran with gradients disabled"):
+            IntermediateLayerGetter(nn.Sequential(Layer(3, 3)), ["0"])(self.x)
+
     def test_with_a_frozen_network_and_an_input_that_learns(self):
         getter = IntermediateLayerGetter(Inside(without_gradients).requires_grad_(False), ["body.0"])
         getter(self.x)
@@ -357,6 +367,13 @@ class TestFaultOutputsWithoutAGraph:
         net.stem.requires_grad_(False), net.body.requires_grad_(False)
         outputs, output = IntermediateLayerGetter(net, ["stem", "body.2"])(self.x)
         assert not any(found.requires_grad for found in outputs.values()) and output.requires_grad
+
+    def test_not_where_an_attention_learns_behind_them(self):
+        net = Inside(without_gradients)
+        net.stem.requires_grad_(False), net.body.requires_grad_(False)
+        net.head = nn.TransformerEncoderLayer(3, 1, 4, batch_first=True)
+        outputs, output = IntermediateLayerGetter(net, ["body.2"])(self.x[None])
+        assert not outputs["body.2"].requires_grad and output.requires_grad
 
     def test_not_of_a_layer_that_is_skipped(self):
         class Skipped(nn.Linear):

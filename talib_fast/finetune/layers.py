@@ -244,7 +244,8 @@ class _Pass:
 
     def _enter(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._under_way():
-            self._later.add(module)
+            # an attention takes its projection's weights without a call of it
+            self._later.update(module.modules() if isinstance(module, nn.MultiheadAttention) else (module,))
 
     def _learning_modules(self) -> list[nn.Module]:
         """Those with parameters of their own to learn."""
@@ -263,11 +264,11 @@ class _Pass:
 
 def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
     """Whether a layer with parameters to learn returns what has no graph, as one that disables gradients itself."""
+    computed = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
     return (
-        isinstance(output, Tensor)
-        and not output.requires_grad
-        and output.is_floating_point()
-        and not any(output is given for given in inputs)  # a layer may be skipped
+        bool(computed)
+        and not any(tensor.requires_grad for tensor in computed)
+        and not any(tensor is given for tensor in computed for given in tensors_in(inputs))  # a layer may be skipped
         and any(parameter.requires_grad for parameter in module.parameters())
         and not may_be_in_function_transform()  # in which a tensor does not say what the one inside it requires
     )
