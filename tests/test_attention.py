@@ -585,6 +585,49 @@ def test_what_goes_round_torch_functions_is_no_silent_error():
     torch.testing.assert_close(got, brute_force(model, batches, ["conv"]), rtol=1e-3, atol=1e-5)
 
 
+class Strict(nn.Module):
+    """Takes ordinary tensors alone, and refuses others by an error of its own."""
+
+    def forward(self, x):
+        if type(x) is not torch.Tensor or torch._C._are_functorch_transforms_active():
+            raise TypeError("expected an ordinary tensor")
+        return x.sin()
+
+
+def test_fault_models_that_refuse_other_tensors():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), Strict(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(5, 4))
+    batches = TestChannelAttention.batches[:1]
+    got = channel_attention(model, batches, ["0"], progress=False)
+    torch.testing.assert_close(got, brute_force(model, batches, ["0"]), rtol=1e-4, atol=1e-6)
+
+
+def doubling(module, args, output):
+    return output * 2 + 1
+
+
+def doubling_in_place(module, args, output):
+    output.mul_(2).add_(1)
+
+
+@pytest.mark.parametrize("hook", [doubling, doubling_in_place])
+@pytest.mark.parametrize("layer", ["stem", "body", "side"])
+def test_fault_a_models_own_hooks_ran_twice(hook, layer):
+    """What a layer returns is what comes out of its hooks; a module may also run before the layer and behind it."""
+
+    class Again(Residual):
+        def forward(self, x):
+            y = self.body(self.stem(x)).relu()
+            return self.head(self.side(y + self.stem(x)).mean((2, 3)))
+
+    model, batches = Residual() if layer == "stem" else Again(), TestChannelAttention.batches[:1]
+    for module in (model.stem, model.body, model.side, model.head):
+        module.register_forward_hook(hook)
+    before = [list(module._forward_hooks.values()) for module in model.modules()]
+    got = channel_attention(model, batches, [layer], progress=False)
+    torch.testing.assert_close(got[layer], by_hooks(model, batches, layer), rtol=1e-4, atol=1e-6)
+    assert [list(module._forward_hooks.values()) for module in model.modules()] == before
+
+
 @pytest.mark.parametrize("net", [SqueezeExcite, Pooled])
 def test_a_mixing_layer_takes_the_weights_of_one_channel(net):
     def flops(way):

@@ -373,10 +373,21 @@ class Replay:
         for module, output in self._recorded:
             answers.setdefault(module, []).append(output)
         own_forward = {module: module.__dict__["forward"] for module in answers if "forward" in module.__dict__}
+        # what was recorded came out of a module's own hooks: they get a copy, and what they make of it is put right
+        final: dict[nn.Module, Any] = {}
+        hooked = {
+            module: module.register_forward_hook(lambda module, *_: final.pop(module, None))
+            for module in answers
+            if module._forward_hooks
+        }
 
         def stand_in(module: nn.Module, remaining: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
             for output in remaining:
-                return output if module is self.layer else map_tensors(constant, clone(output))
+                answer = output if module is self.layer else map_tensors(constant, clone(output))
+                if module not in hooked:
+                    return answer
+                final[module] = answer
+                return clone(answer)
             if module in own_forward:
                 return own_forward[module](*args, **kwargs)
             return type(module).forward(module, *args, **kwargs)
@@ -386,6 +397,8 @@ class Replay:
                 module.__dict__["forward"] = functools.partial(stand_in, module, iter(outputs))
             yield
         finally:
+            for handle in hooked.values():
+                handle.remove()
             for module in answers:
                 del module.__dict__["forward"]
                 if module in own_forward:
@@ -396,7 +409,7 @@ class Replay:
         while self._ways:
             try:
                 return self._ways[0](channels)
-            except (Inseparable, RuntimeError):  # memory, or something that vmap can't do
+            except Exception:  # memory, or what neither pair nor vmap can do; an error of the model's own comes again
                 del self._ways[0]
         return (self._without_channel(channel) for channel in channels)
 
