@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -305,6 +306,18 @@ class TestTaylor:
             channel_attention(net, self.batches, ["0"], progress=False, method="taylor") for net in (model, kept)
         )
         torch.testing.assert_close(got, expected)
+
+    def test_fault_a_checkpoint_behind_a_frozen_layer_repeated_something_else(self):
+        class Net(nn.Sequential):
+            def forward(self, x):
+                return self[1](checkpoint(self[0], x, use_reentrant=False).mean((2, 3)))
+
+        model = Net(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 6, 3), nn.Tanh()), nn.Linear(6, 4))
+        model[0].requires_grad_(False)
+        got = channel_attention(model, self.batches, ["0.0"], progress=False, method="taylor")["0.0"]
+        model.requires_grad_()
+        expected = by_hooks(model, self.batches, "0.0", method="taylor")
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
     def test_bad_input_is_named(self):
         with pytest.raises(ValueError, match="method to be exact or taylor, got 'fast'"):
@@ -599,6 +612,25 @@ def test_fault_models_that_refuse_other_tensors():
     batches = TestChannelAttention.batches[:1]
     got = channel_attention(model, batches, ["0"], progress=False)
     torch.testing.assert_close(got, brute_force(model, batches, ["0"]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_fault_a_model_that_keeps_what_it_computes_could_not_be_copied_any_more(channel_dim):
+    class Keeping(nn.ReLU):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("latest", torch.zeros(()))
+
+        def forward(self, x):
+            self.map = x
+            self.latest = x.mean()
+            return super().forward(x)
+
+    model, batches = nn.Sequential(nn.Conv2d(3, 5, 3), Keeping(), nn.Flatten(1)), TestChannelAttention.batches[:1]
+    channel_attention(model, batches, ["0"], progress=False, channel_dim=channel_dim)
+    expected = model[0](batches[0][0])
+    torch.testing.assert_close(copy.deepcopy(model)[1].map, expected.detach())
+    torch.testing.assert_close(copy.deepcopy(model)[1].latest, expected.detach().mean())
 
 
 def doubling(module, args, output):

@@ -301,15 +301,15 @@ def _estimated_increases(
     try:
         with torch.enable_grad():
             loss = _loss(criterion(_with_ordinary_weights(model, x), labels), torch.device("cpu"))
+        for name, found in outputs.items():
+            check_runs(name, len(found))
+        maps = [found[0] for found in outputs.values()]
+        gradients: Sequence[Tensor | None] = [None] * len(maps)
+        if loss.requires_grad:  # with the hooks still there: an activation checkpoint repeats what it ran
+            gradients = torch.autograd.grad(loss, maps, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    for name, found in outputs.items():
-        check_runs(name, len(found))
-    maps = [found[0] for found in outputs.values()]
-    gradients: Sequence[Tensor | None] = [None] * len(maps)
-    if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, maps, allow_unused=True)
     increases = {}
     for name, output, gradient in zip(outputs, maps, gradients, strict=True):
         if gradient is None:

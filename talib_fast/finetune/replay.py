@@ -392,6 +392,13 @@ class Replay:
                 return own_forward[module](*args, **kwargs)
             return type(module).forward(module, *args, **kwargs)
 
+        # attributes that a forward pass sets would hold tensors that are of no use outside of the pass
+        kept = [
+            (held, dict(held))
+            for module in self.model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+            for held in (module.__dict__, module._buffers)
+        ]
         try:
             for module, outputs in answers.items():
                 module.__dict__["forward"] = functools.partial(stand_in, module, iter(outputs))
@@ -399,10 +406,10 @@ class Replay:
         finally:
             for handle in hooked.values():
                 handle.remove()
-            for module in answers:
-                del module.__dict__["forward"]
-                if module in own_forward:
-                    module.__dict__["forward"] = own_forward[module]
+            for held, before in kept:
+                for key in held.keys() - before.keys():
+                    del held[key]
+                held.update(before)
 
     def without_channels(self, channels: Tensor) -> Iterable[Any]:
         """The model's outputs with each of several channels of the layer zeroed, in one pass where that works."""
