@@ -351,8 +351,20 @@ class TestFaultOutputsWithoutAGraph:
         compiled = torch.compile(lambda x: getter(x)[0]["body.0"], backend="eager", fullgraph=True)
         with pytest.raises(RuntimeError, match=r"'body\.0' ran with gradients disabled"):
             compiled(self.x)
-        net.requires_grad_(False)
-        torch.testing.assert_close(compiled(self.x), net.body[0](net.stem(self.x)))
+        net.head.weight.requires_grad_(False), net.stem.requires_grad_(False), net.body.requires_grad_(False)
+        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in net.modules()]
+        torch.testing.assert_close(compiled(self.x), net.body[0](net.stem(self.x)))  # the head learns behind it
+        for module, (own, before) in zip(net.modules(), hooks, strict=True):
+            assert module._forward_hooks is own and module._forward_pre_hooks is before and not (own or before)
+
+    def test_inside_a_compiled_function_with_a_layer_that_disables_them_itself(self):
+        class Detached(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).detach()
+
+        getter = IntermediateLayerGetter(nn.Sequential(Detached(3, 3), nn.Linear(3, 3)), ["0"])
+        with pytest.raises(RuntimeError, match="'0' ran with gradients disabled"):
+            torch.compile(lambda x: getter(x)[0]["0"], backend="eager", fullgraph=True)(self.x)
 
     def test_not_where_none_are_wanted(self):
         net = Inside(without_gradients)

@@ -196,7 +196,7 @@ class _Pass:
             _thread.passes = around
             for handle in self._handles:
                 handle.remove()
-        if self._without_gradients is not None and self._learns_before(args, kwargs):
+        if self._without_gradients is not None and _learns_before(self._model, self._later, args, kwargs):
             raise without_gradients(self._without_gradients)
         self._look_at_versions()
         return output
@@ -237,29 +237,35 @@ class _Pass:
 
     def _watch_later_ones(self, name: str) -> None:
         if self._without_gradients is None:
-            for module in self._learning_modules():
+            for module in _learning_modules(self._model):
                 self._register(module.register_forward_pre_hook, self._enter)
         self._without_gradients = name
         self._later.clear()
 
     def _enter(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._under_way():
-            # an attention takes its projection's weights without a call of it
-            self._later.update(module.modules() if isinstance(module, nn.MultiheadAttention) else (module,))
+            self._later.update(_using_own_weights(module))
 
-    def _learning_modules(self) -> list[nn.Module]:
-        """Those with parameters of their own to learn."""
-        return [
-            module
-            for module in self._model.modules()
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        ]
 
-    def _learns_before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether there is something to learn that does not run after the layer: an input, or a parameter."""
-        return any(tensor.requires_grad for tensor in tensors_in((args, kwargs))) or not self._later.issuperset(
-            self._learning_modules()
-        )
+def _learning_modules(model: nn.Module) -> list[nn.Module]:
+    """Those with parameters of their own to learn."""
+    return [
+        module
+        for module in model.modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _using_own_weights(module: nn.Module) -> Iterable[nn.Module]:
+    """The modules whose weights a call of ``module`` uses: an attention takes its projection's without a call of it."""
+    return module.modules() if isinstance(module, nn.MultiheadAttention) else (module,)
+
+
+def _learns_before(model: nn.Module, later: set[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there is something to learn that does not run after a layer: an input, or a parameter."""
+    return any(tensor.requires_grad for tensor in tensors_in((args, kwargs))) or not later.issuperset(
+        _learning_modules(model)
+    )
 
 
 def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
@@ -291,26 +297,36 @@ def _traced(
     """The layers' and the model's outputs, by what torch.compile follows: a module's attributes, but no handles."""
     outputs: dict[str, list[Any]] = {}
     lost: list[str] = []
+    later: set[nn.Module] = set()  # as in a pass that is not traced
     gradients = torch.is_grad_enabled()
-    replaced: list[tuple[nn.Module, dict[Any, Any]]] = []
+    replaced: list[tuple[nn.Module, str, dict[Any, Any]]] = []
 
-    def keep(_module: nn.Module, _input: Any, output: Any, *, name: str) -> None:
-        if gradients and not torch.is_grad_enabled():
+    def register(module: nn.Module, kind: str, key: str, hook: Callable) -> None:
+        own = module.__dict__[kind]  # an attribute that is empty would come back as another dict
+        replaced.append((module, kind, own))
+        setattr(module, kind, OrderedDict([*own.items(), (key, hook)]))
+
+    def enter(module: nn.Module, _inputs: Any) -> None:
+        later.update(_using_own_weights(module))
+
+    def keep(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
+        if gradients and (not torch.is_grad_enabled() or _detaches(module, inputs, output)):
+            if not lost:
+                for learning in _learning_modules(model):
+                    register(learning, "_forward_pre_hooks", name, enter)
             lost.append(name)
+            later.clear()
         outputs.setdefault(name, []).append(clone(output))
 
     try:
         for name, layer in layers.items():
-            own = layer.__dict__["_forward_hooks"]  # an attribute that is empty would come back as another dict
-            replaced.append((layer, own))
-            hooks = [*own.items(), (name, functools.partial(keep, name=name))]
-            layer._forward_hooks = OrderedDict(hooks)  # type: ignore[arg-type]
+            register(layer, "_forward_hooks", name, functools.partial(keep, name=name))
         output = model(*args, **kwargs)
     finally:
-        for layer, hooks in reversed(replaced):
-            layer._forward_hooks = hooks
-    if lost and any(tensor.requires_grad for tensor in (*model.parameters(), *tensors_in([args, kwargs]))):
-        raise without_gradients(lost[0])
+        for module, kind, own in reversed(replaced):
+            setattr(module, kind, own)
+    if lost and _learns_before(model, later, args, kwargs):
+        raise without_gradients(lost[-1])
     return outputs, output
 
 
