@@ -172,8 +172,8 @@ def test_modules_types_and_functions_are_never_copied():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x: {"a": x}, lambda x: (x, [x]), lambda x: Output(a=x), Data, Pair],
-    ids=["dict", "tuple", "OrderedDict", "dataclass", "named tuple"],
+    [lambda x: {"a": x}, lambda x: (x, [x]), lambda x: Output(a=x), Data, Pair, Frozen],
+    ids=["dict", "tuple", "OrderedDict", "dataclass", "named tuple", "dataclass with slots"],
 )
 def test_outputs_of_layers_inside_a_compiled_function(make):
     class Layer(nn.Module):

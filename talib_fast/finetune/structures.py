@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import enum
 import functools
 import types
@@ -72,11 +73,17 @@ def _map_traced(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)([_map_traced(function, part) for part in value])
     if type(value) is dict:
         return {name: _map_traced(function, part) for name, part in value.items()}
-    if isinstance(value, (nn.Module, enum.Enum, type, types.FunctionType)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (nn.Module, enum.Enum, type, types.FunctionType)):
         return value
-    attributes = {name: _map_traced(function, part) for name, part in value.__dict__.items()}
+    if hasattr(value, "__dict__"):
+        attributes = value.__dict__
+    elif dataclasses.is_dataclass(value):  # with slots
+        attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        return value
+    attributes = {name: _map_traced(function, part) for name, part in attributes.items()}
     items = {name: _map_traced(function, part) for name, part in value.items()} if isinstance(value, dict) else {}
-    copied = copy.copy(value)
+    copied = copy.copy(value) if hasattr(value, "__dict__") else object.__new__(type(value))
     for name, part in items.items():
         copied[name] = part
     for name, part in attributes.items():
