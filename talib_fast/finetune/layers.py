@@ -270,6 +270,8 @@ def _learns_before(model: nn.Module, later: set[nn.Module], args: tuple[Any, ...
 
 def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
     """Whether a layer with parameters to learn returns what has no graph, as one that disables gradients itself."""
+    if isinstance(output, Tensor) and output.requires_grad:  # as most do: it saves the rest
+        return False
     computed = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
     return (
         bool(computed)
