@@ -452,6 +452,8 @@ def test_fault_classifier_was_left_in_eval():
     Relationship(batches(*samples()), classifier, "cpu")
     with pytest.raises(ValueError, match="labels in"):
         Relationship(batches(*samples((0, 2))), classifier, "cpu", num_classes=2)
+    with pytest.raises(TypeError, match="integer") as _caught:  # whose traceback holds what was at work
+        Relationship([(samples()[0], torch.rand(len(samples()[0])))], classifier, "cpu")
     assert [module.training for module in classifier.modules()] == [True, True, True, False]
     assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
 

@@ -1,7 +1,7 @@
 """Running a model over a data loader without leaving traces on the model."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def predictions(
     description: str,
     show: bool = True,
     maps: bool = False,
-) -> Iterator[tuple[Any, Tensor]]:
+) -> Generator[tuple[Any, Tensor], None, None]:
     """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode.
 
     With ``maps`` they may be of any shape ``[b, ...]``.
@@ -82,19 +82,22 @@ def predictions(
             yield batch, logits
 
 
-def counted(batches: Iterator[tuple[Any, Tensor]], share: Share | None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+def counted(
+    batches: Generator[tuple[Any, Tensor], None, None], share: Share | None
+) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
     """Batches and logits, and which of their samples count, as booleans on the CPU; None where all do.
 
     Raises:
         ValueError: they are not as many samples as the share has.
     """
     start = 0
-    for batch, logits in batches:
-        counts = None if share is None else torch.from_numpy(share.counts[start : start + len(logits)])
-        start += len(logits)
-        if counts is not None and len(counts) < len(logits):
-            break
-        yield batch, logits, None if counts is None or bool(counts.all()) else counts
+    with closing(batches):  # also after an error, whose traceback would keep the model in evaluation mode
+        for batch, logits in batches:
+            counts = None if share is None else torch.from_numpy(share.counts[start : start + len(logits)])
+            start += len(logits)
+            if counts is not None and len(counts) < len(logits):
+                break
+            yield batch, logits, None if counts is None or bool(counts.all()) else counts
     if share is not None and start != len(share.counts):
         raise ValueError(
             f"expected one output for each of this process's {len(share.counts)} samples, got {start} or more: which "
