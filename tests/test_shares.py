@@ -115,6 +115,8 @@ def _keep_as_a_rank(rank, ranks, group, folder):
     again = relationship_of(shared, group, path, uncalled).relationship
     np.testing.assert_array_equal(again, expected)
     np.testing.assert_array_equal(relationship_of(alone, None, path, uncalled).relationship, expected)
+    given = path if rank == 0 else None  # the first rank's is every rank's
+    np.testing.assert_array_equal(relationship_of(shared, group, given, uncalled).relationship, expected)
     dist.barrier()
     with pytest.warns(UserWarning, match="is computed again: it was made") if rank == 0 else nullcontext():
         relationship_of(shared, group, path, temperature=2.0)
@@ -144,6 +146,9 @@ def _fail_as_a_rank(rank, ranks, group):
         relationship_of(wrong, group)
     with pytest.raises(TypeError, match=r"batches that are a tensor or start with one, got dict"):
         answers_of([{}] * (rank == 0), group)
+    kind, message = (KeyError, "part") if rank == 0 else (RuntimeError, "rank 0: KeyError: 'part'")
+    with pytest.raises(kind, match=message):
+        answers_of(map({}.__getitem__, ["part"] * (rank == 0)), group)
     with pytest.raises(ValueError, match="at least one batch, got an empty one"):
         answers_of([], group)
     with pytest.raises(ValueError, match=rf"among the {ranks} processes of process_group, got"):

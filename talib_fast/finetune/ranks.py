@@ -49,7 +49,7 @@ def together(work: Callable[[], T], group: Any) -> T:
             raise mine
         kind = getattr(builtins, told[0], None)
         if kind not in (ValueError, TypeError, ImportError, OSError, MemoryError):
-            kind = RuntimeError
+            raise RuntimeError(f"rank {rank}: {told[0]}: {told[1]}") from mine
         raise kind(f"rank {rank}: {told[1]}") from mine
     return result  # type: ignore[return-value]
 

@@ -95,7 +95,8 @@ class Relationship:
         process_group: processes that share out the data; each of them gets what one process would compute of all. A
             :class:`~torch.utils.data.DistributedSampler` may repeat samples, as may the sampler of accelerate's
             ``prepare_data_loader``: they count once. Of data that are shared out in another way every sample of every
-            process counts. The group's first process reads and writes the cache. By default each process is alone.
+            process counts. The group's first process reads and writes the cache, if it's given one. By default each
+            process is alone.
 
     Attributes:
         relationship: float32 array ``[N_t, N_p]``, rows sum to 1. Another one may be assigned.
@@ -154,6 +155,7 @@ class Relationship:
         self.C = tuple(map(float, strengths))
         self.process_group = process_group
         self._progress = progress
+        cache = from_first(lambda: None if cache is None else os.fspath(cache), process_group)
         if cache is None:
             self.relationship = self._learn()
             return
