@@ -129,6 +129,12 @@ def objects():
     return [Custom(part) for part in parts]
 
 
+def configuration(**settings):
+    module = types.ModuleType("config")
+    vars(module).update(settings, itself=module)
+    return module
+
+
 def scale(x):
     return FACTOR * x
 
@@ -202,6 +208,10 @@ def test_fingerprints_are_those_of_another_process():
         (Scale(2).__call__, Scale(3).__call__),
         (nn.Linear, nn.Conv2d),
         (len, max),
+        (eval("lambda x, y: x"), eval("lambda y, x: y")),  # the same instructions, of other names
+        (eval("lambda x, y: y"), eval("lambda x, *y: y")),
+        (types.ModuleType("config"), configuration(width=1)),
+        (configuration(width=1), configuration(width=2)),
     ],
 )
 def test_different_objects_have_two(one, other):

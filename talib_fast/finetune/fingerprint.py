@@ -4,6 +4,8 @@ import contextlib
 import copyreg
 import dis
 import hashlib
+import importlib
+import importlib.util
 import io
 import sys
 import sysconfig
@@ -37,6 +39,7 @@ def fingerprint(*values: Any) -> str:
     Data count by content, generators of random numbers by their state, functions by their code and by what it refers
     to, other objects by their class's code and by what :mod:`pickle` would save of them, so that no sample of a data
     set is loaded. Of what libraries define the code counts, of PyTorch's and Python's own the name.
+    What a function imports when it is called is imported for this.
 
     Raises:
         Unknown: one of them holds something that can't be pickled, such as a running generator or an open file.
@@ -99,11 +102,15 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, type):
         return _class_parts(value)
     if isinstance(value, types.ModuleType):
-        return [value.__name__]
+        if _installed(value.__name__):
+            return [value.__name__]
+        return [value.__name__, {name: part for name, part in sorted(vars(value).items()) if name[:2] != "__"}]
     if isinstance(value, types.FunctionType):
         return _function_parts(value)
     if isinstance(value, types.CodeType):
-        return [value.co_code, value.co_consts, value.co_names, getattr(value, "co_exceptiontable", b"")]
+        # whose instructions know arguments by number
+        arguments = [value.co_varnames, value.co_argcount, value.co_kwonlyargcount, value.co_flags]
+        return [value.co_code, value.co_consts, value.co_names, getattr(value, "co_exceptiontable", b""), *arguments]
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, (classmethod, staticmethod)):
@@ -159,7 +166,7 @@ def _known_by_name(module: str | None) -> bool:
     """Whether a module's code is left alone: PyTorch changes its own while it runs, and is not what a user edits."""
     if module is None:
         return False
-    name, file = module.partition(".")[0], getattr(sys.modules.get(module), "__file__", None)
+    name, file = module.partition(".")[0], _file(module)
     return name in _LIBRARIES or (name in sys.stdlib_module_names and (file is None or file.startswith(_STANDARD)))
 
 
@@ -167,8 +174,17 @@ def _installed(module: str | None) -> bool:
     """Whether a module is a library's, of which only the code is looked at, not the data."""
     if module is None or _known_by_name(module):
         return module is not None
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(_file(module) or "").parts)
+
+
+def _file(module: str) -> str | None:
+    if module in sys.modules:
+        return getattr(sys.modules[module], "__file__", None)
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])  # without importing anything
+    except (ImportError, ValueError):
+        return None
+    return spec and spec.origin
 
 
 def _class_parts(kind: type) -> list[Any]:
@@ -221,22 +237,38 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def _used(function: types.FunctionType) -> list[Any]:
     """The globals that a function's code refers to, and the attributes it takes of modules that aren't installed."""
     codes = list(_codes(function.__code__))
-    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
+    instructions = [step for code in codes for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     used = {}
-    for instruction in instructions:
+    for number, instruction in enumerate(instructions):
         name = instruction.argval
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in function.__globals__:
             used[name] = function.__globals__[name]
-        elif instruction.opname == "IMPORT_NAME" and name in sys.modules:
-            used[f"import {name}"] = sys.modules[name]
+        elif instruction.opname == "IMPORT_NAME":
+            level, parts = (instructions[number - back].argval for back in (2, 1))  # from ..name import parts
+            used[f"import {level} {name}"] = _imported(function.__globals__.get("__package__"), level, name, parts)
     attributes = {name for code in codes for name in code.co_names}
     modules: set[str] = set()
     return [part for name in sorted(used) for part in (name, _of_module(used[name], attributes, modules))]
 
 
+def _imported(package: str | None, level: int, name: str, parts: Iterable[str] | None) -> Any:
+    """What a function's import gives it, which may be the first; of a library's only the name."""
+    with contextlib.suppress(Exception):  # it may be made for another system
+        name = importlib.util.resolve_name("." * level + name, package)
+        if _installed(name):
+            return name
+        module = importlib.import_module(name)
+        for part in parts or ():
+            if not hasattr(module, part):
+                importlib.import_module(f"{name}.{part}")
+    return sys.modules.get(name, name)
+
+
 def _of_module(value: Any, attributes: Iterable[str], seen: set[str]) -> Any:
-    if not isinstance(value, types.ModuleType) or value.__name__ in seen or _installed(value.__name__):
+    if not isinstance(value, types.ModuleType):
         return value
+    if value.__name__ in seen or _installed(value.__name__):
+        return value.__name__
     seen.add(value.__name__)
     found = {name: vars(value)[name] for name in sorted(attributes) if name in vars(value)}
     return [value.__name__, {name: _of_module(part, attributes, seen) for name, part in found.items()}]
