@@ -1,6 +1,7 @@
 """What decides a loader's samples: caches of another loader are not used, those of the same one are."""
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -254,6 +255,89 @@ def test_edited_code_of_a_data_set_is_told(change, tmp_path, monkeypatch):
         found.append(fingerprint(*loader_parts(DataLoader(edited.Data()), ordered=False)))
         del sys.modules["edited"], sys.modules["helpers"]
     assert (found[0] == found[1]) == (not change)
+
+
+LATE = {
+    "a module": "import helpers; return helpers.half(index)",
+    "a name": "from helpers import half; return half(index)",
+    "a module of a package": "import package.parts; return package.parts.half(index)",
+    "a package's part": "from package import parts; return parts.half(index)",
+    "a neighbour": "from .parts import half; return half(index)",
+    "a neighbouring module": "from . import parts; return parts.half(index)",
+    "what is missing": "import helpers, missing; from package import missing; return helpers.half(index)",
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_edited_code_that_a_data_set_imports_when_it_loads_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    methods = f"    def __len__(self): return 3\n    def __getitem__(self, index): {LATE[name]}\n"
+    (tmp_path / "package" / "data.py").write_text(f"class Data:\n{methods}")
+    found = []
+    for divisor in (2, 2, 3):
+        for file in ("helpers.py", "package/parts.py"):
+            (tmp_path / file).write_text(f"def half(x): return x / {divisor}\n")
+        data = importlib.import_module("package.data").Data()
+        found.append(fingerprint(*loader_parts(DataLoader(data), ordered=False)))
+        for module in ("helpers", "package", "package.data", "package.parts"):
+            sys.modules.pop(module, None)
+    assert found[0] == found[1] != found[2]
+
+
+def uses_a_library():
+    import library  # noqa: F401
+
+
+def test_a_library_that_is_imported_when_a_function_is_called_is_left_until_then(tmp_path, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "library.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    before = fingerprint(uses_a_library)
+    assert "library" not in sys.modules
+    uses_a_library()
+    assert fingerprint(uses_a_library) == before
+    del sys.modules["library"]
+
+
+class SharedOut(Sampler):
+    """Distributed, and has no data set, as that of transformers by length."""
+
+    num_replicas, rank, total_size = 2, 0, SIZE
+
+    def __iter__(self):
+        return iter(range(0, SIZE, 2))
+
+
+def test_a_distributed_sampler_need_not_know_its_data_set():
+    with pytest.raises(Unknown, match=r"the sampler .*SharedOut"):
+        fingerprint(*loader_parts(load(sampler=SharedOut()), ordered=False))
+    with pytest.warns(UserWarning, match="one of 2"):
+        got = relationship(load(sampler=SharedOut()))
+    np.testing.assert_array_equal(got, relationship(load(sampler=range(0, SIZE, 2))))
+
+
+class Lengthless(Wrapped):
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_fault_a_loader_whose_length_raises_was_refused():
+    got = collect_pretrain_labels(Lengthless(load()), nn.Identity(), "cpu")
+    assert torch.equal(got, DATA.tensors[0])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+def test_a_share_of_accelerates_iterable_data_is_warned_of():
+    from accelerate.data_loader import prepare_data_loader
+
+    loaders = [prepare_data_loader(load(data=Stream()), num_processes=2, process_index=rank) for rank in (0, 1)]
+    for loader in loaders:
+        with pytest.warns(UserWarning, match="only this process's share of the data, one of 2"):
+            relationship(loader)
+    assert not same(*loaders, ordered=False)
 
 
 # --- what is kept in files

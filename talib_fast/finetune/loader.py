@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +72,8 @@ def loader_parts(data_loader: Iterable, ordered: bool, all_ranks: bool = False) 
     loader, skipped = _plain(data_loader)
     parts: list[Any] = [loader.dataset, loader.collate_fn]
     if issubclass(type(data_loader), _accelerate("DataLoaderDispatcher")):
-        parts.append(type(data_loader).__qualname__)
+        state = data_loader.state  # type: ignore[attr-defined]
+        parts += [type(data_loader).__qualname__, state.num_processes, state.process_index]
     parts.append(loader.worker_init_fn if loader.num_workers else None)
     if ordered and loader.num_workers and not getattr(loader, "in_order", True):
         raise Unknown("the order in which the workers are ready, by in_order=False")
@@ -126,8 +127,8 @@ def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None
     if ranks > 1:
         remedy = "; process_group=torch.distributed.group.WORLD joins them" if joins else ""
         warnings.warn(
-            f"{what} sees only this process's share of the data, one of {ranks}, as the loader's sampler is "
-            f"distributed{remedy}",
+            f"{what} sees only this process's share of the data, one of {ranks}, as the loader or its sampler "
+            f"is distributed{remedy}",
             stacklevel=3,
         )
 
@@ -179,6 +180,10 @@ def _ranks(data_loader: Any) -> int:
     if not isinstance(data_loader, DataLoader):
         return 1
     loader, _ = _plain(data_loader)
+    if issubclass(type(data_loader), _accelerate("DataLoaderDispatcher")):
+        return data_loader.state.num_processes
+    if isinstance(loader.dataset, _accelerate("IterableDatasetShard")):
+        return loader.dataset.num_processes
     shard = _batch_sampler(loader)
     if isinstance(shard, _accelerate("BatchSamplerShard")):
         return shard.num_processes  # type: ignore[attr-defined]
@@ -251,6 +256,8 @@ def _interleaved(sampler: Any) -> tuple[int, int, int]:
     """
     ranks, rank, total = (getattr(sampler, name, 0) for name in ("num_replicas", "rank", "total_size"))
     if not all(isinstance(number, int) for number in (ranks, rank, total)) or not ranks:
+        return 1, 0, 0
+    if not isinstance(getattr(sampler, "dataset", None), Sized) or not isinstance(sampler, Sized):
         return 1, 0, 0
     alike = total < len(sampler.dataset) + ranks and len(sampler) == len(range(rank, total, ranks))
     if not (isinstance(sampler, DistributedSampler) or alike):
