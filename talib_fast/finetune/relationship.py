@@ -76,9 +76,9 @@ class Relationship:
     loader's samples: the data set and ``collate_fn``, by what :mod:`pickle` would save of them and by the code of
     their classes and functions, and the sampler's indices, in whatever order. Otherwise it is computed again, with a
     warning; and so it is every time where something of this can't be known, as with a generator, an open file or a
-    sampler of one's own. Not seen are the contents of files that the data set only names, and random numbers that it
-    draws. An ``.npy`` of the Transfer-Learning-Library has no fingerprint: it is left alone, with a warning that says
-    how to use it.
+    sampler of one's own. Not seen are the classifier's code, the contents of files that the data set only names, and
+    random numbers that it draws. An ``.npy`` of the Transfer-Learning-Library has no fingerprint: it is left alone,
+    with a warning that says how to use it.
 
     Args:
         data_loader: batches ``(x, labels, ...)`` of the target data; x is a tensor or moves by its ``to(device)``.
