@@ -100,6 +100,10 @@ def remembered(x):
     return x
 
 
+class Picture(torch.Tensor):
+    pass
+
+
 class Method:
     def __init__(self, function):
         self.bound = types.MethodType(function, self)
@@ -125,7 +129,9 @@ def objects():
     ]
     parts += [words, frozenset(words), deque([1, 2]), ring, chain, {"a": np.arange(3)}, torch.eye(2).to_sparse()]
     parts += [lambda x: x + 1, loss(0.1), functools.partial(F.relu, inplace=True), Scale(2).__call__]
-    parts += [nn.Linear, nn.Flatten(), torch.device("cpu")]
+    parts += [nn.Linear, nn.Flatten(), torch.device("cpu"), torch.arange(3.0).as_subclass(Picture)]
+    parts += [torch.ones(2).untyped_storage()]
+    parts += [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)]
     return [Custom(part) for part in parts]
 
 
@@ -174,6 +180,8 @@ def test_fingerprints_are_those_of_another_process():
         (torch.zeros(3), torch.zeros(3, 1)),
         (torch.zeros(3), torch.zeros(3, dtype=torch.int32)),
         (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
+        (torch.ones(3).as_subclass(Picture), torch.zeros(3).as_subclass(Picture)),
+        (torch.ones(3).as_subclass(Picture), torch.ones(3)),
         (np.arange(3), np.arange(1, 4)),
         (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
         (Scale(2), Scale(3)),

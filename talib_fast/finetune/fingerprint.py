@@ -74,7 +74,7 @@ def fingerprint(*values: Any) -> str:
 
 def _data(value: Any) -> memoryview | None:
     """The bytes of a tensor or an array that is nothing but its numbers."""
-    if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided:
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_nested:
         if value.device.type == "meta":
             return memoryview(b"")
         plain = value.detach().resolve_conj().resolve_neg()
@@ -117,6 +117,10 @@ def _parts(value: Any) -> list[Any]:
         return [value.__func__]
     if isinstance(value, property):
         return [value.fget, value.fset]
+    if isinstance(value, torch.TypedStorage):
+        return [vars(value)]  # a dtype and an untyped one; its methods warn
+    if isinstance(value, torch.UntypedStorage):  # of tensors of other classes; it would be pickled with random numbers
+        return [torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)]
     if isinstance(value, torch.Generator):
         return [str(value.device), value.get_state()]
     if isinstance(value, _LOCKS):
