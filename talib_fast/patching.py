@@ -350,9 +350,9 @@ def patch(
     talib_fast has under the same name in the same module, and what their other modules have imported of it; classes
     of theirs that derive from a replaced one derive from talib_fast's. What can be imported is imported for that.
     What can't, as before a script's own ``sys.path.append``, is changed when it is imported, by an import hook which
-    stays until :func:`unpatch`; so an empty result means that nothing is there yet. Nothing else is touched. Call it
-    before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's classes, and
-    constructing one of those, or of subclasses defined earlier, may then fail.
+    stays until :func:`unpatch`; so an empty result of the first call means that nothing is there yet. Nothing else is
+    touched. Call it before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's
+    classes, and constructing one of those, or of subclasses defined earlier, may then fail.
 
     ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's,
     and changes nothing else. They stay the objects they are, so that parameters, statistics, ``training``,
@@ -368,7 +368,7 @@ def patch(
             as it is.
 
     Returns:
-        What was replaced by what so far, by the dotted names of the library's attributes or of the model's layers.
+        What this call has replaced by what, by the dotted names of the library's attributes or of the model's layers.
 
     Raises:
         ImportError: one of the methods' modules is there, but fails to be imported.
