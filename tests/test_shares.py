@@ -141,6 +141,10 @@ def _fail_as_a_rank(rank, ranks, group):
     assert copy.deepcopy(doubled).process_group is None
     with pytest.raises(ValueError, match=r"labels in \[0, 2\), got labels from"):
         relationship_of(shared, group, num_classes=2)
+    with pytest.raises(ValueError, match="method to be direct or reverse, got 'inverse'"):
+        relationship_of(shared, group, method="inverse" if rank == 1 else "direct")
+    with pytest.raises(TypeError, match="classifier"):
+        collect_pretrain_labels(shared, source_network() if rank == 0 else None, "cpu", process_group=group)
     wrong = [(torch.zeros(2, 4).double(), torch.zeros(2 - rank // (ranks - 1), dtype=torch.long))]
     with pytest.raises(ValueError, match=r"one label per input, \[2\], got \[1\]"):
         relationship_of(wrong, group)

@@ -52,8 +52,8 @@ def collect_pretrain_labels(
         TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
             loader is empty; on all processes if on one.
     """
-    check_module(classifier, "classifier")
     check_group(process_group)
+    together(lambda: check_module(classifier, "classifier"), process_group)
     if process_group is None:
         warn_of_share(data_loader, "collect_pretrain_labels", joins=True)
     share, collected = share_of(data_loader, process_group), OnHost()

@@ -124,35 +124,38 @@ class Relationship:
         progress: bool = True,
         process_group: Any = None,
     ) -> None:
-        check_module(classifier, "classifier")
         check_group(process_group)
-        if absent not in ("error", "mean", "uniform"):
-            raise ValueError(f"expected absent to be error, mean or uniform, got {absent!r}")
-        if method not in ("direct", "reverse"):
-            raise ValueError(f"expected method to be direct or reverse, got {method!r}")
-        check_temperature(temperature)
-        if num_classes is not None:
-            check_positive_integer(num_classes, "num_classes")
-        strengths = np.ravel(np.asarray(C)).tolist()
-        if not strengths or not all(isinstance(strength, (int, float)) and strength > 0 for strength in strengths):
-            raise ValueError(f"expected C > 0, or several of them, got {C}")
-        if method == "reverse":
-            try:
-                import sklearn.linear_model  # noqa: F401  before the data is gone through
-            except ImportError as error:
-                raise ImportError(
-                    "Relationship(method='reverse') needs scikit-learn: pip install scikit-learn"
-                ) from error
+
+        def checked() -> tuple[torch.device, tuple[float, ...]]:
+            check_module(classifier, "classifier")
+            if absent not in ("error", "mean", "uniform"):
+                raise ValueError(f"expected absent to be error, mean or uniform, got {absent!r}")
+            if method not in ("direct", "reverse"):
+                raise ValueError(f"expected method to be direct or reverse, got {method!r}")
+            check_temperature(temperature)
+            if num_classes is not None:
+                check_positive_integer(num_classes, "num_classes")
+            strengths = np.ravel(np.asarray(C)).tolist()
+            if not strengths or not all(isinstance(strength, (int, float)) and strength > 0 for strength in strengths):
+                raise ValueError(f"expected C > 0, or several of them, got {C}")
+            if method == "reverse":
+                try:
+                    import sklearn.linear_model  # noqa: F401  before the data is gone through
+                except ImportError as error:
+                    raise ImportError(
+                        "Relationship(method='reverse') needs scikit-learn: pip install scikit-learn"
+                    ) from error
+            return torch.device(device), tuple(map(float, strengths))
+
+        self.device, self.C = together(checked, process_group)
         if process_group is None:
             warn_of_share(data_loader, "Relationship", joins=True)
         self.data_loader = data_loader
         self.classifier = classifier
-        self.device = torch.device(device)
         self.num_classes = num_classes
         self.absent = absent
         self.method = method
         self.temperature = float(temperature)
-        self.C = tuple(map(float, strengths))
         self.process_group = process_group
         self._progress = progress
         cache = from_first(lambda: None if cache is None else os.fspath(cache), process_group)
