@@ -188,7 +188,7 @@ def _file(module: str) -> str | None:
         spec = importlib.util.find_spec(module.partition(".")[0])  # without importing anything
     except (ImportError, ValueError):
         return None
-    return spec and spec.origin
+    return None if spec is None else spec.origin
 
 
 def _class_parts(kind: type) -> list[Any]:

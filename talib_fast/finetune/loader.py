@@ -181,9 +181,9 @@ def _ranks(data_loader: Any) -> int:
         return 1
     loader, _ = _plain(data_loader)
     if issubclass(type(data_loader), _accelerate("DataLoaderDispatcher")):
-        return data_loader.state.num_processes
+        return data_loader.state.num_processes  # type: ignore[attr-defined]
     if isinstance(loader.dataset, _accelerate("IterableDatasetShard")):
-        return loader.dataset.num_processes
+        return loader.dataset.num_processes  # type: ignore[attr-defined]
     shard = _batch_sampler(loader)
     if isinstance(shard, _accelerate("BatchSamplerShard")):
         return shard.num_processes  # type: ignore[attr-defined]
@@ -257,9 +257,10 @@ def _interleaved(sampler: Any) -> tuple[int, int, int]:
     ranks, rank, total = (getattr(sampler, name, 0) for name in ("num_replicas", "rank", "total_size"))
     if not all(isinstance(number, int) for number in (ranks, rank, total)) or not ranks:
         return 1, 0, 0
-    if not isinstance(getattr(sampler, "dataset", None), Sized) or not isinstance(sampler, Sized):
+    data = getattr(sampler, "dataset", None)
+    if not isinstance(data, Sized) or not isinstance(sampler, Sized):
         return 1, 0, 0
-    alike = total < len(sampler.dataset) + ranks and len(sampler) == len(range(rank, total, ranks))
+    alike = total < len(data) + ranks and len(sampler) == len(range(rank, total, ranks))
     if not (isinstance(sampler, DistributedSampler) or alike):
         return 1, 0, 0
     return ranks, rank, total
