@@ -141,6 +141,14 @@ def configuration(**settings):
     return module
 
 
+def counting(by):
+    class Counting(type):
+        def __len__(cls):
+            return by
+
+    return Counting("Counted", (), {})
+
+
 def scale(x):
     return FACTOR * x
 
@@ -220,6 +228,7 @@ def test_fingerprints_are_those_of_another_process():
         (eval("lambda x, y: y"), eval("lambda x, *y: y")),
         (types.ModuleType("config"), configuration(width=1)),
         (configuration(width=1), configuration(width=2)),
+        (counting(by=1), counting(by=2)),
     ],
 )
 def test_different_objects_have_two(one, other):

@@ -192,7 +192,7 @@ def _file(module: str) -> str | None:
 
 
 def _class_parts(kind: type) -> list[Any]:
-    parts: list[Any] = [kind.__module__, kind.__qualname__, kind.__bases__]
+    parts: list[Any] = [kind.__module__, kind.__qualname__, kind.__bases__, type(kind)]
     if _known_by_name(kind.__module__):
         return parts
     installed = _installed(kind.__module__)
