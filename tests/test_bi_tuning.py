@@ -743,6 +743,21 @@ def test_keys_and_labels_made_under_inference_mode():
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("how", ["built", "enqueued"])
+def test_fault_what_was_made_under_inference_mode_could_not_be_trained_with(how):
+    encoders, (im_q, im_k, labels) = (encoder(), encoder()), step_inputs()
+    with torch.inference_mode(how == "built"):
+        model = BiTuning(*encoders, CLASSES, QUEUE)
+    twin = copy.deepcopy(model)
+    with torch.inference_mode(how == "enqueued"):
+        (keys,) = model.enqueue([(im_k, labels)])
+    loss_of(*model(im_q, keys), labels).backward()
+    loss_of(*twin(im_q, im_k, labels), labels).backward()
+    assert same_state(model.state_dict(), twin.state_dict())
+    for p, q in zip(model.encoder_q.parameters(), twin.encoder_q.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def train(model, forward, steps):
     optimizer = torch.optim.SGD(model.encoder_q.get_parameters(0.1), lr=0.1)
     for inputs in steps:

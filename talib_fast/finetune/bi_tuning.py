@@ -187,9 +187,10 @@ class BiTuning(nn.Module):
             for parameter_q, parameter_k in zip(encoder_q.parameters(), encoder_k.parameters(), strict=True):
                 parameter_k.copy_(parameter_q)
                 parameter_k.requires_grad_(False)
-        self.register_buffer("queue_h", normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
-        self.register_buffer("queue_z", normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
-        self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
+        with torch.inference_mode(False):  # what was made in inference mode could not be overwritten later
+            self.register_buffer("queue_h", normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
+            self.register_buffer("queue_z", normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
+            self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, K={self.K}, m={self.m}, T={self.T}, key_buffers={self.key_buffers!r}"
@@ -270,7 +271,8 @@ class BiTuning(nn.Module):
         checked = [(im_k, self._checked_labels(labels, im_k=im_k)) for im_k, labels in batches]
         if not checked:
             raise ValueError("expected at least one micro-batch (im_k, labels), got none")
-        return self._enqueue_keys(checked)
+        with torch.inference_mode(False), torch.no_grad():  # the forward passes train with the keys
+            return self._enqueue_keys(checked)
 
     @torch.no_grad()
     def _enqueue_keys(self, batches: list[tuple[Tensor, Tensor]]) -> list[Keys]:
