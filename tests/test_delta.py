@@ -151,6 +151,15 @@ class TestParametersOfEveryKind:
         loss.backward()
         assert (model.wave.grad == 1 - 1j).all() and not model.weight.grad.any()
 
+    def test_fault_conjugates_were_refused(self):
+        values = torch.tensor([[1 + 2j, 3 - 1j]])
+        model = nn.ParameterDict({"wave": values.T.conj()})  # which is read as conjugate, but lies there as it was
+        assert L2Regularization(model)() == 0.5 * 15
+        distance = SPRegularization(model, model)
+        add(model, 1j)
+        distance().backward()
+        assert distance() == 1 and (model["wave"].grad == 1j).all()
+
     def test_several_devices(self):
         """Summed on the first one's; meta tensors, which a machine without a GPU has, can't be copied from there."""
         devices = ("meta", "cpu") if not torch.cuda.is_available() else ("cpu", "cuda")

@@ -56,7 +56,7 @@ def _real(tensor: Tensor) -> Tensor:
     if is_dtensor(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_complex():
-        return torch.view_as_real(tensor)
+        return torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.dtype in _FLOATS_OF_8_BITS else tensor
 
 
