@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from talib_fast.finetune import bi_tuning
+from talib_fast.finetune import bi_tuning, delta
 from talib_fast.finetune.names import by_plain_name, parameters_by_name, plain_name
 
 
@@ -30,6 +30,48 @@ def test_wrappers_within_wrappers():
     found = parameters_by_name(nn.DataParallel(torch.compile(net, backend="eager")))
     assert list(found) == list(expected) and all(found[name] is expected[name] for name in found)
     assert list(parameters_by_name(AveragedModel(net))) == list(expected)
+
+
+class FabricModule(nn.Module):
+    """Has its children under the names that Lightning Fabric's has them under."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._forward_module, self._original_module = nn.DataParallel(module), module
+
+
+class Tuner(nn.Module):
+    """Has what PEFT's tuners have: their model, and a method that puts adapters into it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def inject_adapter(self):
+        pass
+
+
+class PeftModel(nn.Module):
+    """Has PEFT's model: in a tuner, or for prompts as it is."""
+
+    def __init__(self, base_model):
+        super().__init__()
+        self.base_model = base_model
+
+    def get_base_model(self):
+        return getattr(self.base_model, "model", self.base_model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [FabricModule, Tuner, PeftModel, lambda net: PeftModel(Tuner(net)), lambda net: nn.DataParallel(FabricModule(net))],
+    ids=["Fabric", "PEFT's tuner", "PEFT for prompts", "PEFT", "DataParallel of Fabric's"],
+)
+def test_other_libraries_wrappers(wrap):
+    net = nn.ModuleDict({"model": make_net(), "base_model": nn.Linear(2, 2)})  # a user's names, which stay
+    assert parameters_by_name(wrap(net)) == dict(net.named_parameters())
+    distance = delta.SPRegularization(copy.deepcopy(net), wrap(net), unmatched="error")
+    assert torch.compile(lambda: distance(), fullgraph=True, backend="eager")() == 0
 
 
 def test_parametrised_tensors():

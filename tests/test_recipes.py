@@ -48,12 +48,12 @@ deltas = [layer.get_delta_weight("default") for layer in layers.values()]
 expected = torch.autograd.grad(deltas, adapters, [merged.get_submodule(name).weight.grad for name in layers])
 torch.testing.assert_close(gradients, expected)
 
-# names that PEFT changes match: of the model, of what it wraps, and of one that it wraps later
+# names that PEFT changes match: of the model, of its tuner, of what they wrap, and of one that it wraps later
 later = copy.deepcopy(pretrained)
 before = SPRegularization(pretrained, later)
 later = get_peft_model(later, LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]))
 base = later.get_base_model()
-every = [before, *(SPRegularization(pretrained, m, unmatched="ignore") for m in (later, base))]
+every = [before, *(SPRegularization(pretrained, m, unmatched="ignore") for m in (later, later.base_model, base))]
 with torch.no_grad():
     for p in (base.vit.layers[0].mlp.fc1.base_layer.weight, base.classifier.modules_to_save["default"].bias):
         p.add_(1)

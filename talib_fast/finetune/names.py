@@ -7,8 +7,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
-# the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, and of no others
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, the children of
+# Lightning Fabric's, which hold one model, and of no others
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module")
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # whose child is called "module"
 
 FLATTENED = "got a flattened shard of FullyShardedDataParallel: shard the model by torch.distributed.fsdp.fully_shard"
@@ -18,8 +19,8 @@ def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter under every name that it has, as if nothing were around the model or a part of it.
 
     That is DataParallel, DistributedDataParallel, AveragedModel, FullyShardedDataParallel, ``torch.compile``,
-    ``checkpoint_wrapper`` and PEFT's model. The original of a parametrised tensor has that tensor's name. The order is
-    that of ``model.named_parameters()``.
+    ``checkpoint_wrapper``, Lightning Fabric's module, and PEFT's model and tuner. The original of a parametrised tensor
+    has that tensor's name. The order is that of ``model.named_parameters()``.
 
     Raises:
         TypeError: FullyShardedDataParallel has flattened parameters.
@@ -40,16 +41,18 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
             owner, _, name = prefix[:-1].rpartition("parametrizations.")
             name = owner + name
         found[name] = parameter
-    children = module._modules
-    for key, child in children.items():
-        if child is None:
-            continue
-        if key in WRAPPED or (key == "module" and isinstance(module, _WRAPPERS) and len(children) == 1):
-            _collect(child, prefix, found)
-        elif key == "base_model" and hasattr(module, "get_base_model"):  # PEFT's, whose tuner may lie in between
-            _collect(module.get_base_model(), prefix, found)  # type: ignore[operator]
-        else:
-            _collect(child, f"{prefix}{key}.", found)
+    for key, child in module._modules.items():
+        if child is not None:
+            _collect(child, prefix if _wraps(module, key) else f"{prefix}{key}.", found)
+
+
+def _wraps(module: nn.Module, key: str) -> bool:
+    """Whether ``module`` is around its child of that key, and no more."""
+    if key == "module":
+        return isinstance(module, _WRAPPERS) and len(module._modules) == 1
+    if key in ("base_model", "model"):  # PEFT's model is around the user's, or around a tuner that is
+        return hasattr(module, "inject_adapter") or (key == "base_model" and hasattr(module, "get_base_model"))
+    return key in WRAPPED
 
 
 def plain_name(name: str) -> str:
