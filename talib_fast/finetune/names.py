@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 # the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, the children of
 # Lightning Fabric's, which hold one model, and of no others
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module")
+_OF_WRAPPERS = {*WRAPPED, "module", "base_model", "model"}
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # whose child is called "module"
 
 FLATTENED = "got a flattened shard of FullyShardedDataParallel: shard the model by torch.distributed.fsdp.fully_shard"
@@ -43,16 +44,16 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
         found[name] = parameter
     for key, child in module._modules.items():
         if child is not None:
-            _collect(child, prefix if _wraps(module, key) else f"{prefix}{key}.", found)
+            _collect(child, prefix if key in _OF_WRAPPERS and _wraps(module, key) else f"{prefix}{key}.", found)
 
 
 def _wraps(module: nn.Module, key: str) -> bool:
-    """Whether ``module`` is around its child of that key, and no more."""
+    """Whether ``module`` is around its child of that key, one of those that wrappers have, and no more."""
     if key == "module":
         return isinstance(module, _WRAPPERS) and len(module._modules) == 1
     if key in ("base_model", "model"):  # PEFT's model is around the user's, or around a tuner that is
         return hasattr(module, "inject_adapter") or (key == "base_model" and hasattr(module, "get_base_model"))
-    return key in WRAPPED
+    return True
 
 
 def plain_name(name: str) -> str:
