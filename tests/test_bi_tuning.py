@@ -906,6 +906,15 @@ def test_heads_that_do_not_fit(head, error, message):
         BiTuning(one, other, CLASSES)
 
 
+@pytest.mark.parametrize("batch", [2, 3])  # the rows of a batch of 3 could be taken for three outputs
+@pytest.mark.parametrize("name", ["encoder_q", "encoder_k"])
+def test_encoders_in_evaluation_mode_are_named(name, batch):
+    model = make()
+    getattr(model, name).eval()
+    with pytest.raises(TypeError, match=rf"expected {name} to give \(y, z, hn\).*Tensor with {name}.training = False"):
+        model(*step_inputs(batch))
+
+
 def test_star_import_brings_what_upstreams_does():
     namespace: dict = {}
     exec("from talib_fast.finetune.bi_tuning import *", namespace)

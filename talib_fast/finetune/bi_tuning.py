@@ -283,7 +283,7 @@ class BiTuning(nn.Module):
         for im_k, labels in batches:
             # from the host without waiting; to the host a copy has to be waited for
             labels = labels.to(self.queue_ptr.device, non_blocking=labels.device.type == "cpu")
-            _, z_k, h_k = self.encoder_k(im_k)
+            _, z_k, h_k = _outputs(self.encoder_k, "encoder_k", im_k)
             keys.append(Keys(labels, z_k, queue_z))
             features.append(h_k)
         parts = (features, [own.z_k for own in keys], [own.labels for own in keys])
@@ -306,13 +306,13 @@ class BiTuning(nn.Module):
                 raise ValueError("expected im_q and keys alone, which hold the labels, got labels as well")
             if len(im_q) != len(im_k.labels):
                 raise ValueError(f"expected im_q and keys of one batch size, got {len(im_q)} and {len(im_k.labels)}")
-            y_q, z_q, h_q = self.encoder_q(im_q)
+            y_q, z_q, h_q = _outputs(self.encoder_q, "encoder_q", im_q)
             labels, z_k, queue_z = im_k
         else:
             if im_k is None or labels is None:
                 raise ValueError("expected im_q, im_k and labels in training mode, got im_q alone")
             labels = self._checked_labels(labels, im_q=im_q, im_k=im_k)
-            y_q, z_q, h_q = self.encoder_q(im_q)
+            y_q, z_q, h_q = _outputs(self.encoder_q, "encoder_q", im_q)
             ((labels, z_k, queue_z),) = self._enqueue_keys([(im_k, labels)])
 
         order = self._own_class_first(labels)
@@ -349,6 +349,18 @@ def _check_head(head: Any, num_classes: int, features_dim: int) -> None:
     for name, tensor, shape in (("weight", weight, [num_classes, features_dim]), ("bias", bias, [num_classes])):
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"expected encoder_q.head with a {name} of shape {shape}, got {list(tensor.shape)}")
+
+
+def _outputs(encoder: nn.Module, name: str, images: Tensor) -> Any:
+    """The encoder's logits, projection and features; TypeError, with that name, if it gives something else."""
+    outputs = encoder(images)
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != 3:
+        got = f"{len(outputs)} outputs" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
+        raise TypeError(
+            f"expected {name} to give (y, z, hn), as a bi_tuning.Classifier does in training mode, got {got} "
+            f"with {name}.training = {encoder.training}"
+        )
+    return outputs
 
 
 def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> Tensor:
