@@ -408,6 +408,12 @@ class TestLists:
         found = torch.compile(lambda m: spectral_tail(m, [1, 2]), fullgraph=True, backend="aot_eager")(matrices)
         torch.testing.assert_close(found, expected)
 
+    def test_fault_compiled_without_a_gradient_raised(self):
+        matrices = [torch.randn(3, 4, requires_grad=True), torch.randn(2, 6, 5, requires_grad=True)]
+        compiled = torch.compile(lambda m: spectral_tail(m, [1, 2]), fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(matrices), spectral_tail(matrices, [1, 2]))
+
     def test_bad_input_is_named(self):
         matrices = [torch.ones(2, 3), torch.ones(3, 4)]
         with pytest.raises(ValueError, match="expected one k, or 2, one per input, got 3"):

@@ -486,6 +486,17 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(torch.autograd.grad(compiled, (a, b)), torch.autograd.grad(expected, (a, b)))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_fault_compiled_without_a_gradient_raised(mode):
+    """As in a validation step; with gradients enabled none of the tensors asks for one."""
+    a, b = (torch.randn(2, 3, requires_grad=mode is not torch.enable_grad) for _ in range(2))
+    distance = torch.compile(lambda a, b: squared_distance([a, b, a], [b, a, b]), fullgraph=True, backend="aot_eager")
+    with mode():
+        found, _ = distance(a, b)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, 1.5 * (a - b).detach().square().sum())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -59,6 +59,17 @@ def needs_pytorch_formula() -> bool:
     return in_forward_mode() or torch.jit.is_tracing() or not _UNSERVED.isdisjoint(function_transforms())
 
 
+def compiles_without_gradient(*inputs: torch.Tensor) -> bool:
+    """Whether this is being compiled where nothing asks for a gradient.
+
+    An autograd function whose ``forward`` takes any number of tensors can't be called there: torch.compile would hand
+    it a context as well.
+    """
+    return torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    )
+
+
 def is_empty(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no elements; ``torch.jit.trace``, which can't follow an answer, is told that it has some."""
     return not torch.jit.is_tracing() and tensor.numel() == 0

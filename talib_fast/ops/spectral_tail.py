@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_integer
-from .library import Function, accumulation_dtype, define, needs_pytorch_formula
+from .library import Function, accumulation_dtype, compiles_without_gradient, define, needs_pytorch_formula
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -335,7 +335,8 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
     for doubles in (False, True):
         group = [j for j, tensor in enumerate(inputs) if (tensor.dtype == torch.float64) == doubles]
         if group:
-            flat = (inputs[j].flatten(0, -3) if inputs[j].dim() > 3 else inputs[j] for j in group)
-            found = _SpectralTail.apply([numbers[j] for j in group], *flat)
+            flat = [inputs[j].flatten(0, -3) if inputs[j].dim() > 3 else inputs[j] for j in group]
+            function = _SpectralTail.forward if compiles_without_gradient(*flat) else _SpectralTail.apply
+            found = function([numbers[j] for j in group], *flat)
             values.update((j, value.view(inputs[j].shape[:-2])) for j, value in zip(group, found, strict=False))
     return tuple(values[j] for j in range(len(inputs)))

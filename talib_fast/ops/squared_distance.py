@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_integer, is_dtensor, is_ordinary
-from .library import Function, accumulation_dtype, define, needs_pytorch_formula
+from .library import Function, accumulation_dtype, compiles_without_gradient, define, needs_pytorch_formula
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -236,6 +236,8 @@ def squared_distance(
         weights = [weight.clone() if weight.is_inference() else weight for weight in weights]
     if needs_pytorch_formula():
         return _by_formula(targets, sources, [weight.detach() for weight in weights], int(channel_dim))
+    if compiles_without_gradient(*targets):
+        return _forward_op(targets, sources, weights, int(channel_dim))
     tensors = [*targets, *sources, *weights]
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
