@@ -17,8 +17,8 @@ from talib_fast.finetune.stochnorm import convert_model
 pytestmark = pytest.mark.no_cover  # coverage would follow torch.compile's own Python
 
 STEPS, CLASSES, BATCH = 60, 4, 16
-# relative to a step's loss: a few times what rounding makes of it; a trade-off 5 % off makes 0.01 and more
-BANDS = {torch.float32: 5e-6, torch.bfloat16: 0.01}
+# relative to a step's loss: several times what rounding makes of it; a trade-off 10 % off makes 0.018 and more
+BANDS = {torch.float32: 5e-6, torch.bfloat16: 0.015}
 
 
 class Backbone(nn.Sequential):
