@@ -779,6 +779,17 @@ def test_fault_tokens_got_a_weight_per_token(net, layers, channel_dim, method):
         torch.testing.assert_close(got[layer], expected, rtol=2e-3, atol=1e-6)
 
 
+def test_another_activation_is_another_attention(tmp_path):
+    batches, path = [(torch.randn(4, 3), torch.arange(4) % 2)], tmp_path / "attention.safetensors"
+    first = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    other = nn.Sequential(first[0], nn.Tanh(), first[2])
+    channel_attention(first, batches, ["0"], progress=False, cache=path)
+    expected = channel_attention(other, batches, ["0"], progress=False)
+    with pytest.warns(UserWarning, match="computed again"):
+        got = channel_attention(other, batches, ["0"], progress=False, cache=path)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_another_channel_dimension_is_another_attention(tmp_path):
     model, path = small_net(), tmp_path / "attention.safetensors"
     ask = functools.partial(channel_attention, model, TestChannelAttention.batches, ["conv2"], progress=False)

@@ -980,6 +980,22 @@ def test_cache_made_with_other_weights_or_buffers(tmp_path, name):
     recomputed(loader, classifier, path)
 
 
+@pytest.mark.parametrize(
+    "layer, other",
+    [
+        (nn.AdaptiveAvgPool1d(1), nn.AdaptiveMaxPool1d(1)),
+        (nn.Identity(), nn.ReLU()),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.5)),
+        (nn.BatchNorm1d(2), nn.BatchNorm1d(2, eps=1.0)),
+    ],
+)
+def test_cache_made_with_other_layers_of_the_same_weights(tmp_path, layer, other):
+    loader, path = [(torch.randn(6, 2, 5), torch.arange(6) % 3)], tmp_path / "table.npz"
+    before, after = nn.Sequential(layer, nn.Flatten()), nn.Sequential(other, nn.Flatten())
+    Relationship(loader, before, "cpu", path)
+    np.testing.assert_array_equal(recomputed(loader, after, path), Relationship(loader, after, "cpu").relationship)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_fingerprint_of_any_precision(tmp_path, dtype):
     x, labels = samples()

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checks import check_positive_integer
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
-from .fingerprint import Unknown, fingerprint
+from .fingerprint import Unknown, fingerprint, model_parts
 from .layers import (
     check_channel_dim,
     check_output,
@@ -70,7 +70,7 @@ def channel_attention(
 
     A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
     later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
-    the data. It is used only if its fingerprint fits the model's weights, the layers, criterion, method, number of
+    the data. It is used only if its fingerprint fits the model's weights and layers, the criterion, method, number of
     batches and all that decides the loader's samples, their order and batches, without loading one; otherwise it is
     computed again, with a warning, and so it is every time where something of this can't be known, as with a generator
     or a sampler of one's own. The temperature may change. Criterion, data set and ``collate_fn`` are known by their
@@ -120,7 +120,7 @@ def channel_attention(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = _Increases(names)
     if cache is not None:
-        options = (method, max_batches, criterion, channel_dim, dict(model.state_dict()))
+        options = (method, max_batches, criterion, channel_dim, model_parts(model))
         known.keep_in(Path(cache), options, data_loader)
     if not known.complete:
         # a DataLoader of an IterableDataset looks as if it had a len()

@@ -72,6 +72,17 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()
 
 
+def model_parts(model: nn.Module) -> list[Any]:
+    """What decides a model's outputs, for :func:`fingerprint`, but for its code.
+
+    That is its state, and its layers' settings. What a layer without a state of its own computes, such as a pooling or
+    an activation, only its class's name can tell.
+    """
+    layers = [module for module in model.modules() if next(module.children(), None) is None]
+    settings = [("" if layer.state_dict() else type(layer).__qualname__, layer.extra_repr()) for layer in layers]
+    return [dict(model.state_dict()), settings]
+
+
 def _data(value: Any) -> memoryview | None:
     """The bytes of a tensor or an array that is nothing but its numbers."""
     if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_nested:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_module, check_positive_integer
 from ..storage import write_atomically
-from .fingerprint import Unknown, fingerprint
+from .fingerprint import Unknown, fingerprint, model_parts
 from .labels import check_range, integer_labels
 from .loader import Share, loader_parts, share_of, warn_of_share
 from .logits import at_least_float32, check_logits, check_temperature
@@ -72,12 +72,12 @@ class Relationship:
     A subclass may have a ``collect_labels`` or ``get_category_relationship`` of its own, which then decide.
 
     A cache saves the pass over the data. It is stored as ``.npz`` (in place of ``.npy``, after any other name), written
-    in one step, and used only if its fingerprint fits the classifier's weights, the options and what decides the
-    loader's samples: the data set and ``collate_fn``, by what :mod:`pickle` would save of them and by the code of
-    their classes and functions, and the sampler's indices, in whatever order. Otherwise it is computed again, with a
-    warning; and so it is every time where something of this can't be known, as with a generator, an open file or a
-    sampler of one's own. Not seen are the classifier's code, the contents of files that the data set only names, and
-    random numbers that it draws. An ``.npy`` of the Transfer-Learning-Library has no fingerprint: it is left alone,
+    in one step, and used only if its fingerprint fits the classifier's weights and layers, the options and what
+    decides the loader's samples: the data set and ``collate_fn``, by what :mod:`pickle` would save of them and by the
+    code of their classes and functions, and the sampler's indices, in whatever order. Otherwise it is computed again,
+    with a warning; and so it is every time where something of this can't be known, as with a generator, an open file
+    or a sampler of one's own. Not seen are the classifier's code, the contents of files that the data set only names,
+    and random numbers that it draws. An ``.npy`` of the Transfer-Learning-Library has no fingerprint: it is left alone,
     with a warning that says how to use it.
 
     Args:
@@ -365,7 +365,7 @@ class Relationship:
         """Of all that decides the relationship, on whichever rank; or what it depends on that can't be known."""
         share = share_of(self.data_loader, self.process_group)
         options = [getattr(self, name) for name in _OPTIONS]
-        parts: list[Any] = [options, dict(self.classifier.state_dict())]
+        parts: list[Any] = [options, model_parts(self.classifier)]
         if type(self) is not Relationship:
             parts += [type(self), {name: value for name, value in vars(self).items() if name not in _ATTRIBUTES}]
 
