@@ -230,6 +230,10 @@ class TestSPRegularization:
         with pytest.raises(ValueError, match=r"'weight' of one shape in both models, got \[2, 2\].*\[2, 3\]"):
             SPRegularization(nn.Linear(2, 2), nn.Linear(3, 2))
 
+    def test_a_source_without_values_is_named(self):
+        with pytest.raises(ValueError, match="'weight' of the source to have values, got one on the meta device"):
+            SPRegularization(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+
     def test_matches_by_name_not_by_order(self):
         source = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         target = nn.ModuleDict({"b": copy.deepcopy(source["b"]), "a": copy.deepcopy(source["a"])})

@@ -49,6 +49,8 @@ def check_start(start: Tensor, parameter: Tensor, name: str) -> None:
             f"expected parameter {name!r} of one shape in both models, got {list(start.shape)} in the source and "
             f"{list(parameter.shape)} in the target: leave a new head out of the models compared"
         )
+    if start.is_meta and not parameter.is_meta:
+        raise ValueError(f"expected parameter {name!r} of the source to have values, got one on the meta device")
 
 
 def _real(tensor: Tensor) -> Tensor:
