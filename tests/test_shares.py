@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from rank_support import in_group, needs_gloo, spawn_ranks
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from talib_fast.finetune.co_tuning import Relationship
 from talib_fast.finetune.lwf import collect_pretrain_labels
@@ -187,3 +187,26 @@ def test_a_process_group_is_one():
     for function in (relationship_of, answers_of):
         with pytest.raises(TypeError, match=r"expected a torch\.distributed\.ProcessGroup .*, got str"):
             function([], "gloo")
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("options", [{"num_processes": 2, "process_index": 0}, {"dispatch_batches": True}], ids=str)
+def test_samples_that_accelerate_may_repeat_unseen_are_warned_of(tmp_path, drop_last, options):
+    from accelerate.data_loader import prepare_data_loader
+
+    def learn():
+        plain = DataLoader(Stream(labelled(8)), 2, collate_fn=InDouble(), drop_last=drop_last)
+        loader = prepare_data_loader(plain, put_on_device=True, device=torch.device("cpu"), **options)
+        with nullcontext() if drop_last else pytest.warns(UserWarning, match="which count again; drop_last=True"):
+            answers_of(loader, dist.group.WORLD)
+
+    in_group(learn, init_method=f"file://{tmp_path}/init", rank=0, world_size=1)

@@ -109,6 +109,7 @@ def share_of(data_loader: Iterable, process_group: Any) -> Share | None:
         return None
     told = gathered(together(lambda: _sharing(data_loader), process_group), process_group)
     if set(told) == {_UNSHARED}:
+        _warn_of_repeats(data_loader)
         return None
     if sorted(told) != [(len(told), number) for number in range(len(told))]:
         raise ValueError(
@@ -129,6 +130,24 @@ def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None
         warnings.warn(
             f"{what} sees only this process's share of the data, one of {ranks}, as the loader or its sampler "
             f"is distributed{remedy}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_repeats(data_loader: Any) -> None:
+    """Warn of accelerate's loaders that fill batches up with samples that nothing tells from the others."""
+    loader, _ = _plain(data_loader)
+    if issubclass(type(data_loader), _accelerate("DataLoaderDispatcher")):
+        what, complete = "dispatches batches", data_loader._drop_last
+    elif isinstance(getattr(loader, "dataset", None), _accelerate("IterableDatasetShard")):
+        shard: Any = loader.dataset
+        what, complete = "shares out batches of an iterable data set", shard.drop_last
+    else:
+        return
+    if not complete:
+        warnings.warn(
+            f"accelerate {what} and fills incomplete ones up with samples from the start, which count again; "
+            "drop_last=True leaves incomplete ones out",
             stacklevel=3,
         )
 

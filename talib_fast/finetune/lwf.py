@@ -43,7 +43,8 @@ def collect_pretrain_labels(
             :class:`~torch.utils.data.DistributedSampler` come once each and in the data set's order, shuffled or not;
             those of accelerate's ``prepare_data_loader`` once each and in the order that the loader had before, unless
             the data set is iterable or the batches are dispatched; data that are shared out in another way rank by
-            rank. By default each process is alone.
+            rank, with a warning where accelerate fills batches up with repeated samples. By default each process is
+            alone.
 
     Returns:
         Logits ``[N, N_p]`` on the CPU.

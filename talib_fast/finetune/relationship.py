@@ -95,8 +95,9 @@ class Relationship:
         process_group: processes that share out the data; each of them gets what one process would compute of all. A
             :class:`~torch.utils.data.DistributedSampler` may repeat samples, as may the sampler of accelerate's
             ``prepare_data_loader``: they count once. Of data that are shared out in another way every sample of every
-            process counts. The group's first process reads and writes the cache, if it's given one. By default each
-            process is alone.
+            process counts, with a warning where accelerate fills batches up with repeated ones, as it does with
+            iterable data sets and dispatched batches. The group's first process reads and writes the cache, if it's
+            given one. By default each process is alone.
 
     Attributes:
         relationship: float32 array ``[N_t, N_p]``, rows sum to 1. Another one may be assigned.
