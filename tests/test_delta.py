@@ -562,5 +562,13 @@ class TestAttentionBehavioralRegularization:
             AttentionBehavioralRegularization([torch.ones(2)])([torch.ones(2)], [torch.ones(2)])
 
 
+def test_integers_alone_are_zero_on_their_device_whatever_the_default():
+    model = nn.Module()
+    model.packed = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    with torch.device("meta"), pytest.warns(UserWarning, match="packed"):
+        value = L2Regularization(model)()
+    assert value.device.type == "cpu" and value.item() == 0
+
+
 def test_star_names_are_all_there():
     assert all(hasattr(delta, name) for name in delta.__all__)

@@ -105,4 +105,7 @@ def half_squared_distance(parameters: Mapping[Tensor, str], starts: Sequence[Ten
         if sharding is not None:
             part = _over_ranks(part, *sharding)
         total = part if total is None else total + part.to(total.device)
-    return torch.zeros(()) if total is None else total
+    if total is not None:
+        return total
+    first = next(iter(parameters), None)
+    return torch.zeros((), device=None if first is None else first.device)
