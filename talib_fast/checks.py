@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_integer(number: Any) -> bool:
@@ -41,13 +41,13 @@ def check_floats(tensor: Any, name: str) -> None:
         raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"expected {name} to be a dense tensor, got {tensor.layout}")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"expected {name} to be a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
 
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether ``tensor`` is a dense one of floats as the operations take them, and of no subclass of Tensor's."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _FLOATS and tensor.layout is torch.strided
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in FLOATS and tensor.layout is torch.strided
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -968,3 +968,11 @@ def test_aliases_and_layers_given_twice():
     expected = ask(["conv1", "conv2"])
     assert list(ask({"conv2": "b", "conv1": "a"})) == ["b", "a"]
     torch.testing.assert_close(ask(["conv1", "conv2", "conv1"]), expected, rtol=0, atol=0)
+
+
+def test_inputs_alone_are_no_batch():
+    """A packed sequence is a tuple too, whose second part is no label."""
+    packed = nn.utils.rnn.pack_sequence([torch.randn(2, 3)])
+    for batch in (torch.randn(2, 3), packed, [torch.randn(2, 3)]):
+        with pytest.raises(TypeError, match=r"expected batches \(x, labels, ...\), got "):
+            channel_attention(nn.Sequential(nn.Linear(3, 3)), [batch], ["0"], progress=False)

@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import inspect
 import math
 import os
@@ -15,6 +16,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from talib_fast.finetune import lwf
 from talib_fast.finetune.co_tuning import Classifier, CoTuningLoss, Relationship, calibrate_temperature
+
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="no scikit-learn")
+both_methods = pytest.mark.parametrize("method", ["direct", pytest.param("reverse", marks=needs_sklearn)])
 
 REQUIRED = inspect.Parameter.empty
 SOURCE_CLASSES = 5
@@ -471,10 +475,8 @@ def test_fault_every_batch_was_copied_to_the_host(monkeypatch):
     assert 1 <= len(copied) <= 2 and set(copied) == {(3, SOURCE_CLASSES)}
 
 
-@pytest.mark.parametrize("method", ["direct", "reverse"])
+@both_methods
 def test_relationship_of_a_classifier_on_the_device(device, method):
-    if method == "reverse":
-        pytest.importorskip("sklearn")
     x, labels = noisy_samples()
     classifier = source_classifier()
     expected = Relationship(batches(x, labels), classifier, "cpu", method=method).relationship
@@ -779,10 +781,8 @@ def test_lookup_does_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", ["direct", "reverse"])
+@both_methods
 def test_a_relationship_of_inference_mode_can_be_trained_with(method):
-    if method == "reverse":
-        pytest.importorskip("sklearn")
     x, labels = samples()
     classifier = source_classifier()
     expected = Relationship(batches(x, labels), classifier, "cpu", method=method).relationship
@@ -796,10 +796,8 @@ def test_a_relationship_of_inference_mode_can_be_trained_with(method):
     assert torch.equal(logits.grad, torch.from_numpy(expected[[1, 2]]))
 
 
-@pytest.mark.parametrize("method", ["direct", "reverse"])
+@both_methods
 def test_the_default_device_is_not_the_tensors(method, tmp_path):
-    if method == "reverse":
-        pytest.importorskip("sklearn")
     x, labels = samples()
     classifier, options = source_classifier(), {"method": method, "C": 1.0, "num_classes": 5, "absent": "mean"}
     for loader in (batches(x, labels), with_numpy_labels(x, labels), with_labels_in_lists(x, labels)):
@@ -817,10 +815,8 @@ def test_the_default_device_is_not_the_tensors(method, tmp_path):
 # --- upstream's own methods
 
 
-@pytest.mark.parametrize("method", ["direct", "reverse"])
+@both_methods
 def test_collected_labels_make_the_relationship(method):
-    if method == "reverse":
-        pytest.importorskip("sklearn")
     x, labels = samples()
     classifier = source_classifier()
     relationship = Relationship(batches(x, labels), classifier, "cpu", method=method)
@@ -834,10 +830,8 @@ def test_collected_labels_make_the_relationship(method):
 
 
 @pytest.mark.parametrize("changed", ["samples", "rows", "both"])
-@pytest.mark.parametrize("method", ["direct", "reverse"])
+@both_methods
 def test_fault_methods_of_a_subclass_were_ignored(changed, method):
-    if method == "reverse":
-        pytest.importorskip("sklearn")
 
     def collect_labels(self):
         probabilities, labels = super(kind, self).collect_labels()

@@ -35,7 +35,7 @@ from .layers import (
 )
 from .loader import loader_parts, warn_of_share
 from .logits import check_temperature
-from .prediction import evaluating, inputs_of
+from .prediction import evaluating, inputs_of, labels_of
 from .replay import Replay
 from .structures import map_tensors, moved
 
@@ -131,7 +131,7 @@ def channel_attention(
                 wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
                 if not wanted:
                     continue
-                x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_labels_of(batch, device))
+                x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_on_device(labels_of(batch), device))
                 if method == "taylor":
                     estimated = _estimated_increases(model, wanted, x, labels, criterion, channel_dim)
                     for name, increase in estimated.items():
@@ -167,11 +167,8 @@ def _ordinary(value: Any) -> Any:
     return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 
-def _labels_of(batch: Any, device: torch.device | str) -> Any:
-    """The labels of a batch ``(x, labels, ...)``, whatever the criterion takes; integers as int64."""
-    if not isinstance(batch, Sequence) or len(batch) < 2:
-        raise TypeError(f"expected batches (x, labels, ...), got {type(batch).__name__}")
-    labels = batch[1]
+def _on_device(labels: Any, device: torch.device | str) -> Any:
+    """Labels of any kind that the criterion takes, on ``device``; integers as int64."""
     if isinstance(labels, np.ndarray) or (isinstance(labels, list) and all(isinstance(y, Number) for y in labels)):
         labels = torch.as_tensor(labels, device=device)
     if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:

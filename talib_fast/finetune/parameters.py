@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import is_dtensor, is_ordinary
+from ..checks import FLOATS, is_dtensor, is_ordinary
 from ..ops import squared_distance
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS_OF_8_BITS = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
 
 
 def is_of_integers(parameter: Tensor) -> bool:
     """Whether it holds integers, or numbers packed into them, as the frozen ones of quantized layers do."""
-    return parameter.dtype not in _FLOATS and not (parameter.is_complex() or parameter.dtype in _FLOATS_OF_8_BITS)
+    return parameter.dtype not in FLOATS and not (parameter.is_complex() or parameter.dtype in _FLOATS_OF_8_BITS)
 
 
 def is_flattened(model: nn.Module) -> bool:

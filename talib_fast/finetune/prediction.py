@@ -40,16 +40,16 @@ def inputs_of(batch: Any) -> Any:
     return x
 
 
-def labels_of(batch: Any, size: int | None = None) -> Tensor:
-    """The labels ``[b]`` of a batch ``(x, labels, ...)``, one integer per input, of which there are ``size``.
-
-    Without ``size`` the inputs are a tensor ``[b, ...]``.
-    """
+def labels_of(batch: Any) -> Any:
+    """The labels of a batch ``(x, labels, ...)``, whatever they are."""
     if not isinstance(batch, Sequence) or isinstance(batch, PackedSequence) or len(batch) < 2:
-        inputs_of(batch)
         raise TypeError(f"expected batches (x, labels, ...), got {type(batch).__name__}")
-    labels = integer_labels(batch[1])
-    size = len(inputs_of(batch)) if size is None else size
+    return batch[1]
+
+
+def class_labels_of(batch: Any, size: int) -> Tensor:
+    """The labels ``[b]`` of a batch, one integer per input, of which there are ``size``."""
+    labels = integer_labels(labels_of(batch))
     if labels.shape != (size,):
         raise ValueError(f"expected one label per input, [{size}], got {list(labels.shape)}")
     return labels

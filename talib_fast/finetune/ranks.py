@@ -32,16 +32,23 @@ def gathered(value: T, group: Any) -> list[T]:
     return values
 
 
+def attempted(
+    work: Callable[[], T], group: Any, caught: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> tuple[T | None, Exception | None, list[tuple[str, str] | None]]:
+    """What ``work`` returned on this rank, or else the error, and every rank's error, by its kind and message."""
+    result, mine = None, None
+    try:
+        result = work()
+    except caught as error:
+        mine = error
+    return result, mine, gathered(None if mine is None else (type(mine).__name__, str(mine)), group)
+
+
 def together(work: Callable[[], T], group: Any) -> T:
     """What ``work`` returns on this rank, after all ranks did it; an error of one raises on all."""
     if group is None:
         return work()
-    result, mine = None, None
-    try:
-        result = work()
-    except Exception as error:  # of any kind, or the others would wait for ever
-        mine = error
-    errors = gathered(None if mine is None else (type(mine).__name__, str(mine)), group)
+    result, mine, errors = attempted(work, group)
     for rank, told in enumerate(errors):
         if told is None:
             continue
@@ -54,13 +61,18 @@ def together(work: Callable[[], T], group: Any) -> T:
     return result  # type: ignore[return-value]
 
 
+def sent_by_first(value: T, group: Any) -> T:
+    """The ``value`` of the group's first rank, something to pickle, on every rank."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group)
+    return values[0]
+
+
 def from_first(work: Callable[[], T], group: Any) -> T:
     """What ``work`` returns on the group's first rank, which does it for all: something to pickle."""
-    if group is None:
-        return work()
-    result: list[Any] = [together(work if is_first(group) else lambda: None, group)]
-    dist.broadcast_object_list(result, dist.get_global_rank(group, 0), group)
-    return result[0]
+    return sent_by_first(together(work if is_first(group) else lambda: None, group), group)  # type: ignore[return-value]
 
 
 def summed(tensor: Tensor, group: Any) -> Tensor:

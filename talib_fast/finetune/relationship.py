@@ -21,7 +21,7 @@ from .fingerprint import Unknown, fingerprint, model_parts
 from .labels import check_range, integer_labels
 from .loader import Share, loader_parts, share_of, warn_of_share
 from .logits import at_least_float32, check_logits, check_temperature
-from .prediction import OnHost, counted, joined_over_ranks, labels_of, predictions
+from .prediction import OnHost, class_labels_of, counted, joined_over_ranks, predictions
 from .ranks import check_group, from_first, gathered, summed, together
 
 
@@ -305,7 +305,7 @@ class Relationship:
         """Each batch's labels, on the CPU, and logits, without samples that count elsewhere."""
         batches = predictions(self.data_loader, self.classifier, self.device, "Collecting labels", self._progress)
         for batch, logits, counts in counted(batches, share):
-            labels = labels_of(batch, len(logits)).cpu()
+            labels = class_labels_of(batch, len(logits)).cpu()
             if counts is not None:
                 labels, logits = labels[counts], logits[counts.to(logits.device)]
             if len(labels):

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..finetune.ranks import attempted, sent_by_first
 from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model, convert_sync
 from .common import UserError
 
@@ -87,17 +88,11 @@ def together(work: Callable[[], T]) -> T:
     """What ``work`` returns, done on every rank; a UserError or OSError of one becomes every rank's UserError."""
     if world_size() == 1:
         return work()
-    result, mine = None, None
-    try:
-        result = work()
-    except (UserError, OSError) as error:
-        mine = error
-    messages: list[Any] = [None] * world_size()
-    dist.all_gather_object(messages, None if mine is None else str(mine))
-    failed = [number for number, message in enumerate(messages) if message is not None]
-    if failed:
-        where = f"rank {failed[0]}: " if failed[0] else ""
-        raise UserError(f"{where}{messages[failed[0]]}") from mine
+    result, mine, errors = attempted(work, dist.group.WORLD, (UserError, OSError))
+    failed = next(((number, told[1]) for number, told in enumerate(errors) if told is not None), None)
+    if failed is not None:
+        number, message = failed
+        raise UserError(f"rank {number}: {message}" if number else message) from mine
     return result  # type: ignore[return-value]
 
 
@@ -105,9 +100,7 @@ def from_first(work: Callable[[], T]) -> T:
     """What ``work`` returns on rank 0, which does it for all: something to pickle, tensors on the CPU."""
     if world_size() == 1:
         return work()
-    result: list[Any] = [together(work if rank() == 0 else lambda: None)]
-    dist.broadcast_object_list(result, 0)
-    return result[0]
+    return sent_by_first(together(work if rank() == 0 else lambda: None), dist.group.WORLD)  # type: ignore[return-value]
 
 
 def summed(*numbers: float) -> list[float]:
