@@ -1,6 +1,7 @@
 // What the CPU and the CUDA kernel of stoch_norm share: operands, checked and brought into a form that both can walk.
 #pragma once
 
+#include <limits>
 #include <tuple>
 
 #include "operands.h"
@@ -32,9 +33,23 @@ struct RunningStatistics {
   ChannelVector mean, var;
 };
 
+// act(norm(x) + residual). A backward pass computes what the activation was given once more, but it does not have the
+// residual: then it reads signs, a bit for each element in 32-bit words, in the order in which the output lies in
+// memory, set where the activation's derivative is 1. Elsewhere it is the slope. Without a residual, or without an
+// activation, there are none.
+struct Epilogue {
+  Activation activation;
+  double slope;           // of the straight line below 0; for the piecewise ones
+  double limit;           // from which on those are constant; NaN: there is none
+
+  bool keeps_signs(bool residual) const { return residual && activation != Activation::kNone; }
+};
+
 struct ForwardCall {
   ChannelView view;
-  Tensor input, output, mean, invstd;
+  Tensor input, output, statistics, signs;
+  std::optional<Tensor> residual;  // in memory as the output
+  Epilogue epilogue;
   Mask mask;
   ChannelVector weight, bias;
   RunningStatistics running, moved;  // moved: the running ones again, or where their moved values go instead
@@ -44,9 +59,12 @@ struct ForwardCall {
 
 struct BackwardCall {
   ChannelView view;
-  Tensor grad_output, input, mean, invstd, grad_input, grad_weight, grad_bias;
+  Tensor grad_output, input, statistics, grad_input, grad_weight, grad_bias;
+  std::optional<Tensor> signs;
+  Tensor grad_residual;  // with signs in memory as the input's gradient, else empty
+  Epilogue epilogue;
   Mask mask;
-  ChannelVector weight;
+  ChannelVector weight, bias;
 };
 
 inline Mask channel_mask(const Tensor& mask, double p, const Tensor& input) {
@@ -67,20 +85,49 @@ inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& inpu
   return static_cast<int64_t*>(batches->mutable_data_ptr());
 }
 
+inline Epilogue epilogue(int64_t activation, double negative_slope) {
+  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int64_t>(Activation::kGelu),
+                  "expected an activation from 0 to ", static_cast<int64_t>(Activation::kGelu));
+  const Activation known{activation};
+  const double slope = known == Activation::kNone ? 1 : known == Activation::kLeakyRelu ? negative_slope : 0;
+  const double limit = known == Activation::kRelu6 ? 6 : std::numeric_limits<double>::quiet_NaN();
+  return {known, slope, limit};
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& input, const char* name) {
+  bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type() &&
+              tensor.device() == input.device();
+  for (int64_t dim = 0; same && dim < input.dim(); ++dim) same = tensor.size(dim) == input.size(dim);
+  STD_TORCH_CHECK(same, "expected ", name, " of the input's shape, dtype and device");
+}
+
+// Mean and 1 / standard deviation per channel, [2, channels].
+inline Tensor empty_statistics(const Tensor& input) {
+  const int64_t sizes[] = {2, input.size(1)}, strides[] = {input.size(1), 1};
+  return empty_strided(input, 2, sizes, strides, accumulation_type(input.scalar_type()));
+}
+
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& bias, const RunningStatistics& running,
                                 const RunningStatistics& moved, const Tensor& mask, double momentum, double eps,
-                                double p, const std::optional<Tensor>& num_batches_tracked) {
+                                double p, const std::optional<Tensor>& num_batches_tracked,
+                                const std::optional<Tensor>& residual, const Epilogue& epilogue) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   float_type(input);
+  if (residual) {
+    STD_TORCH_CHECK(is_piecewise(epilogue.activation), "expected no residual with this activation");
+    check_like(*residual, input, "residual");
+  }
   Tensor output = dense_like(input);
-  const ScalarType sums = accumulation_type(input.scalar_type());
   const Tensor dense = laid_out_as(input, output);
+  const int64_t words = epilogue.keeps_signs(residual.has_value()) ? ceil_div(input.numel(), kSignsPerWord) : 0;
   return {channel_view(dense, 1).value(),
           dense,
           output,
-          empty_vector(input, input.size(1), sums),
-          empty_vector(input, input.size(1), sums),
+          empty_statistics(input),
+          empty_vector(input, words, ScalarType::Int),
+          residual ? std::optional<Tensor>(laid_out_as(*residual, output)) : std::nullopt,
+          epilogue,
           channel_mask(mask, p, input),
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias"),
@@ -103,47 +150,57 @@ struct FunctionalCall {
   ForwardCall forward;
 };
 
-inline FunctionalCall functional_call(const Tensor& input, const std::optional<Tensor>& weight,
-                                      const std::optional<Tensor>& bias, const Tensor& running, const Tensor& mask,
-                                      double eps, double p) {
-  STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
-  const int64_t sizes[] = {2, input.size(1)}, strides[] = {input.size(1), 1};
-  STD_TORCH_CHECK(running.dim() == 2 && running.size(0) == 2 && running.size(1) == input.size(1),
-                  "expected running of shape [2, ", input.size(1), "]");
-  STD_TORCH_CHECK(running.device() == input.device(), "expected running on the input's device");
-  const Tensor read = running.is_contiguous() ? running : torch::stable::contiguous(running);
-  const Tensor batch = empty_strided(input, 2, sizes, strides, accumulation_type(input.scalar_type()));
-  // a momentum of 1 makes the moved statistics the batch's
-  return {read, batch, forward_call(input, weight, bias, rows(read), rows(batch), mask, 1, eps, p, {})};
+inline void check_rows(const Tensor& statistics, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == 2 && statistics.size(1) == input.size(1), "expected ",
+                  name, " of shape [2, ", input.size(1), "]");
+  STD_TORCH_CHECK(statistics.device() == input.device(), "expected ", name, " on the input's device");
 }
 
-inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
-                                  const Tensor& invstd, const std::optional<Tensor>& weight, const Tensor& mask,
-                                  double p) {
+inline FunctionalCall functional_call(const Tensor& input, const std::optional<Tensor>& weight,
+                                      const std::optional<Tensor>& bias, const Tensor& running, const Tensor& mask,
+                                      double eps, double p, const std::optional<Tensor>& residual,
+                                      const Epilogue& epilogue) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
-  float_type(input);
-  STD_TORCH_CHECK(grad_output.dim() == input.dim() && grad_output.scalar_type() == input.scalar_type() &&
-                      grad_output.device() == input.device(),
-                  "expected grad_output of the input's shape, dtype and device");
-  for (int64_t dim = 0; dim < input.dim(); ++dim)
-    STD_TORCH_CHECK(grad_output.size(dim) == input.size(dim), "expected grad_output of the input's shape");
+  check_rows(running, input, "running");
+  const Tensor read = running.is_contiguous() ? running : torch::stable::contiguous(running);
+  const Tensor batch = empty_statistics(input);
+  // a momentum of 1 makes the moved statistics the batch's
+  return {read, batch,
+          forward_call(input, weight, bias, rows(read), rows(batch), mask, 1, eps, p, {}, residual, epilogue)};
+}
+
+inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const Tensor& statistics,
+                                  const std::optional<Tensor>& weight, const Tensor& mask, double p,
+                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
+                                  const Epilogue& epilogue) {
+  STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
   const ScalarType sums = accumulation_type(input.scalar_type());
-  for (const Tensor* statistic : {&mean, &invstd}) {
-    check_channels(*statistic, input, "mean and invstd");
-    STD_TORCH_CHECK(statistic->scalar_type() == sums, "expected mean and invstd in the accumulation dtype");
+  float_type(input);
+  check_like(grad_output, input, "grad_output");
+  check_rows(statistics, input, "statistics");
+  STD_TORCH_CHECK(statistics.scalar_type() == sums, "expected statistics in the accumulation dtype");
+  if (signs) {
+    STD_TORCH_CHECK(epilogue.keeps_signs(true) && is_piecewise(epilogue.activation),
+                    "expected no signs with this activation");
+    STD_TORCH_CHECK(signs->dim() == 1 && signs->size(0) == ceil_div(input.numel(), kSignsPerWord) &&
+                        signs->scalar_type() == ScalarType::Int && signs->device() == input.device(),
+                    "expected signs for every element, in int32 words on the input's device");
   }
   Tensor grad_input = dense_like(input);
   const Tensor dense = laid_out_as(input, grad_input);
   return {channel_view(dense, 1).value(),
           laid_out_as(grad_output, grad_input),
           dense,
-          contiguous_vector(mean),
-          contiguous_vector(invstd),
+          statistics.is_contiguous() ? statistics : torch::stable::contiguous(statistics),
           grad_input,
           empty_vector(input, input.size(1), sums),
           empty_vector(input, input.size(1), sums),
+          signs ? std::optional<Tensor>(contiguous_vector(*signs)) : std::nullopt,
+          signs ? empty_alike(grad_input, input.scalar_type()) : empty_vector(input, 0, input.scalar_type()),
+          epilogue,
           channel_mask(mask, p, input),
-          channel_vector(weight, input, "weight")};
+          channel_vector(weight, input, "weight"),
+          channel_vector(bias, input, "bias")};
 }
 
 }  // namespace talib_fast

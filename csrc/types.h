@@ -18,6 +18,15 @@ constexpr void with_float(FloatType type, const F& f) {
   }
 }
 
+// What follows a normalisation, by the numbers that Python has for them.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kGelu };
+
+// Those that are a straight line on each side of 0, and constant from a limit on. Their derivative is one of two
+// numbers, so that one bit an element is all that a backward pass needs.
+constexpr bool is_piecewise(Activation activation) { return activation <= Activation::kLeakyRelu; }
+
+constexpr int64_t kSignsPerWord = 32;
+
 // Which channels are chosen: numbers drawn for them that are below `p`, or flags where nothing is drawn. The sign of a
 // number says that a forward pass is repeated, and nothing of its channel.
 struct ChannelMask {

@@ -68,6 +68,15 @@ def function_transforms() -> tuple[str, ...]:
 function_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def have_global_hooks() -> bool:
+    """Whether a hook is registered for every module there is, as profilers do.
+
+    Without torch's answer one may be: modules are then called one by one, which takes longer.
+    """
+    has_any = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+    return has_any is None or bool(has_any())
+
+
 def in_forward_mode() -> bool:
     """Whether ``torch.autograd.forward_ad`` has a level open, in which tensors may carry tangents.
 

@@ -13,6 +13,7 @@ AGAIN = f"{KERNELS} and not gradcheck and not opcheck"  # derivatives and schema
 SMALL = {
     "stoch_norm": "cpu and TestKernels and (every_shape or one_branch or equal_bits or shifted or drawn) "
     "and not 2048 and not 260 and not 160 and not bfloat16",  # which walks as float16 does
+    "activation": "cpu and TestKernels and every_shape and not strided and (relu+residual or leaky_relu or silu)",
     "squared_distance": "cpu and TestKernels and not more_threads and not larger and not 1003 and not 159",
     "spectral_tail": "cpu and TestKernels and not more_threads and not 2048 and not every_size",
 }
@@ -30,6 +31,11 @@ MANY_SLICES = {"SIMT_MULTIPROCESSORS": "64"}  # of a Gram matrix's columns
         ("stoch_norm", "address", None, {"SIMT_SEED": "1"}),
         ("stoch_norm", "address", None, {**SLICED, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
         ("stoch_norm", "thread", None, {**SLICED, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
+        ("activation", "plain", "cpu and TestKernels", {}),  # what else it does is PyTorch's or stoch_norm's
+        ("activation", "plain", None, {**SLICED, "SIMT_THREADS": "96", "SIMT_SEED": "3", "SIMT_BLOCKS": "2"}),
+        ("activation", "address", None, {"SIMT_SEED": "1"}),
+        ("activation", "address", None, {**SLICED, "SIMT_THREADS": "128", "SIMT_SEED": "2"}),
+        ("activation", "thread", None, {**SLICED, "SIMT_THREADS": "64", "SIMT_SEED": "1", "SIMT_BLOCKS": "3"}),
         ("squared_distance", "plain", KERNELS, {}),
         # a driver whose launches have room for fewer tensors
         ("squared_distance", "plain", AGAIN, {"SIMT_SEED": "3", "SIMT_BLOCKS": "3", "SIMT_DRIVER": "12000"}),

@@ -211,12 +211,12 @@ class TestOperation:
         weight, bias = (args["weight"], args["bias"]) if affine else (None, None)
         forward = (x, weight, bias, args["running_mean"], args["running_var"], args["mask"], 0.1, 1e-5)
         torch.library.opcheck(OP.stoch_norm_forward.default, forward)
-        _, mean, invstd = OP.stoch_norm_forward(*forward)
-        backward = (torch.randn_like(x), x, mean, invstd, weight, args["mask"])
+        _, statistics, _ = OP.stoch_norm_forward(*forward)
+        backward = (torch.randn_like(x), x, statistics, weight, args["mask"])
         torch.library.opcheck(OP.stoch_norm_backward.default, backward)
         drawn, counter = torch.rand(4, device=device), torch.tensor(3, device=device)
         torch.library.opcheck(OP.stoch_norm_forward.default, (*forward[:5], drawn, 0.1, 1e-5, 0.5, counter))
-        torch.library.opcheck(OP.stoch_norm_backward.default, (*backward[:5], drawn, 0.5))
+        torch.library.opcheck(OP.stoch_norm_backward.default, (*backward[:4], drawn, 0.5))
         running = torch.stack(forward[3:5])
         torch.library.opcheck(OP.stoch_norm_functional.default, (*forward[:3], running, args["mask"], 1e-5))
         torch.library.opcheck(OP.stoch_norm_functional.default, (*forward[:3], running, -drawn, 1e-5, 0.5))
@@ -340,17 +340,17 @@ class TestKernels:
     def test_maps_larger_than_the_caches(self, shape, name, dtype, device):
         args = inputs(shape, dtype, device)
         x, weight, mask = layout(args["input"], name), args["weight"], torch.rand(shape[1], device=device) < 0.5
-        statistics = args["running_mean"], args["running_var"]
+        running = args["running_mean"], args["running_var"]
         grad = layout(torch.randn(shape, device=device).to(dtype), name)
-        exact = [t.double() for t in (x, weight, args["bias"], *statistics)]
-        expected, mean, invstd = reference_forward(*exact, mask, 0.1, 1e-5)
-        expected_grad, *_ = reference_backward(grad.double(), exact[0], mean, invstd, exact[1], mask)
+        exact = [t.double() for t in (x, weight, args["bias"], *running)]
+        expected, exact_statistics, _ = reference_forward(*exact, mask, 0.1, 1e-5)
+        expected_grad, *_ = reference_backward(grad.double(), exact[0], exact_statistics, exact[1], mask)
         torch.set_num_threads(2)
-        output, mean, invstd = OP.stoch_norm_forward(x, weight, args["bias"], *statistics, mask, 0.1, 1e-5)
-        got, *_ = OP.stoch_norm_backward(grad, x, mean, invstd, weight, mask)
+        output, statistics, _ = OP.stoch_norm_forward(x, weight, args["bias"], *running, mask, 0.1, 1e-5)
+        got, *_ = OP.stoch_norm_backward(grad, x, statistics, weight, mask)
         assert_near(output, expected, TOLERANCES[dtype])
         assert_near(got, expected_grad, TOLERANCES[dtype] * 2)
-        for moved, moved_exactly in zip(statistics, exact[3:], strict=True):
+        for moved, moved_exactly in zip(running, exact[3:], strict=True):
             assert_near(moved, moved_exactly, TOLERANCES[dtype])
 
     @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
@@ -376,12 +376,12 @@ class TestKernels:
         for mask, threshold in ((flags, ()), (drawn, (p,))):
             torch.manual_seed(1)
             args = inputs(shape, torch.float32, device)
-            statistics, counter = (args["running_mean"], args["running_var"]), torch.tensor(7, device=device)
-            forward = (args["input"], args["weight"], args["bias"], *statistics, mask, 0.1, 1e-5, *threshold)
-            output, mean, invstd = OP.stoch_norm_forward(*forward, num_batches_tracked=counter)
+            running, counter = (args["running_mean"], args["running_var"]), torch.tensor(7, device=device)
+            forward = (args["input"], args["weight"], args["bias"], *running, mask, 0.1, 1e-5, *threshold)
+            output, statistics, _ = OP.stoch_norm_forward(*forward, num_batches_tracked=counter)
             grad = torch.randn_like(output)
-            grads = OP.stoch_norm_backward(grad, args["input"], mean, invstd, args["weight"], mask, *threshold)
-            results.append((output, mean, invstd, *statistics, *grads))
+            grads = OP.stoch_norm_backward(grad, args["input"], statistics, args["weight"], mask, *threshold)
+            results.append((output, statistics, *running, *grads))
             assert counter == (8 if output.numel() else 7)
         assert flags.any() == (p > 0)
         for expected, got in zip(*results, strict=True):
@@ -398,16 +398,16 @@ class TestKernels:
         before = [vector.clone() for vector in vectors]
         # a repetition has drawn the same numbers, with their signs set
         for mask, p in ((drawn < 0.5, 1.0), (-drawn, 0.5)):
-            output, mean, invstd, batch = OP.stoch_norm_functional(
+            output, statistics, _, batch = OP.stoch_norm_functional(
                 args["input"], *vectors[:2], torch.stack(vectors[2:]), mask, 1e-5, p
             )
             assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
             moving = [vector.clone() for vector in vectors]
             expected = OP.stoch_norm_forward(args["input"], *moving, drawn, 0.1, 1e-5, 0.5)
-            assert all(torch.equal(*pair) for pair in zip((output, mean, invstd), expected, strict=True))
+            assert all(torch.equal(*pair) for pair in zip((output, statistics), expected[:2], strict=True))
             grad = torch.ones_like(output)
             backward = [
-                OP.stoch_norm_backward(grad, args["input"], mean, invstd, args["weight"], m, q)
+                OP.stoch_norm_backward(grad, args["input"], statistics, args["weight"], m, q)
                 for m, q in ((mask, p), (drawn, 0.5))
             ]
             assert all(torch.equal(*pair) for pair in zip(*backward, strict=True))
@@ -479,14 +479,14 @@ class TestKernels:
     def test_a_wrong_operand_never_reaches_a_kernel(self, device):
         args = inputs((4, 6, 3), device=device)
         forward = [args[name] for name in ("input", "weight", "bias", "running_mean", "running_var", "mask")]
-        _, mean, invstd = OP.stoch_norm_forward(*forward, 0.1, 1e-5)
+        _, statistics, _ = OP.stoch_norm_forward(*forward, 0.1, 1e-5)
         for i in range(1, 6):
             short = [t[:4] if j == i else t for j, t in enumerate(forward)]
             with pytest.raises(RuntimeError):
                 OP.stoch_norm_forward(*short, 0.1, 1e-5)
-        backward = [torch.ones_like(args["input"]), args["input"], mean, invstd, args["weight"], args["mask"]]
-        for i in (0, 2, 3, 4, 5):
-            short = [t[:3] if j == i else t for j, t in enumerate(backward)]
+        backward = [torch.ones_like(args["input"]), args["input"], statistics, args["weight"], args["mask"]]
+        for i in (0, 2, 3, 4):
+            short = [t[..., :2] if j == i else t for j, t in enumerate(backward)]
             with pytest.raises(RuntimeError):
                 OP.stoch_norm_backward(*short)
 

@@ -28,7 +28,14 @@ from talib_fast.finetune.delta import (
     SPRegularization,
 )
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
-from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model
+from talib_fast.finetune.stochnorm import (
+    StochNorm1d,
+    StochNorm2d,
+    StochNorm3d,
+    StochNormAct2d,
+    SyncStochNorm,
+    convert_model,
+)
 
 pytestmark = pytest.mark.no_cover  # coverage would follow torch.compile's own Python: half as much time again
 
@@ -113,6 +120,7 @@ SUBJECTS = {
         "StochNorm1d of sequences": norm(StochNorm1d, 7),
         "StochNorm2d": norm(StochNorm2d, 3, 5),
         "StochNorm3d": norm(StochNorm3d, 2, 3, 2),
+        "StochNormAct2d": norm(lambda channels: StochNormAct2d(channels, act_layer=nn.SiLU), 3, 5),
         "SyncStochNorm": norm(SyncStochNorm, 3, 5),
         "convert_model": (lambda: convert_model(Backbone(), 0.5), lambda: (images(),)),
     },

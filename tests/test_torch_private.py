@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from talib_fast import torch_private
-from talib_fast.finetune.stochnorm import StochNorm1d
+from talib_fast.finetune.stochnorm import StochNorm1d, StochNormAct2d
 
 HOOKS = [
     "_C._current_graph_task_id",
@@ -147,6 +147,19 @@ def test_random_numbers_in_a_map_that_is_not_seen_to_refuse_them_raise(lack):
     lack("_C._functorch.CVmapInterpreterPtr")
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.jacfwd(layer)(x.detach())
+
+
+def test_without_an_answer_about_hooks_of_all_modules_each_module_is_called(lack, monkeypatch):
+    layer, x, called = StochNormAct2d(6), torch.randn(4, 6, 2, 2), []
+    monkeypatch.setattr(nn.ReLU, "forward", lambda _, z: called.append(1) or z.relu())
+    twin = copy.deepcopy(layer)
+    torch.manual_seed(1)
+    expected = layer(x)
+    assert not called
+    lack("nn.modules.module._has_any_global_hook")
+    torch.manual_seed(1)
+    torch.testing.assert_close(twin(x), expected)
+    assert called
 
 
 def test_without_tags_for_compiled_checkpoints_none_are_registered(monkeypatch):

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "elementary.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -36,173 +37,343 @@ INLINE void store(const ChannelVector& vector, int64_t c, double value) {
   }
 }
 
-// ---- Loops over memory, with one tensor (the forward pass: x) or two (the backward pass: x and dy). A run is a range
-// of values of one channel; rows have columns, each with its own constants, and lie `stride` elements apart.
+// ---- Activations. A piecewise one is a straight line on each side of 0, a smooth one is z * g(z) with a gate g that
+// rises from 0 to 1. Conditions are made by `lanes`, see below.
+
+struct Identity {};
 
 template <typename A>
-struct Constants {  // y = (x - center) * slope + offset        dx = dy * scale + (x - center) * slope + offset
-  A center, slope, offset, scale;
+struct Piecewise {
+  A slope, limit;
+
+  // where the slope is 0 even an infinite value gives 0
+  template <typename V>
+  INLINE V below(const V& value) const {
+    return slope == 0 ? V{} : slope * value;
+  }
+  template <typename Access, typename V>
+  INLINE V operator()(const Access& lanes, const V& z) const {
+    const V limits = V{} + limit;
+    return lanes.select(lanes.less(V{}, z), lanes.select(lanes.less(z, limits), z, limits), below(z));
+  }
+  // where the derivative is 1 and not the slope
+  template <typename Access, typename V>
+  INLINE auto rises(const Access& lanes, const V& z) const {
+    return lanes.less(V{}, lanes.select(lanes.less(z, V{} + limit), z, V{}));
+  }
+  template <typename Access, typename Condition, typename V>
+  INLINE V gradient(const Access& lanes, const Condition& rises, const V& dy) const {
+    return lanes.select(rises, dy, below(dy));
+  }
 };
 
-template <int kTensors, typename V>
-INLINE void add_terms(const V& x, const V& dy, const V& center, V& sum, V& second) {
-  const V difference = x - center;
-  const V& first = kTensors == 1 ? difference : dy;
-  sum += first;
-  second += first * difference;
+struct Smooth {
+  Activation activation;
+
+  // the gate and its derivative
+  template <typename Access, typename V>
+  INLINE void gate(const Access& lanes, const V& z, V& g, V& rise) const {
+    using A = std::remove_cvref_t<decltype(z[0])>;
+    constexpr A kSixth = A(1) / 6, kDensity = 0.39894228040143267794;  // that of a normal variable at 0
+    if (activation == Activation::kHardswish) {
+      const V inside = lanes.select(lanes.less(z, V{} + 3), z, V{} + 3);
+      g = lanes.select(lanes.less(V{} - 3, inside), inside * kSixth + A(0.5), V{});
+      rise = lanes.select(lanes.less(inside * inside, V{} + 9), V{} + kSixth, V{});
+      return;
+    }
+    const bool silu = activation == Activation::kSilu;
+    const auto positive = lanes.less(V{}, z);
+    const V size = lanes.select(positive, z, -z);
+    const V power = exp_negative(lanes, silu ? -size : size * size * A(-0.5));
+    const V least = silu ? power / (1 + power) : upper_tail(size, power);
+    g = lanes.select(positive, 1 - least, least);
+    rise = silu ? least * (1 - least) : power * kDensity;
+  }
+  template <typename Access, typename V>
+  INLINE V operator()(const Access& lanes, const V& z) const {
+    V g, rise;
+    gate(lanes, z, g, rise);
+    return z * g;
+  }
+  template <typename Access, typename V>
+  INLINE V derivative(const Access& lanes, const V& z) const {
+    using A = std::remove_cvref_t<decltype(z[0])>;
+    V g, rise;
+    gate(lanes, z, g, rise);
+    return lanes.select(lanes.not_zero(bits_of<typename Lanes<A>::mask>(rise)), g + z * rise, g);  // z may be infinite
+  }
+  // a select: where the activation is flat, an infinite gradient is 0
+  template <typename Access, typename V>
+  INLINE V gradient(const Access& lanes, const V& z, const V& dy) const {
+    using A = std::remove_cvref_t<decltype(z[0])>;
+    const V slope = derivative(lanes, z);
+    return lanes.select(lanes.not_zero(bits_of<typename Lanes<A>::mask>(slope)), dy * slope, V{});
+  }
+};
+
+// f(the activation, whether there is a residual)
+template <typename A, typename F>
+void with_activation(const Epilogue& epilogue, bool residual, const F& f) {
+  const Piecewise<A> piecewise{static_cast<A>(epilogue.slope), static_cast<A>(epilogue.limit)};
+  if (residual) return f(piecewise, std::true_type{});
+  if (epilogue.activation == Activation::kNone) return f(Identity{}, std::false_type{});
+  if (is_piecewise(epilogue.activation)) return f(piecewise, std::false_type{});
+  f(Smooth{epilogue.activation}, std::false_type{});
 }
 
-template <int kTensors, typename V>
-INLINE V output(const V& x, const V& dy, const V& center, const V& slope, const V& offset, const V& scale) {
-  const V affine = (x - center) * slope + offset;
-  // dx on running statistics does not depend on x, which may be infinite
-  return kTensors == 1 ? affine : dy * scale + (slope == 0 ? offset : affine);
-}
+// ---- What is done with the elements from one on. They fill the lanes (`Whole`), or the first of them (`Part`).
+
+template <typename T>
+struct Tensors {
+  const T *x, *other;  // the residual, or the output's gradient
+  T *out, *grad_residual;
+  bits_t<T>* signs;
+};
+
+template <typename T, bool kWide>
+struct Whole : Conditions<kWide> {
+  bool stream;
+
+  explicit Whole(bool stream) : stream(stream) {}
+  INLINE lanes_t<T> load(const T* from) const { return load_lanes<kWide>(from); }
+  INLINE void store(T* to, const lanes_t<T>& lanes) const {
+    if (stream) store_lanes<true, kWide>(to, lanes);
+    else store_lanes<false, kWide>(to, lanes);
+  }
+  INLINE lanes_t<T> counted(const lanes_t<T>& lanes) const { return lanes; }
+  INLINE int64_t count() const { return kLanes<T>; }
+};
+
+template <typename T, bool kWide>
+struct Part : Conditions<kWide> {
+  int64_t n;
+
+  explicit Part(int64_t n) : n(n) {}
+  INLINE lanes_t<T> load(const T* from) const { return load_first<kWide>(from, n); }
+  INLINE void store(T* to, const lanes_t<T>& lanes) const { store_first<kWide>(to, lanes, n); }
+  INLINE lanes_t<T> counted(const lanes_t<T>& lanes) const {
+    return this->select(this->less(Lanes<acc_t<T>>::kNumbers, mask_t<T>{} + static_cast<int>(n)), lanes, lanes_t<T>{});
+  }
+  INLINE int64_t count() const { return n; }
+};
+
+// y = act(z + residual) with z = (x - center) * scale + bias
+// dx = dz * scale + (x - center) * slope + offset with dz = dy * act'(z)
+template <typename V>
+struct Constants {
+  V center, scale, bias, slope, offset;
+};
+
+// the sums of x - center and of its square
+template <typename T>
+struct Moments {
+  using Element = T;
+  Tensors<T> tensors;
+
+  template <typename Access, typename V>
+  INLINE void terms(const Access& lanes, int64_t at, const Constants<V>& c, V& first, V& second) const {
+    first = lanes.load(tensors.x + at) - c.center;
+    second = first * first;
+  }
+};
+
+template <typename T, typename Act, bool kResidual>
+struct Output {
+  using Element = T;
+  Tensors<T> tensors;
+  Act act;
+
+  bool has_signs() const { return kResidual && tensors.signs != nullptr; }
+
+  template <typename Access, typename V>
+  INLINE void write(const Access& lanes, int64_t at, const Constants<V>& c) const {
+    V z = (lanes.load(tensors.x + at) - c.center) * c.scale + c.bias;
+    if constexpr (kResidual) {
+      z += lanes.load(tensors.other + at);
+      if (tensors.signs != nullptr) {
+        const auto rises = lanes.select(act.rises(lanes, z), mask_t<T>{} - 1, mask_t<T>{});
+        write_bits(tensors.signs, at, lanes.count(), bits_of_mask<T>(rises));
+      }
+    }
+    if constexpr (std::is_same_v<Act, Identity>) lanes.store(tensors.out + at, z);
+    else lanes.store(tensors.out + at, act(lanes, z));
+  }
+};
+
+// The sums of dz and of dz * (x - center), and dx; dz is the residual's gradient too. Signs, which then are there, say
+// where the activation's derivative is 1.
+template <typename T, typename Act, bool kSigns>
+struct Gradient {
+  using Element = T;
+  Tensors<T> tensors;
+  Act act;
+
+  bool has_signs() const { return false; }  // to be written
+
+  template <typename Access, typename V>
+  INLINE V dz(const Access& lanes, int64_t at, const Constants<V>& c, const V& difference) const {
+    const V dy = lanes.load(tensors.other + at), z = difference * c.scale + c.bias;
+    if constexpr (std::is_same_v<Act, Identity>) {
+      return dy;
+    } else if constexpr (std::is_same_v<Act, Smooth>) {
+      return act.gradient(lanes, z, dy);
+    } else if constexpr (kSigns) {
+      const int bits = read_bits(tensors.signs, at, lanes.count());
+      return act.gradient(lanes, lanes.not_zero(Lanes<acc_t<T>>::kBits & bits), dy);
+    } else {
+      return act.gradient(lanes, act.rises(lanes, z), dy);
+    }
+  }
+
+  template <typename Access, typename V>
+  INLINE void terms(const Access& lanes, int64_t at, const Constants<V>& c, V& first, V& second) const {
+    const V difference = lanes.load(tensors.x + at) - c.center;
+    first = dz(lanes, at, c, difference);
+    second = first * difference;
+  }
+
+  template <typename Access, typename V>
+  INLINE void write(const Access& lanes, int64_t at, const Constants<V>& c) const {
+    const V difference = lanes.load(tensors.x + at) - c.center;
+    const V gradient = dz(lanes, at, c, difference), affine = difference * c.slope + c.offset;
+    if constexpr (kSigns) lanes.store(tensors.grad_residual + at, gradient);
+    // dx on running statistics does not depend on x, which may be infinite
+    const auto depends = lanes.not_zero(bits_of<mask_t<T>>(c.slope));
+    lanes.store(tensors.out + at, gradient * c.scale + lanes.select(depends, affine, c.offset));
+  }
+};
+
+// ---- Loops over memory. A run is a range of values of one channel; rows have columns, each with its own constants,
+// and lie `stride` elements apart.
 
 constexpr int64_t kStreams = 4;
 
-// Adds the sums of x - center and of its square, or those of dy and of dy * (x - center).
-template <int kTensors, typename T>
-SIMD_CLONES void sum_run(const T* x, const T* dy, int64_t n, acc_t<T> center, double& first_total,
-                         double& second_total) {
-  using V = lanes_t<T>;
-  constexpr int64_t kStep = kLanes<T>;
-  const V centers = V{} + center;
-  V sum[kStreams] = {}, second[kStreams] = {};
-  const int64_t quarter = n / kStreams / kStep * kStep;
-  for (int64_t i = 0; i < quarter; i += kStep)
-#pragma GCC unroll 4
-    for (int stream = 0; stream < kStreams; ++stream) {
-      const int64_t at = i + stream * quarter;
-      add_terms<kTensors>(load_lanes(x + at), load_lanes((kTensors == 1 ? x : dy) + at), centers, sum[stream],
-                          second[stream]);
-    }
-  int64_t i = kStreams * quarter;
-  for (; i + kStep <= n; i += kStep)
-    add_terms<kTensors>(load_lanes(x + i), load_lanes((kTensors == 1 ? x : dy) + i), centers, sum[0], second[0]);
-  acc_t<T> rest = 0, second_rest = 0;
-  for (; i < n; ++i)
-    add_terms<kTensors>(static_cast<acc_t<T>>(x[i]), static_cast<acc_t<T>>((kTensors == 1 ? x : dy)[i]), center, rest,
-                        second_rest);
-  first_total += total<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-  second_total += total<T>((second[0] + second[1]) + (second[2] + second[3])) + second_rest;
+template <typename V, typename A>
+INLINE Constants<V> broadcast(const Constants<A>& c) {
+  return {V{} + c.center, V{} + c.scale, V{} + c.bias, V{} + c.slope, V{} + c.offset};
 }
 
-template <int kTensors, typename T>
-SIMD_CLONES void write_run(const T* x, const T* dy, T* out, int64_t n, const Constants<acc_t<T>>& constants,
-                           bool stream) {
-  using V = lanes_t<T>;
-  const auto [center, slope, offset, scale] = constants;
-  const V centers = V{} + center, slopes = V{} + slope, offsets = V{} + offset, scales = V{} + scale;
-  const T* second = kTensors == 1 ? x : dy;
-  const auto single = [&](int64_t i) __attribute__((always_inline)) {
-    out[i] = static_cast<T>(output<kTensors>(static_cast<acc_t<T>>(x[i]), static_cast<acc_t<T>>(second[i]), center,
-                                             slope, offset, scale));
-  };
-  const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
-    return output<kTensors>(load_lanes(x + i), load_lanes(second + i), centers, slopes, offsets, scales);
-  };
-  int64_t i = 0;
-  if (stream) {
-    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) single(i);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store_lanes<true>(out + i, lanes(i));
+struct SumRun {
+  template <bool kWide, typename Step, typename A, typename T = typename Step::Element>
+  static INLINE void run(const Step& step, int64_t at, int64_t n, const Constants<A>& of_channel, double* first_total,
+                         double* second_total) {
+    using V = lanes_t<T>;
+    const Constants<V> constants = broadcast<V>(of_channel);
+    V first[kStreams] = {}, second[kStreams] = {};
+    const auto add = [&](const auto& lanes, int64_t i, int stream) __attribute__((always_inline)) {
+      V term, product;
+      step.terms(lanes, at + i, constants, term, product);
+      first[stream] += lanes.counted(term), second[stream] += lanes.counted(product);
+    };
+    const Whole<T, kWide> whole(false);
+    const int64_t quarter = n / kStreams / kLanes<T> * kLanes<T>;
+    for (int64_t i = 0; i < quarter; i += kLanes<T>)
+#pragma GCC unroll 4
+      for (int stream = 0; stream < kStreams; ++stream) add(whole, i + stream * quarter, stream);
+    int64_t i = kStreams * quarter;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) add(whole, i, 0);
+    if (i < n) add(Part<T, kWide>(n - i), i, 0);
+    *first_total += total<T>((first[0] + first[1]) + (first[2] + first[3]));
+    *second_total += total<T>((second[0] + second[1]) + (second[2] + second[3]));
   }
-  for (; i + kLanes<T> <= n; i += kLanes<T>) store_lanes(out + i, lanes(i));
-  for (; i < n; ++i) single(i);
-}
+};
 
-// Takes the rows four at a time, strip by strip of columns: strip(address, step, rows, column, width) with `width`
-// lanes, then single columns. The four lie a quarter of all rows apart, so that memory sees four sequential streams.
-template <typename T, typename Strip, typename Single>
-INLINE void for_each_strip(int64_t rows, int64_t stride, int64_t columns, const Strip& strip, const Single& single) {
-  constexpr int64_t kStep = kLanes<T>;
-  const int64_t height = rows / kStreams;
-  const auto walk = [&](int64_t begin, int64_t end, int64_t step, int64_t count) __attribute__((always_inline)) {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t column = 0;
-      for (; column + 2 * kStep <= columns; column += 2 * kStep)
-        strip(row * stride + column, step, count, column, std::integral_constant<int, 2>{});
-      for (; column + kStep <= columns; column += kStep)
-        strip(row * stride + column, step, count, column, std::integral_constant<int, 1>{});
-      for (; column < columns; ++column) single(row * stride + column, step, count, column);
+struct WriteRun {
+  template <bool kWide, typename Step, typename A, typename T = typename Step::Element>
+  static INLINE void run(const Step& step, int64_t at, int64_t n, const Constants<A>& of_channel, bool stream) {
+    using V = lanes_t<T>;
+    const Constants<V> constants = broadcast<V>(of_channel);
+    const int64_t end = at + n;
+    while (at < end) {
+      const int64_t begun = at % kLanes<T>;
+      if (end - at >= kLanes<T> && (begun == 0 || !(stream || step.has_signs()))) {
+        for (; at + kLanes<T> <= end; at += kLanes<T>) step.write(Whole<T, kWide>(stream), at, constants);
+      } else {  // up to where whole units of memory begin
+        const int64_t part = std::min(end - at, kLanes<T> - begun);
+        step.write(Part<T, kWide>(part), at, constants);
+        at += part;
+      }
     }
-  };
-  walk(0, height, height * stride, kStreams);
-  walk(height * kStreams, rows, 0, 1);
+  }
+};
+
+// Takes the rows four at a time, strip by strip of columns: strip(address, step, rows, column, width, lanes) with
+// `width` vectors. The four lie a quarter of all rows apart, so that memory sees four sequential streams.
+template <typename T, bool kWide, typename Strip>
+INLINE void for_each_strip(int64_t at, int64_t rows, int64_t stride, int64_t columns, bool stream, const Strip& strip) {
+  constexpr int64_t kStep = kLanes<T>;
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  const Whole<T, kWide> whole(stream);
+  const int64_t height = rows / kStreams, rest = rows % kStreams, step = height * stride;
+  for (int64_t i = 0; i < height + rest; ++i) {
+    const int64_t count = i < height ? kStreams : 1, row = i < height ? i : i + (kStreams - 1) * height;
+    int64_t first = at + row * stride, column = 0;
+    for (; column + 2 * kStep <= columns; column += 2 * kStep) strip(first + column, step, count, column, kTwo, whole);
+    for (; column + kStep <= columns; column += kStep) strip(first + column, step, count, column, kOne, whole);
+    if (column < columns) strip(first + column, step, count, column, kOne, Part<T, kWide>(columns - column));
+  }
 }
 
-template <int kTensors, typename T>
-SIMD_CLONES void sum_rows(const T* x, const T* dy, int64_t rows, int64_t stride, int64_t columns,
-                          const acc_t<T>* center, acc_t<T>* sum, acc_t<T>* second) {
-  using A = acc_t<T>;
-  using V = lanes_t<T>;
-  for_each_strip<T>(
-      rows, stride, columns,
-      [&](int64_t first, int64_t step, int64_t count, int64_t column, auto width) __attribute__((always_inline)) {
-        constexpr int kWidth = decltype(width)::value;
-        V centers[kWidth], sums[kWidth] = {}, seconds[kWidth] = {};
-#pragma GCC unroll 2
-        for (int v = 0; v < kWidth; ++v) centers[v] = load_lanes(center + column + v * kLanes<T>);
-#pragma GCC unroll 4
-        for (int64_t row = 0; row < count; ++row)
-#pragma GCC unroll 2
-          for (int v = 0; v < kWidth; ++v) {
-            const int64_t at = first + row * step + v * kLanes<T>;
-            add_terms<kTensors>(load_lanes(x + at), load_lanes((kTensors == 1 ? x : dy) + at), centers[v], sums[v],
-                                seconds[v]);
-          }
-#pragma GCC unroll 2
-        for (int v = 0; v < kWidth; ++v) {
-          A *to = sum + column + v * kLanes<T>, *to_second = second + column + v * kLanes<T>;
-          store_lanes(to, load_lanes(to) + sums[v]);
-          store_lanes(to_second, load_lanes(to_second) + seconds[v]);
-        }
-      },
-      [&](int64_t first, int64_t step, int64_t count, int64_t column) __attribute__((always_inline)) {
-        for (int64_t row = 0; row < count; ++row) {
-          const int64_t at = first + row * step;
-          add_terms<kTensors>(static_cast<A>(x[at]), static_cast<A>((kTensors == 1 ? x : dy)[at]), center[column],
-                              sum[column], second[column]);
-        }
-      });
+// One vector of each array of constants, which lie `width` apart.
+template <typename A, typename V = typename Lanes<A>::type>
+INLINE Constants<V> constants_at(const A* from, int64_t width) {
+  return {load_lanes(from), load_lanes(from + width), load_lanes(from + 2 * width), load_lanes(from + 3 * width),
+          load_lanes(from + 4 * width)};
 }
 
-template <int kTensors, typename T>
-SIMD_CLONES void write_rows(const T* x, const T* dy, T* out, int64_t rows, int64_t stride, int64_t columns,
-                            const acc_t<T>* center, const acc_t<T>* slope, const acc_t<T>* offset,
-                            const acc_t<T>* scale, bool stream) {
-  using A = acc_t<T>;
-  using V = lanes_t<T>;
-  for_each_strip<T>(
-      rows, stride, columns,
-      [&](int64_t first, int64_t step, int64_t count, int64_t column, auto width) __attribute__((always_inline)) {
-        constexpr int kWidth = decltype(width)::value;
-        V centers[kWidth], slopes[kWidth], offsets[kWidth], scales[kWidth];
+// Adds to the columns' first sums and, `width` further on, their second ones.
+struct SumRows {
+  template <bool kWide, typename Step, typename A, typename T = typename Step::Element>
+  static INLINE void run(const Step& step, int64_t at, int64_t rows, int64_t stride, int64_t columns,
+                         const A* constants, int64_t width, A* sums) {
+    using V = lanes_t<T>;
+    for_each_strip<T, kWide>(
+        at, rows, stride, columns, false,
+        [&](int64_t first, int64_t distance, int64_t count, int64_t column, auto vectors, const auto& lanes)
+            __attribute__((always_inline)) {
+          constexpr int kVectors = decltype(vectors)::value;
+          Constants<V> c[kVectors];
+          V sum[kVectors] = {}, second[kVectors] = {};
 #pragma GCC unroll 2
-        for (int v = 0; v < kWidth; ++v) {
-          const int64_t at = column + v * kLanes<T>;
-          centers[v] = load_lanes(center + at), slopes[v] = load_lanes(slope + at);
-          offsets[v] = load_lanes(offset + at), scales[v] = load_lanes(scale + at);
-        }
-#pragma GCC unroll 4
-        for (int64_t row = 0; row < count; ++row)
+          for (int v = 0; v < kVectors; ++v) c[v] = constants_at(constants + column + v * kLanes<T>, width);
+          for (int64_t row = 0; row < count; ++row) {
 #pragma GCC unroll 2
-          for (int v = 0; v < kWidth; ++v) {
-            const int64_t at = first + row * step + v * kLanes<T>;
-            const V lanes = output<kTensors>(load_lanes(x + at), load_lanes((kTensors == 1 ? x : dy) + at), centers[v],
-                                             slopes[v], offsets[v], scales[v]);
-            if (stream) store_lanes<true>(out + at, lanes);
-            else store_lanes(out + at, lanes);
+            for (int v = 0; v < kVectors; ++v) {
+              V term, product;
+              step.terms(lanes, first + row * distance + v * kLanes<T>, c[v], term, product);
+              sum[v] += term, second[v] += product;
+            }
           }
-      },
-      [&](int64_t first, int64_t step, int64_t count, int64_t column) __attribute__((always_inline)) {
-        for (int64_t row = 0; row < count; ++row) {
-          const int64_t at = first + row * step;
-          out[at] = static_cast<T>(output<kTensors>(static_cast<A>(x[at]), static_cast<A>((kTensors == 1 ? x : dy)[at]),
-                                                    center[column], slope[column], offset[column], scale[column]));
-        }
-      });
-}
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            A* to = sums + column + v * kLanes<T>;
+            store_lanes(to, load_lanes(to) + lanes.counted(sum[v]));
+            store_lanes(to + width, load_lanes(to + width) + lanes.counted(second[v]));
+          }
+        });
+  }
+};
+
+struct WriteRows {
+  template <bool kWide, typename Step, typename A, typename T = typename Step::Element>
+  static INLINE void run(const Step& step, int64_t at, int64_t rows, int64_t stride, int64_t columns,
+                         const A* constants, int64_t width, bool stream) {
+    for_each_strip<T, kWide>(
+        at, rows, stride, columns, stream,
+        [&](int64_t first, int64_t distance, int64_t count, int64_t column, auto vectors, const auto& lanes)
+            __attribute__((always_inline)) {
+          constexpr int kVectors = decltype(vectors)::value;
+          Constants<lanes_t<T>> c[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) c[v] = constants_at(constants + column + v * kLanes<T>, width);
+          for (int64_t row = 0; row < count; ++row) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) step.write(lanes, first + row * distance + v * kLanes<T>, c[v]);
+          }
+        });
+  }
+};
 
 // Adds the sums of each channel's columns, in as many rows as are given, to its totals.
 template <typename T>
@@ -245,38 +416,71 @@ template <typename T>
 struct Forward {
   using Element = T;
   using A = acc_t<T>;
-  static constexpr int kTensors = 1;
+  static constexpr int kKept = 1;         // tensors that both passes read
+  static constexpr int kDone[] = {0, 3};  // what of the constants the sums give: from the center up to the slope
   const ForwardCall& call;
-  const T* x = static_cast<const T*>(call.input.const_data_ptr());
-  const T* dy = x;  // there is none; only the address is used
-  T* out = static_cast<T*>(call.output.mutable_data_ptr());
-  A* mean = static_cast<A*>(call.mean.mutable_data_ptr());
-  A* invstd = static_cast<A*>(call.invstd.mutable_data_ptr());
+  const Tensors<T> tensors{static_cast<const T*>(call.input.const_data_ptr()),
+                           call.residual ? static_cast<const T*>(call.residual->const_data_ptr()) : nullptr,
+                           static_cast<T*>(call.output.mutable_data_ptr()), nullptr,
+                           call.signs.numel() != 0 ? static_cast<bits_t<T>*>(call.signs.mutable_data_ptr()) : nullptr};
+  const int moved = call.residual ? 3 : 2;  // tensors that a pass reads or writes
+  A* mean = static_cast<A*>(call.statistics.mutable_data_ptr());
+  A* invstd = mean + call.view.channels;
   const ChannelMask mask = call.mask.channels;
 
-  // Near the mean, so that no large squares are summed: the average of a few values.
-  void centers(int64_t first, int64_t last, A* to) const {
+  // Where tasks may share units of bits, these are put together out of zeros.
+  void clear_signs() const {
+    const auto [outer, channels, inner] = call.view;
+    const int64_t words = call.signs.numel(), columns = inner == 1 ? channels : inner;
+    if (words == 0) return;
+    int32_t* end = static_cast<int32_t*>(call.signs.mutable_data_ptr()) + words;
+    std::fill(columns % kLanes<T> == 0 ? end - 1 : end - words, end, 0);
+  }
+
+  // f(what the first pass does), f(what the second one does)
+  template <typename F>
+  void summing(const F& f) const {
+    f(Moments<T>{tensors});
+  }
+  template <typename F>
+  void writing(const F& f) const {
+    with_activation<A>(call.epilogue, call.residual.has_value(), [&](auto act, auto residual) {
+      f(Output<T, decltype(act), residual.value>{tensors, act});
+    });
+  }
+
+  // What the first pass needs, so many of the constants: a center near the mean, so that no large squares are summed.
+  // It is the average of a few values.
+  int begun() const { return 1; }
+  std::vector<Constants<A>> begin(int64_t first, int64_t last) const {
     const auto [outer, channels, inner] = call.view;
     const int64_t n = outer * inner, samples = std::min<int64_t>(n, 16);
     std::vector<double> sums(last - first);
     for (int64_t i = 0; i < samples; ++i) {
       const int64_t at = i * n / samples;
-      add_strided(x + (at / inner * channels + first) * inner + at % inner, inner, last - first, sums.data());
+      add_strided(tensors.x + (at / inner * channels + first) * inner + at % inner, inner, last - first, sums.data());
     }
+    std::vector<Constants<A>> constants(last - first);
     for (int64_t c = 0; c < last - first; ++c)
-      to[c] = std::isfinite(sums[c]) ? static_cast<A>(sums[c] / samples) : A(0);
+      constants[c].center = std::isfinite(sums[c]) ? static_cast<A>(sums[c] / samples) : A(0);
+    return constants;
   }
 
-  Constants<A> constants(double mean, double invstd, int64_t c) const {
-    return {static_cast<A>(mean), static_cast<A>(invstd * load_or(call.weight, c, 1)),
-            static_cast<A>(load_or(call.bias, c, 0)), A(0)};
+  // rounded, as the backward pass will have them
+  A invstd_of(double variance) const { return static_cast<A>(1 / std::sqrt(variance + call.eps)); }
+  Constants<A> constants(A mean, A invstd, int64_t c) const {
+    return {mean, static_cast<A>(static_cast<double>(invstd) * load_or(call.weight, c, 1)),
+            static_cast<A>(load_or(call.bias, c, 0)), A(0), A(0)};
   }
 
-  // Where they do not depend on the sums, a run is written from `source` while it is read for them.
+  // Where they do not depend on the sums, a run is written while it is read for them.
   bool known(int64_t c) const { return !mask(c); }
-  const T* source() const { return x; }
   Constants<A> known_constants(int64_t c) const {
-    return constants(load(call.running.mean, c), 1 / std::sqrt(load(call.running.var, c) + call.eps), c);
+    return constants(static_cast<A>(load(call.running.mean, c)), invstd_of(load(call.running.var, c)), c);
+  }
+  template <typename F>
+  void writing_known(const F& f) const {
+    writing(f);
   }
 
   Constants<A> finish(int64_t c, double sum, double second, A center) const {
@@ -284,13 +488,11 @@ struct Forward {
     const double old_mean = load(call.running.mean, c), old_var = load(call.running.var, c);
     const double shifted = sum / n, batch_mean = center + shifted;
     const double difference = second - shifted * sum, squares = difference < 0 ? 0 : difference;
-    const double used_mean = mask(c) ? batch_mean : old_mean;
-    const double used_invstd = 1 / std::sqrt((mask(c) ? squares / n : old_var) + call.eps);
-    mean[c] = static_cast<A>(used_mean), invstd[c] = static_cast<A>(used_invstd);
+    mean[c] = static_cast<A>(mask(c) ? batch_mean : old_mean), invstd[c] = invstd_of(mask(c) ? squares / n : old_var);
     const double unbiased = squares / std::max<int64_t>(n - 1, 1);
-    store(call.moved.mean, c, moved(old_mean, batch_mean, call.momentum));
-    store(call.moved.var, c, moved(old_var, unbiased, call.momentum));
-    return constants(used_mean, used_invstd, c);
+    store(call.moved.mean, c, talib_fast::moved(old_mean, batch_mean, call.momentum));
+    store(call.moved.var, c, talib_fast::moved(old_var, unbiased, call.momentum));
+    return constants(mean[c], invstd[c], c);
   }
 };
 
@@ -298,31 +500,64 @@ template <typename T>
 struct Backward {
   using Element = T;
   using A = acc_t<T>;
-  static constexpr int kTensors = 2;
+  static constexpr int kKept = 2;
+  static constexpr int kDone[] = {3, 5};
   const BackwardCall& call;
-  const T* x = static_cast<const T*>(call.input.const_data_ptr());
-  const T* dy = static_cast<const T*>(call.grad_output.const_data_ptr());
-  T* out = static_cast<T*>(call.grad_input.mutable_data_ptr());
-  const A* mean = static_cast<const A*>(call.mean.const_data_ptr());
-  const A* invstd = static_cast<const A*>(call.invstd.const_data_ptr());
+  const Tensors<T> tensors{static_cast<const T*>(call.input.const_data_ptr()),
+                           static_cast<const T*>(call.grad_output.const_data_ptr()),
+                           static_cast<T*>(call.grad_input.mutable_data_ptr()),
+                           static_cast<T*>(call.grad_residual.mutable_data_ptr()),
+                           call.signs ? static_cast<bits_t<T>*>(call.signs->mutable_data_ptr()) : nullptr};
+  const int moved = call.signs ? 4 : 3;
+  const A* mean = static_cast<const A*>(call.statistics.const_data_ptr());
+  const A* invstd = mean + call.view.channels;
   A* dweight = static_cast<A*>(call.grad_weight.mutable_data_ptr());
   A* dbias = static_cast<A*>(call.grad_bias.mutable_data_ptr());
   const ChannelMask mask = call.mask.channels;
 
-  void centers(int64_t first, int64_t last, A* to) const { std::copy(mean + first, mean + last, to); }
+  template <typename F>
+  void summing(const F& f) const {
+    with_activation<A>(call.epilogue, call.signs.has_value(), [&](auto act, auto signs) {
+      f(Gradient<T, decltype(act), signs.value>{tensors, act});
+    });
+  }
+  template <typename F>
+  void writing(const F& f) const {
+    summing(f);
+  }
+
+  bool plain() const { return call.epilogue.activation == Activation::kNone; }
+  int begun() const { return plain() ? 2 : 3; }
+  std::vector<Constants<A>> begin(int64_t first, int64_t last) const {
+    std::vector<Constants<A>> constants(last - first);
+    for (int64_t c = first; c < last; ++c) constants[c - first] = without_statistics(c);
+    return constants;
+  }
   double scale(int64_t c) const { return static_cast<double>(invstd[c]) * load_or(call.weight, c, 1); }
+  Constants<A> without_statistics(int64_t c) const {
+    return {mean[c], static_cast<A>(scale(c)), static_cast<A>(load_or(call.bias, c, 0)), A(0), A(0)};
+  }
 
   bool known(int64_t c) const { return !mask(c); }
-  const T* source() const { return dy; }
-  Constants<A> known_constants(int64_t c) const { return {A(0), static_cast<A>(scale(c)), A(0), A(0)}; }
+  Constants<A> known_constants(int64_t c) const {
+    if (plain()) return {A(0), static_cast<A>(scale(c)), A(0), A(0), A(0)};
+    return without_statistics(c);
+  }
+  template <typename F>
+  void writing_known(const F& f) const {  // without an activation dx depends on dy alone
+    if (plain()) return f(Output<T, Identity, false>{{tensors.other, nullptr, tensors.out, nullptr, nullptr}, {}});
+    writing(f);
+  }
 
   Constants<A> finish(int64_t c, double sum, double second, A) const {
-    const double dgamma = second * invstd[c];
+    const double dgamma = second * invstd[c], share = scale(c) / call.view.per_channel();
     dbias[c] = static_cast<A>(sum), dweight[c] = static_cast<A>(dgamma);
-    const double share = mask(c) ? scale(c) / call.view.per_channel() : 0;
-    // a select: statistics that are not used may be infinite
-    const double slope = mask(c) ? -share * dgamma * invstd[c] : 0, offset = mask(c) ? -share * sum : 0;
-    return {mean[c], static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(scale(c))};
+    Constants<A> constants = without_statistics(c);
+    if (mask(c)) {  // statistics that are not used may be infinite
+      constants.slope = static_cast<A>(-share * dgamma * invstd[c]);
+      constants.offset = static_cast<A>(-share * sum);
+    }
+    return constants;
   }
 };
 
@@ -343,8 +578,7 @@ class Runs {
   static int64_t widest(int64_t fitting) { return std::max<int64_t>(fitting, 1); }
 
   Runs(const Op& op, int64_t first, int64_t last, bool stream)
-      : op_(op), first_(first), last_(last), stream_(stream), centers_(last - first), constants_(last - first) {
-    op.centers(first, last, centers_.data());
+      : op_(op), first_(first), last_(last), stream_(stream), begun_(op.begin(first, last)), constants_(last - first) {
     for (int64_t c = first; c < last; ++c)
       if (op.known(c)) constants_[c - first] = op.known_constants(c);
   }
@@ -353,17 +587,20 @@ class Runs {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = first_; c < last_; ++c) {
         const auto [at, n] = piece(row, c);
-        sum_run<Op::kTensors>(op_.x + at, op_.dy + at, n, centers_[c - first_], totals[c - first_],
-                              totals[last_ - first_ + c - first_]);
-        const T* source = op_.source() + at;
-        if (op_.known(c)) write_run<1>(source, source, op_.out + at, n, constants_[c - first_], stream_);
+        op_.summing([&, at = at, n = n](const auto& step) {
+          simd<SumRun>(step, at, n, begun_[c - first_], &totals[c - first_], &totals[last_ - first_ + c - first_]);
+        });
+        if (op_.known(c))
+          op_.writing_known([&, at = at, n = n](const auto& step) {
+            simd<WriteRun>(step, at, n, constants_[c - first_], stream_);
+          });
       }
   }
 
   void finish(int64_t begin, int64_t end, const double* totals) {
     for (int64_t c = begin; c < end; ++c)
       constants_[c - first_] =
-          op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], centers_[c - first_]);
+          op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], begun_[c - first_].center);
   }
 
   void write(int64_t begin, int64_t end) const {
@@ -371,7 +608,9 @@ class Runs {
       for (int64_t c = last_; c-- > first_;) {
         if (op_.known(c)) continue;
         const auto [at, n] = piece(row, c);
-        write_run<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, n, constants_[c - first_], stream_);
+        op_.writing([&, at = at, n = n](const auto& step) {
+          simd<WriteRun>(step, at, n, constants_[c - first_], stream_);
+        });
       }
   }
 
@@ -384,12 +623,10 @@ class Runs {
     const int64_t count = pieces(op_.call.view), begin = row % count * kPiece;
     return {(row / count * channels + c) * inner + begin, std::min(kPiece, inner - begin)};
   }
-
   const Op& op_;
   int64_t first_, last_;
   bool stream_;
-  std::vector<A> centers_;
-  std::vector<Constants<A>> constants_;
+  std::vector<Constants<A>> begun_, constants_;  // of the first pass and of the second one
 };
 
 // Short runs, channels_last among them: a row has `inner` columns a channel. Where rows are narrow and would not fill
@@ -419,25 +656,25 @@ class Rows {
         stream_(stream),
         together_(last - first == op.call.view.channels ? together(op.call.view) : 1),
         row_((last - first) * op.call.view.inner),
-        columns_(together_ * row_),
-        constants_(4 * columns_) {
-    std::vector<A> centers(last - first);
-    op.centers(first, last, centers.data());
-    for (int64_t c = first; c < last; ++c) spread(0, c, centers[c - first]);
-    repeat(0, first, last);
+        width_(ceil_div(together_ * row_, kLanes<T>) * kLanes<T>),
+        constants_(5 * width_) {
+    const std::vector<Constants<A>> constants = op.begin(first, last);
+    for (int64_t c = first; c < last; ++c) spread(0, op.begun(), c, constants[c - first]);
+    repeat(0, op.begun(), first, last);
   }
 
   void sum(int64_t begin, int64_t end, double* totals) const {
     const int64_t most = 256 * together_;  // summed in the accumulation dtype before the sums go into doubles
-    std::vector<A> sums(2 * columns_);
+    std::vector<A> sums(2 * width_);
     for (int64_t row = begin; row < end; row += most) {
       std::fill(sums.begin(), sums.end(), A(0));
       for_each_height(row, std::min(end, row + most), [&](int64_t at, int64_t rows, int64_t count) {
-        sum_rows<Op::kTensors>(op_.x + at, op_.dy + at, rows, count * stride(), count * row_, column(0), sums.data(),
-                               sums.data() + columns_);
+        op_.summing([&](const auto& step) {
+          simd<SumRows>(step, at, rows, count * stride(), count * row_, constants_.data(), width_, sums.data());
+        });
       });
       for (int which = 0; which < 2; ++which)
-        add_columns<T>(sums.data() + which * columns_, together_, last_ - first_, op_.call.view.inner,
+        add_columns<T>(sums.data() + which * width_, together_, last_ - first_, op_.call.view.inner,
                        totals + which * (last_ - first_));
     }
   }
@@ -445,35 +682,40 @@ class Rows {
   void finish(int64_t begin, int64_t end, const double* totals) {
     for (int64_t c = begin; c < end; ++c) {
       const A center = constants_[(c - first_) * op_.call.view.inner];
-      const Constants<A> constants = op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], center);
-      spread(0, c, constants.center), spread(1, c, constants.slope);
-      spread(2, c, constants.offset), spread(3, c, constants.scale);
+      spread(Op::kDone[0], Op::kDone[1], c,
+             op_.finish(c, totals[c - first_], totals[last_ - first_ + c - first_], center));
     }
-    for (int constant = 0; constant < 4; ++constant) repeat(constant, begin, end);
+    repeat(Op::kDone[0], Op::kDone[1], begin, end);
   }
 
   void write(int64_t begin, int64_t end) const {
     for_each_height(begin, end, [&](int64_t at, int64_t rows, int64_t count) {
-      const int64_t step = count * stride();
-      const bool aligned = reinterpret_cast<uint64_t>(op_.out + at) % 64 == 0 && step * sizeof(T) % 64 == 0;
-      write_rows<Op::kTensors>(op_.x + at, op_.dy + at, op_.out + at, rows, step, count * row_, column(0), column(1),
-                               column(2), column(3), stream_ && aligned);
+      const int64_t distance = count * stride();
+      const bool aligned = at * sizeof(T) % 64 == 0 && distance * sizeof(T) % 64 == 0;
+      op_.writing([&](const auto& step) {
+        simd<WriteRows>(step, at, rows, distance, count * row_, constants_.data(), width_, stream_ && aligned);
+      });
     });
   }
 
  private:
   int64_t stride() const { return op_.call.view.channels * op_.call.view.inner; }
   int64_t address(int64_t row) const { return row * stride() + first_ * op_.call.view.inner; }
-  const A* column(int constant) const { return constants_.data() + constant * columns_; }
-  void spread(int constant, int64_t c, A value) {
+  // of constants [from, to)
+  void spread(int from, int to, int64_t c, const Constants<A>& constants) {
     const int64_t inner = op_.call.view.inner;
-    std::fill_n(constants_.begin() + constant * columns_ + (c - first_) * inner, inner, value);
+    const A values[] = {constants.center, constants.scale, constants.bias, constants.slope, constants.offset};
+    for (int which = from; which < to; ++which)
+      std::fill_n(constants_.begin() + which * width_ + (c - first_) * inner, inner, values[which]);
   }
-  // for the copies of channels [begin, end)
-  void repeat(int constant, int64_t begin, int64_t end) {
+  // and for the copies of channels [begin, end)
+  void repeat(int from, int to, int64_t begin, int64_t end) {
     const int64_t inner = op_.call.view.inner;
-    const auto from = constants_.begin() + constant * columns_ + (begin - first_) * inner;
-    for (int64_t copy = 1; copy < together_; ++copy) std::copy_n(from, (end - begin) * inner, from + copy * row_);
+    for (int which = from; which < to; ++which)
+      for (int64_t copy = 1; copy < together_; ++copy) {
+        const auto original = constants_.begin() + which * width_ + (begin - first_) * inner;
+        std::copy_n(original, (end - begin) * inner, original + copy * row_);
+      }
   }
   // f(address, rows, how many are one) for those that go together and for the rest
   template <typename F>
@@ -486,8 +728,8 @@ class Rows {
   const Op& op_;
   int64_t first_, last_;
   bool stream_;
-  int64_t together_, row_, columns_;
-  std::vector<A> constants_;  // [center, slope, offset, scale] x columns
+  int64_t together_, row_, width_;
+  std::vector<A> constants_;  // [center, scale, bias, slope, offset] x columns, which are padded to whole vectors
 };
 
 // A thread takes some channels through both passes where their values stay in its own cache between the two. Where no
@@ -498,20 +740,22 @@ void walk(const Op& op) {
   const ChannelView& view = op.call.view;
   const int64_t rows = Layout<Op>::rows(view), channels = view.channels, elements = view.per_channel() * channels;
   const int64_t threads = torch::stable::get_num_threads();
-  const bool stream = (Op::kTensors + 1) * elements * kSize > kSharedCache;
+  const auto misaligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 != 0; };
+  const bool stream = op.moved * elements * kSize > kSharedCache && !misaligned(op.tensors.out) &&
+                      !misaligned(op.tensors.grad_residual);
 
   const int64_t narrowest = Layout<Op>::narrowest(view);
-  const int64_t widest = Layout<Op>::widest(kOwnCache / (Op::kTensors * view.per_channel() * kSize));
+  const int64_t widest = Layout<Op>::widest(kOwnCache / (Op::kKept * view.per_channel() * kSize));
   // A block that the core's cache does not hold has to be worth it: with few for each thread, the last ones leave many
   // threads idle.
-  const bool fits = Op::kTensors * view.per_channel() * kSize <= kOwnCache;
+  const bool fits = Op::kKept * view.per_channel() * kSize <= kOwnCache;
   const int64_t rounds = ceil_div(channels, threads);
   // Maps in channels_last that stay in the cores' caches are best taken by rows, as other operators' threads took them.
-  const bool resident = view.inner == 1 && Op::kTensors * elements * kSize <= kOwnCache * threads;
+  const bool resident = view.inner == 1 && Op::kKept * elements * kSize <= kOwnCache * threads;
   if (!resident && widest >= narrowest && channels >= threads && (fits || 5 * channels >= 4 * rounds * threads)) {
     int64_t width = std::clamp(ceil_div(channels, kTasks * threads), narrowest, widest);
-    constexpr int64_t kLine = 64 / kSize;
-    if (width > kLine) width -= width % kLine;  // whole cache lines
+    const int64_t lines = 64 / kSize / std::gcd(view.inner, 64 / kSize);  // so many channels are whole cache lines
+    if (width > lines) width -= width % lines;
     for_each_task(ceil_div(channels, width), elements, [&](int64_t task) {
       const int64_t first = task * width, last = std::min(channels, first + width);
       Layout<Op> block(op, first, last, stream);
@@ -553,7 +797,9 @@ template <typename Op>
 void run(const Op& op) {
   constexpr int64_t kLongRun = 512;
   const ChannelView& view = op.call.view;
-  advise_huge_pages(op.out, view.per_channel() * view.channels * sizeof(typename Op::Element));
+  const int64_t bytes = view.per_channel() * view.channels * sizeof(typename Op::Element);
+  advise_huge_pages(op.tensors.out, bytes);
+  if (op.tensors.grad_residual != nullptr && op.moved > 3) advise_huge_pages(op.tensors.grad_residual, bytes);
   if (view.inner >= kLongRun) walk<Runs>(op);
   else walk<Rows>(op);
 }
@@ -562,50 +808,52 @@ void forward(const ForwardCall& call) {
   if (call.batches != nullptr) ++*call.batches;
   dispatch(float_type(call.input), [&](auto zero) {
     const Forward<decltype(zero)> op{call};
+    op.clear_signs();
     if (call.input.numel() != 0) return run(op);
     for (int64_t c = 0; c < call.view.channels; ++c) {
       const double mean = load(call.running.mean, c), var = load(call.running.var, c);
-      op.mean[c] = mean, op.invstd[c] = 1 / std::sqrt(var + call.eps);
+      op.mean[c] = mean, op.invstd[c] = op.invstd_of(var);
       store(call.moved.mean, c, mean), store(call.moved.var, c, var);
     }
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
-                                                      const std::optional<Tensor>& bias, const Tensor& running_mean,
-                                                      const Tensor& running_var, const Tensor& mask, double momentum,
-                                                      double eps, double p,
-                                                      const std::optional<Tensor>& num_batches_tracked) {
+std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
+    const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, int64_t activation,
+    double negative_slope) {
   const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
                                   channel_vector(running_var, input, "running_var")};
-  const ForwardCall call =
-      forward_call(input, weight, bias, running, running, mask, momentum, eps, p, num_batches_tracked);
+  const ForwardCall call = forward_call(input, weight, bias, running, running, mask, momentum, eps, p,
+                                        num_batches_tracked, residual, epilogue(activation, negative_slope));
   forward(call);
-  return {call.output, call.mean, call.invstd};
+  return {call.output, call.statistics, call.signs};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(const Tensor& input,
-                                                                 const std::optional<Tensor>& weight,
-                                                                 const std::optional<Tensor>& bias,
-                                                                 const Tensor& running, const Tensor& mask, double eps,
-                                                                 double p) {
-  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& running,
+    const Tensor& mask, double eps, double p, const std::optional<Tensor>& residual, int64_t activation,
+    double negative_slope) {
+  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p, residual,
+                                              epilogue(activation, negative_slope));
   forward(call.forward);
-  return {call.forward.output, call.forward.mean, call.forward.invstd, call.batch};
+  return {call.forward.output, call.forward.statistics, call.forward.signs, call.batch};
 }
 
-std::tuple<Tensor, Tensor, Tensor> stoch_norm_backward(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& mean, const Tensor& invstd,
-                                                       const std::optional<Tensor>& weight, const Tensor& mask,
-                                                       double p) {
-  const BackwardCall call = backward_call(grad_output, input, mean, invstd, weight, mask, p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
+    const Tensor& mask, double p, const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
+    int64_t activation, double negative_slope) {
+  const BackwardCall call = backward_call(grad_output, input, statistics, weight, mask, p, bias, signs,
+                                          epilogue(activation, negative_slope));
   dispatch(float_type(input), [&](auto zero) {
     const Backward<decltype(zero)> op{call};
     if (input.numel() != 0) return run(op);
     std::fill_n(op.dweight, call.view.channels, 0);
     std::fill_n(op.dbias, call.view.channels, 0);
   });
-  return {call.grad_input, call.grad_weight, call.grad_bias};
+  return {call.grad_input, call.grad_weight, call.grad_bias, call.grad_residual};
 }
 
 }  // namespace

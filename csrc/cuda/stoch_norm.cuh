@@ -5,6 +5,9 @@
 // sliced:   many blocks share a group. They take items off one list, on which the second pass over a group follows
 //           its first one so closely that it reads from the L2 cache. One launch, no sync with the host.
 //
+// What follows the norm, an activation and a residual, is a part of the kernels with kFused, and costs the others
+// nothing.
+//
 // All sums are reduced in an order that depends on shapes and launch parameters only: equal input, equal bits.
 #pragma once
 
@@ -19,6 +22,12 @@ namespace talib_fast::stoch_norm {
 constexpr int kMaxThreads = 512;     // of a block of the resident schedule
 constexpr int kSlicedThreads = 256;  // of the sliced one
 constexpr int kBlocksPerMultiprocessor = 2;  // likewise; of three, with 80 registers a thread, some would spill
+
+template <int V, typename F>
+__device__ __forceinline__ void for_each_lane(const F& f) {
+#pragma unroll
+  for (int lane = 0; lane < V; ++lane) f(lane);
+}
 
 template <typename A>
 __device__ __forceinline__ A load(const ChannelVector& vector, int64_t c) {
@@ -49,10 +58,75 @@ __device__ __forceinline__ void store(const ChannelVector& vector, int64_t c, A 
   }
 }
 
+// An element's sign is this bit of this word. Unsigned, so that they are a mask and a shift.
+__device__ __forceinline__ unsigned sign_bit(int64_t at) { return static_cast<unsigned>(at) % kSignsPerWord; }
+__device__ __forceinline__ uint64_t sign_word(int64_t at) { return static_cast<uint64_t>(at) / kSignsPerWord; }
+
+__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + exp(-z)); }
+__device__ __forceinline__ double sigmoid(double z) { return 1 / (1 + exp(-z)); }
+
+// The distribution function of the standard normal distribution.
+template <typename A>
+__device__ __forceinline__ A normal(A z) {
+  return A(0.5) * (1 + erf(z * A(0.70710678118654752)));
+}
+
+// What is done to norm(x) + residual, z. A switch that is the same for all threads stands outside the loops.
+template <typename A>
+struct Activated {
+  Activation activation;
+  A slope, limit;  // of the piecewise ones: a line below 0, and constant from the limit on (NaN: there is none)
+
+  __device__ __forceinline__ bool derivative_is_one(A z) const { return !(z <= 0) && !(z >= limit); }
+
+  // An infinite one, cut off, is 0.
+  __device__ __forceinline__ A times_slope(A value) const { return slope == 0 ? A(0) : slope * value; }
+
+  template <int V>
+  __device__ __forceinline__ void apply(A (&z)[V]) const {
+    switch (activation) {
+      case Activation::kSilu: return for_each_lane<V>([&](int i) { z[i] *= sigmoid(z[i]); });
+      case Activation::kHardswish:
+        return for_each_lane<V>([&](int i) { z[i] = z[i] * fmin(fmax(z[i] + 3, A(0)), A(6)) * A(1.0 / 6); });
+      case Activation::kGelu: return for_each_lane<V>([&](int i) { z[i] *= normal(z[i]); });
+      default:
+        for_each_lane<V>([&](int i) { z[i] = z[i] < 0 ? times_slope(z[i]) : z[i] > limit ? limit : z[i]; });
+    }
+  }
+
+  // Multiplies dy by the derivative at z.
+  template <int V>
+  __device__ __forceinline__ void differentiate(const A (&z)[V], A (&dy)[V]) const {
+    switch (activation) {
+      case Activation::kSilu:
+        return for_each_lane<V>([&](int i) {
+          const A s = sigmoid(z[i]);
+          dy[i] *= s * (1 + z[i] * (1 - s));
+        });
+      case Activation::kHardswish:
+        return for_each_lane<V>([&](int i) {
+          dy[i] = z[i] <= -3 ? A(0) : z[i] < 3 ? dy[i] * (z[i] * A(1.0 / 3) + A(0.5)) : dy[i];
+        });
+      case Activation::kGelu:
+        return for_each_lane<V>([&](int i) {
+          dy[i] *= normal(z[i]) + z[i] * (A(0.39894228040143268) * exp(A(-0.5) * z[i] * z[i]));
+        });
+      default:
+        for_each_lane<V>([&](int i) { dy[i] = derivative_is_one(z[i]) ? dy[i] : times_slope(dy[i]); });
+    }
+  }
+};
+
 // y = (x - center) * slope + offset        dx = dy * scale + (x - center) * slope + offset
 template <typename A>
 struct Constants {
   A center, slope, offset, scale;
+};
+
+// And z = (x - center) * scale + shift, bit for bit what the forward pass made y of.
+template <typename A>
+struct ActivatedConstants : Constants<A> {
+  A shift;
 };
 
 // Count, mean and sum of squared deviations from it.
@@ -86,15 +160,20 @@ struct Products {
   }
 };
 
-template <typename T>
+template <typename T, bool kIsFused>
 struct Forward {
   using Element = T;
   using A = acc_t<T>;
   using Sums = Moments<A>;
-  static constexpr int kTensors = 1;
+  using K = Constants<A>;
+  static constexpr bool kFused = kIsFused;
+  static constexpr int kTensors = 1;  // that both passes read
+  static constexpr bool kWritesSigns = kFused;
 
-  const T* __restrict__ x;   // [outer, channels, inner]
-  T* __restrict__ out;       // [outer, channels, inner]
+  const T* __restrict__ x;         // [outer, channels, inner]
+  const T* __restrict__ residual;  // [outer, channels, inner]; null: none
+  T* __restrict__ out;             // [outer, channels, inner]
+  unsigned* signs;                 // [elements / 32, rounded up]; null: not to be kept
   A* __restrict__ mean;      // [channels]
   A* __restrict__ invstd;    // [channels]
   ChannelMask mask;
@@ -103,6 +182,7 @@ struct Forward {
   int64_t* __restrict__ batches;  // null: not to be counted
   A momentum, eps;
   int64_t count;  // values per channel
+  Activated<A> activated;
 
   __device__ __forceinline__ Constants<A> constants(A mean, A invstd, int64_t c) const {
     return {mean, invstd * load_or<A>(weight, c, 1), load_or<A>(bias, c, 0), 0};
@@ -136,31 +216,46 @@ struct Forward {
   }
 };
 
-template <typename T>
+template <typename T, bool kIsFused>
 struct Backward {
   using Element = T;
   using A = acc_t<T>;
   using Sums = Products<A>;
+  using K = std::conditional_t<kIsFused, ActivatedConstants<A>, Constants<A>>;
+  static constexpr bool kFused = kIsFused;
   static constexpr int kTensors = 2;
+  static constexpr bool kWritesSigns = false;
 
-  const T* __restrict__ x;        // [outer, channels, inner]
-  const T* __restrict__ dy;       // [outer, channels, inner]
-  T* __restrict__ out;            // [outer, channels, inner]
-  const A* __restrict__ mean;     // [channels]
-  const A* __restrict__ invstd;   // [channels]
+  const T* __restrict__ x;             // [outer, channels, inner]
+  const T* __restrict__ dy;            // [outer, channels, inner]
+  T* __restrict__ out;                 // [outer, channels, inner]
+  const unsigned* __restrict__ signs;  // [elements / 32, rounded up]; null: z is calculated once more
+  T* dz;                               // [outer, channels, inner]; with signs: from the first pass for the second one
+  const A* __restrict__ mean;          // [channels]
+  const A* __restrict__ invstd;        // [channels]
   ChannelMask mask;
-  ChannelVector weight;
+  ChannelVector weight, bias;
   A* __restrict__ dweight;  // [channels]
   A* __restrict__ dbias;    // [channels]
   int64_t count;            // values per channel
+  Activated<A> activated;
 
-  // The constants of a channel on running statistics; its center is wanted for the sums in any case.
-  __device__ __forceinline__ Constants<A> known(int64_t c) const {
-    return {mean[c], 0, 0, invstd[c] * load_or<A>(weight, c, 1)};
+  // Which of the two the second pass reads.
+  __device__ __forceinline__ const T* gradient() const {
+    if constexpr (kFused)
+      if (signs != nullptr) return dz;
+    return dy;
   }
 
-  __device__ __forceinline__ Constants<A> finish(int64_t c, const Sums& sums) const {
-    Constants<A> constants = known(c);
+  // The constants of a channel on running statistics; those of z and its center are wanted in any case.
+  __device__ __forceinline__ K known(int64_t c) const {
+    const Constants<A> constants{mean[c], 0, 0, invstd[c] * load_or<A>(weight, c, 1)};
+    if constexpr (kFused) return {constants, load_or<A>(bias, c, 0)};
+    else return constants;
+  }
+
+  __device__ __forceinline__ K finish(int64_t c, const Sums& sums) const {
+    K constants = known(c);
     const A dgamma = count > 0 ? sums.product * invstd[c] : A(0);  // invstd may be infinite
     dbias[c] = sums.sum, dweight[c] = dgamma;
     if (mask(c) && count > 0) {
@@ -181,6 +276,7 @@ struct Geometry {
   int64_t run;          // elements in a run
   int columns;          // a power of two, at most a warp
   int group_channels;
+  bool whole_words;     // of signs: a word's elements are written by one warp at a time
   // a thread's way from one of its vectors to the next, blockDim.x / columns steps on:
   int64_t jump, jump_in_run;  // elements; vectors within the run
   int64_t wrap;               // elements on top if that leads past the end of the run
@@ -209,19 +305,22 @@ struct Worker {
   using T = typename Op::Element;
   using A = typename Op::A;
   using Sums = typename Op::Sums;
+  using K = typename Op::K;
   static constexpr int kTensors = Op::kTensors;
   static constexpr int kChannels = kRows ? V : 1;  // per vector
   // loads ahead, as many as registers allow: two tensors whose elements have constants of their own take most
-  static constexpr int kUnroll = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2) ? 2 : V == 1 ? 8 : 4;
+  static constexpr bool kFew = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2);
+  static constexpr int kUnroll = kFew ? 2 : Op::kFused ? (V == 1 ? 4 : 3) : (V == 1 ? 8 : 4);
 
   struct Values {
-    Vector<T, V> x, dy;
+    Vector<T, V> x, beside;  // dy, or dz in its place; the residual
+    unsigned signs;
   };
 
   const Op& op;
   const Geometry& g;
-  Sums* sums;              // [warps, group_channels] shared
-  Constants<A>* constants;  // [group_channels] shared
+  Sums* sums;    // [warps, group_channels] shared
+  K* constants;  // [group_channels] shared
   int64_t group;
 
   __device__ __forceinline__ int column() const { return threadIdx.x % g.columns; }
@@ -231,38 +330,46 @@ struct Worker {
   __device__ __forceinline__ bool is_channel(int i) const { return i < g.group_channels && channel(i) < g.channels; }
   __device__ __forceinline__ bool has_column() const { return is_channel(column() * kChannels); }
 
-  __device__ __forceinline__ Values load_values(int64_t at) const {
-    Values values;
-    values.x = load_vector<V>(op.x + at);
-    if constexpr (kTensors == 2) values.dy = load_vector<V>(op.dy + at);
-    return values;
+  __device__ __forceinline__ void load_residual(int64_t at, Values& values) const {
+    if constexpr (Op::kFused)
+      if (op.residual != nullptr) values.beside = load_vector<V>(op.residual + at);
   }
 
-  // Calls take(at, values, step) for the thread's vectors among the steps [begin, end), a few loads ahead.
-  template <typename Take>
-  __device__ __forceinline__ void for_each_vector(int64_t begin, int64_t end, const Take& take) const {
-    if (!has_column()) return;
+  // Calls take(at, values, step, true) for the thread's vectors among the steps [begin, end), a few loads ahead,
+  // with values of load(at, step). Where lanes join their signs, all of a warp take part: those without a vector there
+  // get false, and no values.
+  template <typename Load, typename Take>
+  __device__ __forceinline__ void for_each_vector(int64_t begin, int64_t end, const Load& load,
+                                                  const Take& take) const {
+    if (!Op::kWritesSigns && !has_column()) return;
     const int rows = lane_rows();
+    const int behind = Op::kWritesSigns ? threadIdx.x % kWarp / g.columns : 0;  // the warp's first lane
+    const int64_t own_end = Op::kWritesSigns && !has_column() ? begin : end;
     const int64_t base = kRows ? channel(column() * V) : group * g.run;
     Walk walk(g, base, begin + lane_row(), V);
     int step = 0;
-    for (int64_t i = begin + lane_row(); i < end; i += int64_t(kUnroll) * rows, step += kUnroll) {
+    for (int64_t i = begin + lane_row(); i - behind < end; i += int64_t(kUnroll) * rows, step += kUnroll) {
       int64_t at[kUnroll];
       Values values[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         at[u] = walk.at;
         walk.advance();
-        if (i + u * rows < end) values[u] = load_values(at[u]);
+        if (i + u * rows < own_end) values[u] = load(at[u], step + u);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (i + u * rows < end) take(at[u], values[u], step + u);
+        if (i - behind + u * rows < end) take(at[u], values[u], step + u, i + u * rows < own_end);
     }
   }
 
-  // Whether no channel of the group takes the batch's statistics; if so, they are written in the first pass.
+  // Whether no channel of the group takes the batch's statistics; if so, they are written in the first pass. Of many
+  // channels one nearly always does: the code for it is not worth its registers where they are scarce.
   __device__ __forceinline__ bool is_known() const {
+    if constexpr (kRows && Op::kWritesSigns) {
+      __syncthreads();
+      return false;
+    }
     bool batch = false;
     for (int i = threadIdx.x; is_channel(i); i += blockDim.x) batch |= op.mask(channel(i));
     return !__syncthreads_or(batch);
@@ -273,25 +380,93 @@ struct Worker {
     for (int i = threadIdx.x; is_channel(i); i += blockDim.x) constants[i] = op.known(channel(i));
   }
 
-  __device__ __forceinline__ void write(int64_t at, const Values& values,
-                                        const Constants<A> (&constant)[kChannels]) const {
-    Vector<T, V> result;
-#pragma unroll
-    for (int lane = 0; lane < V; ++lane) {
-      const Constants<A>& k = constant[kRows ? lane : 0];
-      A value = (to_acc(values.x.lane[lane]) - k.center) * k.slope + k.offset;
-      if constexpr (kTensors == 2)  // dx on running statistics does not depend on x, which may be infinite
-        value = to_acc(values.dy.lane[lane]) * k.scale + (k.slope == 0 ? k.offset : value);
-      result.lane[lane] = from_acc<T>(value);
+  // Of the backward pass: dy in the type to calculate in, or dz in its place.
+  __device__ __forceinline__ void gradient(const Values& values, const K (&constant)[kChannels], A (&dz)[V]) const {
+    if constexpr (kTensors == 2)
+      for_each_lane<V>([&](int lane) { dz[lane] = to_acc(values.beside.lane[lane]); });
+    if constexpr (kTensors == 2 && Op::kFused) {
+      if (op.signs != nullptr) return;  // it is dz
+      A z[V];
+      for_each_lane<V>([&](int lane) {
+        const K& k = constant[kRows ? lane : 0];
+        z[lane] = fma(to_acc(values.x.lane[lane]) - k.center, k.scale, k.shift);
+      });
+      op.activated.differentiate(z, dz);
     }
-    store_vector(op.out + at, result);
+  }
+
+  // The first pass makes dz of dy, where signs say how.
+  __device__ __forceinline__ void apply_signs(int64_t at, Values& values) const {
+    for_each_lane<V>([&](int lane) {
+      T& value = values.beside.lane[lane];
+      if (!(values.signs >> lane & 1)) value = from_acc<T>(op.activated.times_slope(to_acc(value)));
+    });
+    store_vector(op.dz + at, values.beside);
+  }
+
+  // Joins the signs of neighbouring lanes to words; the first lane of each stores it. All of the warp have to be here.
+  __device__ __forceinline__ void store_signs(int64_t at, unsigned signs, bool active) const {
+    constexpr int kLanes = kSignsPerWord / V;  // whose signs fill a word
+    const int lane = threadIdx.x % kWarp;
+    unsigned word = active ? signs << sign_bit(at) : 0;
+    const unsigned index = active ? static_cast<unsigned>(sign_word(at)) : ~0u;
+    bool is_first = lane % kLanes == 0;
+    if (!g.whole_words) is_first = __shfl_up_sync(0xffffffffu, index, 1) != index || lane == 0;
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const unsigned others = __shfl_down_sync(0xffffffffu, word, distance);
+      bool same = true;  // the first lane's, which is the only one that stores it
+      if (!g.whole_words) same = __shfl_down_sync(0xffffffffu, index, distance) == index;
+      if (same) word |= others;
+    }
+    if (!active || !is_first) return;
+    if (g.whole_words) op.signs[sign_word(at)] = word;
+    else atomicOr(op.signs + sign_word(at), word);
+  }
+
+  __device__ __forceinline__ void write(int64_t at, const Values& values, const K (&constant)[kChannels],
+                                        bool active) const {
+    A dz[V];
+    gradient(values, constant, dz);
+    write(at, values, dz, constant, active);
+  }
+
+  __device__ __forceinline__ void write(int64_t at, const Values& values, const A (&dz)[V],
+                                        const K (&constant)[kChannels], bool active) const {
+    A value[V];
+    if constexpr (kTensors == 1) {
+      for_each_lane<V>([&](int lane) {
+        const K& k = constant[kRows ? lane : 0];
+        value[lane] = fma(to_acc(values.x.lane[lane]) - k.center, k.slope, k.offset);
+      });
+      if constexpr (Op::kFused) {
+        if (op.residual != nullptr)
+          for_each_lane<V>([&](int lane) { value[lane] += to_acc(values.beside.lane[lane]); });
+        if (op.signs != nullptr) {
+          unsigned signs = 0;
+          for_each_lane<V>([&](int lane) { signs |= unsigned(op.activated.derivative_is_one(value[lane])) << lane; });
+          store_signs(at, signs, active);
+        }
+        op.activated.apply(value);
+      }
+    } else {
+      for_each_lane<V>([&](int lane) {
+        const K& k = constant[kRows ? lane : 0];
+        const A affine = (to_acc(values.x.lane[lane]) - k.center) * k.slope + k.offset;
+        // dx on running statistics does not depend on x, which may be infinite
+        value[lane] = dz[lane] * k.scale + (k.slope == 0 ? k.offset : affine);
+      });
+    }
+    Vector<T, V> result;
+    for_each_lane<V>([&](int lane) { result.lane[lane] = from_acc<T>(value[lane]); });
+    if (active) store_vector(op.out + at, result);
   }
 
   // Those of the thread's channels, from the group's.
-  __device__ __forceinline__ void read_constants(const Constants<A>* from, Constants<A> (&constant)[kChannels]) const {
+  __device__ __forceinline__ void read_constants(const K* from, K (&constant)[kChannels]) const {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k)
-      constant[k] = has_column() ? from[column() * kChannels + k] : Constants<A>{};
+      constant[k] = has_column() ? from[column() * kChannels + k] : K{};
   }
 
   // The first pass over the steps [begin, end): the thread's sums, and the output if it is `known`. What is not
@@ -299,13 +474,21 @@ struct Worker {
   template <typename Keep>
   __device__ __forceinline__ void sum(int64_t begin, int64_t end, bool known, Sums (&result)[kChannels],
                                       const Keep& keep) const {
-    Constants<A> constant[kChannels];
+    K constant[kChannels];
     read_constants(constants, constant);
     A center[kChannels], first[kChannels] = {}, second[kChannels] = {};
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) center[k] = kTensors == 2 ? constant[k].center : A(0);
     int64_t vectors = 0;
-    for_each_vector(begin, end, [&](int64_t at, const Values& values, int step) {
+    const auto load = [&](int64_t at, int) {
+      Values values;
+      values.x = load_vector<V>(op.x + at);
+      if constexpr (kTensors == 2) values.beside = load_vector<V>(op.dy + at);
+      if constexpr (kTensors == 2 && Op::kFused)
+        if (op.signs != nullptr) values.signs = op.signs[sign_word(at)] >> sign_bit(at);
+      return values;
+    };
+    const auto add = [&](const Values& values, const A (&dz)[V]) {
       if constexpr (kTensors == 1) {  // squares are taken of differences to the thread's first value
         if (vectors == 0) {
 #pragma unroll
@@ -313,16 +496,27 @@ struct Worker {
         }
       }
       ++vectors;
-#pragma unroll
-      for (int lane = 0; lane < V; ++lane) {
+      for_each_lane<V>([&](int lane) {
         const int k = kRows ? lane : 0;
         const A difference = to_acc(values.x.lane[lane]) - center[k];
-        const A term = kTensors == 1 ? difference : to_acc((kTensors == 1 ? values.x : values.dy).lane[lane]);
+        const A term = kTensors == 1 ? difference : dz[lane];
         first[k] += term;
         second[k] += term * difference;
+      });
+    };
+    for_each_vector(begin, end, load, [&](int64_t at, Values& values, int step, bool active) {
+      if constexpr (Op::kFused && kTensors == 2)
+        if (op.signs != nullptr) apply_signs(at, values);
+      A dz[V];
+      gradient(values, constant, dz);
+      if (active) add(values, dz);
+      if (!known) {
+        if (active) keep(values, step);
+        return;
       }
-      if (known) write(at, values, constant);
-      else keep(values, step);
+      if constexpr (kTensors == 1)  // a residual not ahead: that would take too many registers
+        if (active) load_residual(at, values);
+      write(at, values, dz, constant, active);
     });
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
@@ -360,13 +554,13 @@ struct Worker {
 template <typename Op>
 __host__ __device__ inline size_t scratch_bytes(int group_channels, int threads) {
   const size_t sums = threads / kWarp * sizeof(typename Op::Sums);
-  return (group_channels * (sizeof(Constants<typename Op::A>) + sums) + 15) / 16 * 16;
+  return (group_channels * (sizeof(typename Op::K) + sums) + 15) / 16 * 16;
 }
 
 template <typename Op, int V, bool kRows>
 __device__ __forceinline__ Worker<Op, V, kRows> make_worker(const Op& op, const Geometry& g, unsigned char* shared) {
   using Sums = typename Op::Sums;
-  using K = Constants<typename Op::A>;
+  using K = typename Op::K;
   K* constants = reinterpret_cast<K*>(shared);
   return {op, g, reinterpret_cast<Sums*>(constants + g.group_channels), constants, 0};
 }
@@ -386,7 +580,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, c
   typename Op::Sums sums[W::kChannels];
   worker.sum(0, g.steps, known, sums, [&](const typename W::Values& values, int step) {
     kept[W::kTensors * step * blockDim.x] = values.x;
-    if constexpr (W::kTensors == 2) kept[(2 * step + 1) * blockDim.x] = values.dy;
+    if constexpr (W::kTensors == 2) kept[(2 * step + 1) * blockDim.x] = values.beside;
   });
   const typename Op::Sums total = worker.reduce(sums);
   if (worker.is_channel(threadIdx.x))
@@ -394,19 +588,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, c
   if (known || !g.steps) return;
   __syncthreads();
 
-  Constants<typename Op::A> constant[W::kChannels];
+  typename Op::K constant[W::kChannels];
   worker.read_constants(worker.constants, constant);
-  if (!worker.has_column()) return;
-  const int rows = worker.lane_rows();
-  Walk walk(g, kRows ? worker.channel(worker.column() * V) : worker.group * g.run, worker.lane_row(), V);
-  int step = 0;
-#pragma unroll 4
-  for (int64_t i = worker.lane_row(); i < g.steps; i += rows, ++step, walk.advance()) {
+  const auto load = [&](int64_t at, int step) {
     typename W::Values values;
     values.x = kept[W::kTensors * step * blockDim.x];
-    if constexpr (W::kTensors == 2) values.dy = kept[(2 * step + 1) * blockDim.x];
-    worker.write(walk.at, values, constant);
-  }
+    if constexpr (W::kTensors == 2) values.beside = kept[(2 * step + 1) * blockDim.x];
+    else worker.load_residual(at, values);
+    return values;
+  };
+  worker.for_each_vector(0, g.steps, load, [&](int64_t at, const typename W::Values& values, int, bool active) {
+    worker.write(at, values, constant, active);
+  });
 }
 
 // The list of items of the sliced schedule: `lag` groups ahead, the first pass over a group and the second pass over
@@ -434,9 +627,9 @@ struct Item {
 template <typename Op>
 struct Workspace {
   unsigned* next_ticket;
-  unsigned* arrived;                      // [groups]: slices summed, plus one when the constants are there
-  typename Op::Sums* sums;                // [groups, slices, group_channels]
-  Constants<typename Op::A>* constants;  // [groups, group_channels]
+  unsigned* arrived;          // [groups]: slices summed, plus one when the constants are there
+  typename Op::Sums* sums;    // [groups, slices, group_channels]
+  typename Op::K* constants;  // [groups, group_channels]
 };
 
 template <typename Op, int V, bool kRows>
@@ -462,7 +655,7 @@ __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
     const int64_t end = begin + g.slice_steps < g.steps ? begin + g.slice_steps : g.steps;
     worker.group = item.group;
     unsigned* arrived = workspace.arrived + item.group;
-    Constants<typename Op::A>* constants = workspace.constants + item.group * g.group_channels;
+    typename Op::K* constants = workspace.constants + item.group * g.group_channels;
     if (item.first_pass) worker.share_known_constants();
     const bool known = worker.is_known();
 
@@ -492,10 +685,17 @@ __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
       if (threadIdx.x == 0)
         while (load_acquire(arrived) <= g.slices) pause();
       __syncthreads();
-      Constants<typename Op::A> constant[W::kChannels];
+      typename Op::K constant[W::kChannels];
       worker.read_constants(constants, constant);
-      worker.for_each_vector(begin, end, [&](int64_t at, const typename W::Values& values, int) {
-        worker.write(at, values, constant);
+      const auto load = [&](int64_t at, int) {
+        typename W::Values values;
+        values.x = load_vector<V>(op.x + at);
+        if constexpr (W::kTensors == 2) values.beside = load_vector<V>(op.gradient() + at);
+        else worker.load_residual(at, values);
+        return values;
+      };
+      worker.for_each_vector(begin, end, load, [&](int64_t at, const typename W::Values& values, int, bool active) {
+        worker.write(at, values, constant, active);
       });
     }
     __syncthreads();
@@ -542,6 +742,8 @@ Plan choose_plan(const Shape& shape, const Device& device) {
   g.inner_steps = kRows ? 1 : shape.inner / V;
   g.row = shape.channels * shape.inner;
   g.run = shape.inner;
+  g.whole_words = (kRows ? shape.channels : shape.inner) % kSignsPerWord == 0 &&
+                  (!kRows || g.group_channels % kSignsPerWord == 0);
 
   const auto shared_bytes = [&](int threads, bool resident) {
     const int64_t kept = resident ? ceil_div(g.steps * g.columns, threads) * threads * kVectorBytes : 0;
@@ -570,14 +772,16 @@ Plan choose_plan(const Shape& shape, const Device& device) {
   plan.shared_bytes = shared_bytes(plan.threads, false);
   const int64_t blocks = kBlocksPerMultiprocessor * device.multiprocessors;
   // What the blocks read between the two passes over a group has to stay in the cache: `lag` groups, which is one slice
-  // a block and a group more, and as much again as is written meanwhile. A quarter leaves room for both, and for a
-  // cache that replaces what is not the oldest.
+  // a block and a group more, and as much again as is written meanwhile, and as is read of a residual. A quarter leaves
+  // room for all of it, and for a cache that replaces what is not the oldest. Slices are the same whatever follows the
+  // norm, and so are the sums, bit for bit; they end where all threads have had equally many vectors.
   const int64_t slice_bytes = std::min<int64_t>(kMostSliceBytes, device.cache_bytes / 4 / blocks);
-  g.slice_steps = std::max<int64_t>(slice_bytes / (g.columns * kVectorBytes), plan.threads / g.columns);
+  const int64_t rows = plan.threads / g.columns;
+  g.slice_steps = std::max<int64_t>(slice_bytes / (g.columns * kVectorBytes) / rows, 1) * rows;
   g.slices = ceil_div(g.steps, g.slice_steps);
   plan.blocks = static_cast<int>(std::min(blocks, 2 * g.groups * g.slices));
   plan.lag = std::min(g.groups, ceil_div(plan.blocks, g.slices) + 1);
-  plan.workspace_bytes = sizeof(Constants<typename Op::A>) * g.groups * g.group_channels +
+  plan.workspace_bytes = sizeof(typename Op::K) * g.groups * g.group_channels +
                          sizeof(typename Op::Sums) * g.groups * g.slices * g.group_channels +
                          sizeof(unsigned) * (g.groups + 1);
   return plan;
@@ -586,6 +790,12 @@ Plan choose_plan(const Shape& shape, const Device& device) {
 template <typename Op, int V, bool kRows>
 void launch(const Op& op, const Plan& plan, const Device& device, void* memory, cudaStream_t stream) {
   const Geometry& g = plan.geometry;
+  if constexpr (Op::kWritesSigns)
+    if (op.signs != nullptr && !g.whole_words) {
+      const int64_t elements = g.channels * g.steps * (kRows ? 1 : V);
+      check(cudaMemsetAsync(op.signs, 0, sizeof(unsigned) * ceil_div(elements, kSignsPerWord), stream),
+            "cudaMemsetAsync");
+    }
   if (plan.resident) {
     allow_shared_bytes(resident_kernel<Op, V, kRows>, static_cast<int64_t>(plan.shared_bytes), device);
     SIMT_LAUNCH((resident_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op,
@@ -593,7 +803,7 @@ void launch(const Op& op, const Plan& plan, const Device& device, void* memory, 
     return;
   }
   Workspace<Op> workspace;
-  workspace.constants = static_cast<Constants<typename Op::A>*>(memory);
+  workspace.constants = static_cast<typename Op::K*>(memory);
   workspace.sums = reinterpret_cast<typename Op::Sums*>(workspace.constants + g.groups * g.group_channels);
   workspace.next_ticket = reinterpret_cast<unsigned*>(workspace.sums + g.groups * g.slices * g.group_channels);
   workspace.arrived = workspace.next_ticket + 1;
@@ -602,17 +812,21 @@ void launch(const Op& op, const Plan& plan, const Device& device, void* memory, 
               workspace, plan.lag);
 }
 
-// The widest vectors that the shape and the addresses allow; f(integral_constant<V>, bool_constant<kRows>).
+// The widest vectors that the shape and the addresses allow; f(integral_constant<V>, bool_constant<kRows>). In float64,
+// whose exponential functions are long, there are none for what follows the norm.
 template <typename Op, typename F>
 void with_vectors(const Op& op, const Shape& shape, const F& f) {
-  constexpr int kWidest = sizeof(typename Op::Element) == 8 ? 2 : 4;
+  constexpr int kWidest = sizeof(typename Op::Element) < 8 ? 4 : Op::kFused ? 1 : 2;
   const bool rows = shape.inner == 1;
   const int64_t run = rows ? shape.channels : shape.inner;
   const auto fits = [&](int vector) {
-    const uintptr_t bytes = vector * sizeof(typename Op::Element);
-    bool aligned = reinterpret_cast<uintptr_t>(op.x) % bytes == 0 && reinterpret_cast<uintptr_t>(op.out) % bytes == 0;
-    if constexpr (Op::kTensors == 2) aligned = aligned && reinterpret_cast<uintptr_t>(op.dy) % bytes == 0;
-    return aligned && run % vector == 0;
+    const auto aligned = [&](const void* pointer) {
+      return reinterpret_cast<uintptr_t>(pointer) % (vector * sizeof(typename Op::Element)) == 0;
+    };
+    bool others;
+    if constexpr (Op::kTensors == 1) others = aligned(op.residual);
+    else others = aligned(op.dy) && aligned(op.dz);
+    return run % vector == 0 && aligned(op.x) && aligned(op.out) && others;
   };
   const auto call = [&](auto vector) { rows ? f(vector, std::true_type{}) : f(vector, std::false_type{}); };
   if (fits(kWidest)) return call(std::integral_constant<int, kWidest>{});

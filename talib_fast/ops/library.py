@@ -1,13 +1,16 @@
 """The ``talib_fast`` operator library: how an operation is defined, and which backend serves it where."""
 
+import inspect
 import os
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..torch_private import (
     function_transforms,
@@ -47,6 +50,16 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def argument_names(function: type[Function]) -> Any:
+    """A named tuple of what ``forward`` takes, None where nothing is given.
+
+    By it the inputs of ``setup_context``, the dimensions of ``vmap`` and the gradients that ``backward`` returns have
+    names, which PyTorch hands over and expects by position.
+    """
+    names = tuple(inspect.signature(function.forward).parameters)
+    return namedtuple("Arguments", names, defaults=[None] * len(names))
+
+
 def needs_pytorch_formula() -> bool:
     """Whether PyTorch's own operators have to serve: autograd functions do not, or an operator would run twice.
 
@@ -59,7 +72,7 @@ def needs_pytorch_formula() -> bool:
     return in_forward_mode() or torch.jit.is_tracing() or not _UNSERVED.isdisjoint(function_transforms())
 
 
-def compiles_without_gradient(*inputs: torch.Tensor) -> bool:
+def compiles_without_gradient(*inputs: Tensor) -> bool:
     """Whether this is being compiled where nothing asks for a gradient.
 
     An autograd function whose ``forward`` takes any number of tensors can't be called there: torch.compile would hand
@@ -70,12 +83,12 @@ def compiles_without_gradient(*inputs: torch.Tensor) -> bool:
     )
 
 
-def is_empty(tensor: torch.Tensor) -> bool:
+def is_empty(tensor: Tensor) -> bool:
     """Whether a tensor has no elements; ``torch.jit.trace``, which can't follow an answer, is told that it has some."""
     return not torch.jit.is_tracing() and tensor.numel() == 0
 
 
-def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that sums over ``tensor`` are taken in: float64 for float64, float32 for shorter floats.
 
     Raises:

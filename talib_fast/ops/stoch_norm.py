@@ -1,14 +1,17 @@
 """Stochastic normalisation: per channel either the batch's statistics or the running ones.
 
-With mask s, batch mean and biased variance (μ, v) and running statistics (m, q) as they were before this step::
+With mask s, batch mean and biased variance (μ, v) and running statistics (m, q) as they were before this step, and if
+wanted a residual u and an activation φ behind the norm::
 
-    r = 1/√(s·v + (1−s)·q + eps)        x̂ = (x − (s·μ + (1−s)·m))·r        y = γ·x̂ + β
+    r = 1/√(s·v + (1−s)·q + eps)        x̂ = (x − (s·μ + (1−s)·m))·r        z = γ·x̂ + β + u        y = φ(z)
 
-    dβ = Σ dy        dγ = Σ dy·x̂        dx = γ·r·(dy − s·(dβ + x̂·dγ)/n)
+    dz = dy·φ'(z) = du        dβ = Σ dz        dγ = Σ dz·x̂        dx = γ·r·(dz − s·(dβ + x̂·dγ)/n)
 
-A channel with s = 0 differentiates through no statistic: its dx needs no reduction.
+A channel with s = 0 differentiates through no statistic: its dx needs no reduction. The backward pass is left x, from
+which it computes z once more; with a residual, which it is not left, a bit for each element says where φ' is 1.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floats, check_number
-from ..torch_private import assign, keep_in_compiled_checkpoints
+from ..torch_private import assign, keep_in_compiled_checkpoints, may_be_in_function_transform
+from .activation import (
+    NAMES,
+    NO_ACTIVATION,
+    Activation,
+    activation_by_arguments,
+    pack_signs,
+    signs_length,
+    unpack_signs,
+)
 from .draw import chosen, draw_op
-from .library import Function, accumulation_dtype, define, is_empty, needs_pytorch_formula
+from .library import Function, accumulation_dtype, argument_names, define, is_empty, needs_pytorch_formula
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -39,27 +51,45 @@ def _batch_statistics(input: Tensor) -> Statistics:
     return mean, variance
 
 
-def _normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _affine(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The normalised input times the weight, plus the bias, in the statistics' dtype."""
     scale = invstd if weight is None else invstd * weight
     output = (input - _per_channel(mean, input)).mul_(_per_channel(scale, input))
     if bias is not None:
         output.add_(_per_channel(bias, input))
-    return output.to(input.dtype)
+    return output
+
+
+def followed(output: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
+    """What a residual and an activation make of a norm's output, which is overwritten, by PyTorch's operators."""
+    return activation(output if residual is None else output.add_(residual))
 
 
 def _gradients(
-    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor,
+    signs: Tensor | None,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, invstd = statistics
     dtype, dims = mean.dtype, _reduced_dims(input)
-    dy = grad_output.to(dtype)
+    dz = grad_output.to(dtype)
+    if signs is not None:
+        dz = activation.gradient(dz, unpack_signs(signs, input))
+    elif activation.name != "none":
+        dz = activation.backward(dz, _affine(input, mean, invstd, weight, bias))
     normalized = (input.to(dtype) - _per_channel(mean, input)) * _per_channel(invstd, input)
-    dbias = dy.sum(dims)
-    dweight = (dy * normalized).sum(dims)
+    dbias = dz.sum(dims)
+    dweight = (dz * normalized).sum(dims)
     n = max(input.numel() // max(input.size(1), 1), 1)
     through_statistics = (_per_channel(dbias, input) + normalized * _per_channel(dweight, input)) / n
     through_statistics = torch.where(_per_channel(mask, input), through_statistics, 0)
     scale = invstd if weight is None else invstd * weight
-    return (dy - through_statistics) * _per_channel(scale, input), dweight, dbias
+    return (dz - through_statistics) * _per_channel(scale, input), dweight, dbias, dz
 
 
 def moved(running: Tensor, batch: Tensor, share: float | Tensor) -> Tensor:
@@ -78,25 +108,45 @@ def _normalized(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running: Sequence[Tensor],
     mask: Tensor,
     eps: float,
     p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    activation: Activation,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Statistics, Statistics]:
     """In PyTorch's operators alone, so that anything can differentiate it.
 
     Returns:
-        The output, the mean and invstd that it was normalised with, and the batch's mean and biased variance.
+        The output, what the activation was given, the mean and invstd that it was normalised with, and the batch's mean
+        and biased variance.
     """
     mask = chosen(mask, p)
-    mean, variance = running_mean.to(accumulation_dtype(input)), running_var.to(accumulation_dtype(input))
+    mean, variance = (statistic.to(accumulation_dtype(input)) for statistic in running)
     if is_empty(input):
-        return torch.empty_like(input), mean.clone(), (variance + eps).rsqrt(), mean.clone(), variance.clone()
+        output = torch.empty_like(input)
+        return output, output, (mean.clone(), (variance + eps).rsqrt()), (mean.clone(), variance.clone())
     batch_mean, batch_variance = _batch_statistics(input)
     mean = torch.where(mask, batch_mean, mean)
     invstd = (torch.where(mask, batch_variance, variance) + eps).rsqrt()
-    return _normalize(input, mean, invstd, weight, bias), mean, invstd, batch_mean, batch_variance
+    z = _affine(input, mean, invstd, weight, bias)
+    if residual is not None:
+        z = z + residual
+    return activation(z).to(input.dtype), z, (mean, invstd), (batch_mean, batch_variance)
+
+
+def _with_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_normalized`, but the running statistics come and the others go as ``[2, C]``, the batch's unbiased."""
+    output, z, statistics, (batch_mean, batch_var) = _normalized(input, weight, bias, running.unbind(), *others)
+    n = input.numel() // max(input.size(1), 1)
+    unbiased = batch_var * (n / max(n - 1, 1)) if n else batch_var
+    return output, z, torch.stack(statistics), torch.stack((batch_mean, unbiased)).detach()
 
 
 def _functional(
@@ -107,13 +157,18 @@ def _functional(
     mask: Tensor,
     eps: float,
     p: float = 1.0,
+    residual: Tensor | None = None,
+    activation: int = 0,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    running_mean, running_var = running.unbind()
-    normalized = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
-    output, mean, invstd, batch_mean, batch_var = normalized
-    n = input.numel() // max(input.size(1), 1)
-    unbiased = batch_var * (n / max(n - 1, 1)) if n else batch_var
-    return output, mean, invstd, torch.stack((batch_mean, unbiased)).detach()
+    function = activation_by_arguments(activation, negative_slope)
+    output, z, statistics, batch = _with_batch(input, weight, bias, running, mask, eps, p, function, residual)
+    signs = input.new_empty(0, dtype=torch.int32)
+    if residual is not None:  # of other strides, it decides those of a sum
+        output, z = torch.empty_like(input).copy_(output), torch.empty_like(input, dtype=z.dtype).copy_(z)
+        if activation:
+            signs = pack_signs(function.passes(z))
+    return output, statistics, signs, batch
 
 
 def _forward(
@@ -127,61 +182,80 @@ def _forward(
     eps: float,
     p: float = 1.0,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: int = 0,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     running = torch.stack((running_mean, running_var))
-    output, mean, invstd, batch = _functional(input, weight, bias, running, mask, eps, p)
+    *results, batch = _functional(input, weight, bias, running, mask, eps, p, residual, activation, negative_slope)
     if input.numel():
         for target, statistic in zip((running_mean, running_var), batch, strict=True):
             target.copy_(moved(target, statistic, momentum))
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-    return output, mean, invstd
+    return tuple(results)  # type: ignore[return-value]
 
 
 def _backward(
     grad_output: Tensor,
     input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     mask: Tensor,
     p: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, chosen(mask, p))
-    return torch.empty_like(input).copy_(dx), dweight, dbias
+    bias: Tensor | None = None,
+    signs: Tensor | None = None,
+    activation: int = 0,
+    negative_slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, invstd = statistics.unbind()
+    function = activation_by_arguments(activation, negative_slope)
+    gradients = _gradients(grad_output, input, (mean, invstd), weight, bias, chosen(mask, p), signs, function)
+    dx, dweight, dbias, dz = gradients
+    dx = torch.empty_like(input).copy_(dx)
+    return dx, dweight, dbias, input.new_empty(0) if signs is None else torch.empty_like(dx).copy_(dz)
 
 
-def _forward_fake(input, weight, bias, running_mean, running_var, mask, momentum, eps, p=1.0, num_batches_tracked=None):
-    mean = input.new_empty(input.size(1), dtype=accumulation_dtype(input))
-    return torch.empty_like(input), mean, torch.empty_like(mean)
+def _forward_fake(
+    input, weight, bias, running_mean, running_var, mask, momentum, eps, p=1.0, num_batches_tracked=None,
+    residual=None, activation=0, negative_slope=0.0,
+):  # fmt: skip
+    statistics = input.new_empty((2, input.size(1)), dtype=accumulation_dtype(input))
+    words = 0 if residual is None or not activation else signs_length(input)
+    return torch.empty_like(input), statistics, input.new_empty(words, dtype=torch.int32)
 
 
-def _functional_fake(input, weight, bias, running, mask, eps, p=1.0):
-    output, mean, invstd = _forward_fake(input, weight, bias, None, None, mask, 0.0, eps)
-    return output, mean, invstd, mean.new_empty((2, mean.size(0)))
+def _functional_fake(input, weight, bias, running, mask, eps, p=1.0, residual=None, activation=0, negative_slope=0.0):
+    results = _forward_fake(input, weight, bias, None, None, mask, 0.0, eps, p, None, residual, activation)
+    return *results, torch.empty_like(results[1])
 
 
-def _backward_fake(grad_output, input, mean, invstd, weight, mask, p=1.0):
-    return torch.empty_like(input), torch.empty_like(mean), torch.empty_like(mean)
+def _backward_fake(
+    grad_output, input, statistics, weight, mask, p=1.0, bias=None, signs=None, activation=0, negative_slope=0.0
+):
+    dx, vector = torch.empty_like(input), statistics.new_empty(input.size(1))
+    return dx, vector, torch.empty_like(vector), input.new_empty(0) if signs is None else torch.empty_like(dx)
 
 
 _forward_op = define(
     "stoch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor mask, float momentum, float eps, float p=1.0, Tensor(c!)? num_batches_tracked=None) "
-    "-> (Tensor output, Tensor mean, Tensor invstd)",
+    "Tensor mask, float momentum, float eps, float p=1.0, Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, "
+    "int activation=0, float negative_slope=0.0) -> (Tensor output, Tensor statistics, Tensor signs)",
     _forward,
     _forward_fake,
 )
 # for compiled code: it changes nothing, so that a backward pass may call it again
 _functional_op = define(
     "stoch_norm_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor running, Tensor mask, float eps, "
-    "float p=1.0) -> (Tensor output, Tensor mean, Tensor invstd, Tensor batch)",
+    "float p=1.0, Tensor? residual=None, int activation=0, float negative_slope=0.0) "
+    "-> (Tensor output, Tensor statistics, Tensor signs, Tensor batch)",
     _functional,
     _functional_fake,
 )
 _backward_op = define(
-    "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor mask, "
-    "float p=1.0) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "stoch_norm_backward(Tensor grad_output, Tensor input, Tensor statistics, Tensor? weight, Tensor mask, "
+    "float p=1.0, Tensor? bias=None, Tensor? signs=None, int activation=0, float negative_slope=0.0) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     _backward,
     _backward_fake,
 )
@@ -192,105 +266,156 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # even a call that changes nothing takes microseconds
 
 
-class _StochNorm(Function):
-    """What the operator in place and the functional one have in common: all but the forward pass."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, weight, bias, mask, eps, p, *_ = inputs
-        _, mean, invstd, *batch = output
-        ctx.save_for_backward(input, weight, mean, invstd, mask)
-        ctx.eps, ctx.p, ctx.operands = eps, p, len(inputs)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, invstd, *batch)
-        ctx.set_materialize_grads(False)  # of the statistics, which have none
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * ctx.operands
-        input, weight, mean, invstd, mask = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
-            batch_mean, batch_variance = _batch_statistics(input)
-            mask = chosen(mask, ctx.p)
-            mean = torch.where(mask, batch_mean, mean)
-            invstd = torch.where(mask, (batch_variance + ctx.eps).rsqrt(), invstd)
-            dx, dweight, dbias = _gradients(grad_output, input, mean, invstd, weight, mask)
-            dx = dx.to(input.dtype)
-        else:
-            dx, dweight, dbias = _backward_op(grad_output, input, mean, invstd, weight, mask, ctx.p)
-        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
-        return (
-            dx if of_input else None,
-            _in_dtype(dweight, weight.dtype) if of_weight else None,
-            _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
-            *[None] * (ctx.operands - 3),
-        )
+def _keep(
+    ctx: Any,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor,
+    constants: tuple[float, float, int, float],
+    results: Sequence[Tensor],
+) -> None:
+    """What the backward pass needs: ``constants`` are p, eps, and the activation as operators take it."""
+    output, statistics, signs, *_ = results
+    activation = constants[2]
+    if not activation:
+        ctx.save_for_backward(input, weight, mask, statistics)
+    elif residual is None:
+        ctx.save_for_backward(input, weight, mask, statistics, bias, None)
+    else:
+        ctx.save_for_backward(input, weight, mask, statistics, None, signs)
+    ctx.constants = constants
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.strides = output.stride() if activation and residual is not None else None
 
 
-def _of_members(function: type[_StochNorm], members: int, in_dims: tuple[int | None, ...], args: Sequence[Any]) -> Any:
-    """``function`` under vmap: members of a mapped dimension are so many more channels.
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight, bias and residual, which come first among a function's arguments."""
+    input, weight, mask, statistics, *of_activation = ctx.saved_tensors
+    bias, signs = of_activation or (None, None)
+    p, eps, *activation = ctx.constants
+    if ctx.strides is not None and input.stride() != ctx.strides:
+        # the signs are in the output's order, and hooks of what autograd saves may have changed that of the input
+        input = torch.empty_strided(input.shape, ctx.strides, dtype=input.dtype, device=input.device).copy_(input)
+    if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
+        batch_mean, batch_variance = _batch_statistics(input)
+        mask = chosen(mask, p)
+        mean = torch.where(mask, batch_mean, statistics[0])
+        invstd = torch.where(mask, (batch_variance + eps).rsqrt(), statistics[1])
+        function = activation_by_arguments(*activation)
+        operands = grad_output, input, (mean, invstd), weight, bias, mask, signs, function
+        dx, dweight, dbias, dresidual = _gradients(*operands)
+        dx, dresidual = dx.to(input.dtype), dresidual.to(input.dtype)
+    else:
+        follows = (bias, signs, *activation) if of_activation else ()  # what is left out takes no time
+        dx, dweight, dbias, dresidual = _backward_op(grad_output, input, statistics, weight, mask, p, *follows)
+    of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    return (
+        dx if of_input else None,
+        _in_dtype(dweight, weight.dtype) if of_weight else None,
+        _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
+        (grad_output if signs is None else dresidual) if of_residual else None,
+    )
 
-    Returns:
-        The results, the dimensions that have the members in them, and the operands as ``function`` got them.
-    """
-    if any(dim is None for arg, dim in zip(args[6:], in_dims[6:], strict=True) if isinstance(arg, Tensor)):
-        raise ValueError("expected running statistics for every member, but they are not mapped over")
 
-    def joined(tensor: Tensor, dim: int | None) -> Tensor:
-        tensor = tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.flatten() if tensor.dim() == 2 else tensor.movedim(0, 1).flatten(1, 2)
+class _InPlace(torch.autograd.Function):
+    """The operator in place, where nothing but autograd looks on: a result more takes some microseconds."""
 
-    operands = [joined(a, d) if isinstance(a, Tensor) else a for a, d in zip(args, in_dims, strict=True)]
-    results = function.apply(*operands)
-    dims = tuple(0 if result.dim() == 1 else 1 for result in results)
-    return tuple(r.unflatten(dim, (members, -1)) for r, dim in zip(results, dims, strict=True)), dims, operands
-
-
-class _InPlace(_StochNorm):
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         mask: Tensor,
-        eps: float,
-        p: float,
+        constants: tuple[float, float, int, float],
         running_mean: Tensor,
         running_var: Tensor,
         momentum: float,
         num_batches_tracked: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(input, weight, bias, running_mean, running_var, mask, momentum, eps, p, num_batches_tracked)
+    ) -> Tensor:
+        p, eps, *activation = constants
+        state = running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
+        follows = (residual, *activation) if activation[0] or residual is not None else ()
+        results = _forward_op(input, weight, bias, *state, *follows)
+        _keep(ctx, input, weight, bias, residual, mask, constants, results)
+        return results[0]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        num_batches_tracked = args[-1]
-        results, dims, operands = _of_members(_InPlace, info.batch_size, in_dims, (*args[:-1], None))
-        for j in (6, 7):  # the running statistics, which flatten may have copied
-            args[j].movedim(in_dims[j], 0).copy_(operands[j].view(info.batch_size, -1))
-        if num_batches_tracked is not None and args[0].numel():  # here, or a counter for all members would not do
-            num_batches_tracked.add_(1)
-        return results, dims
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, grad_output), *[None] * 6
 
 
-class _Functional(_StochNorm):
+class _StochNorm(Function):
+    """The operator in place, or with ``running`` the functional one, with all of their results."""
+
     @staticmethod
     def forward(
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         mask: Tensor,
-        eps: float,
         p: float,
-        running: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _functional_op(input, weight, bias, running, mask, eps, p)
+        eps: float,
+        activation: int,
+        negative_slope: float,
+        running: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | None,
+        num_batches_tracked: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        epilogue = residual, activation, negative_slope
+        if running is not None:
+            return _functional_op(input, weight, bias, running, mask, eps, p, *epilogue)
+        state = running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
+        return _forward_op(input, weight, bias, *state, *epilogue)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        results, dims, _ = _of_members(_Functional, info.batch_size, in_dims, args)
-        return results, dims
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        args = _Arguments(*inputs)
+        constants = args.p, args.eps, args.activation, args.negative_slope
+        _keep(ctx, args.input, args.weight, args.bias, args.residual, args.mask, constants, output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of the statistics, which have none
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        gradients = [None] * 4 if grad_output is None else _differentiate(ctx, grad_output)
+        return *gradients, *[None] * (len(_Arguments._fields) - 4)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Members of a mapped dimension are so many more channels."""
+        args, dims, members = _Arguments(*inputs), _Arguments(*in_dims), info.batch_size
+        statistics = {name: getattr(args, name) for name in ("running", "running_mean", "running_var")}
+        if any(value is not None and getattr(dims, name) is None for name, value in statistics.items()):
+            raise ValueError("expected running statistics for every member, but they are not mapped over")
+
+        def joined(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.expand(members, *value.shape) if dim is None else value.movedim(dim, 0)
+            return value.flatten() if value.dim() == 2 else value.movedim(0, 1).flatten(1, 2)
+
+        counter = args.num_batches_tracked
+        operands = _Arguments(*map(joined, args._replace(num_batches_tracked=None), dims))
+        output, statistics_used, signs, *batch = _StochNorm.apply(*operands)
+        if args.running is None:
+            for name in ("running_mean", "running_var"):  # which flatten may have copied
+                moved_ones = getattr(operands, name).view(members, -1)
+                statistics[name].movedim(getattr(dims, name), 0).copy_(moved_ones)
+            if counter is not None and args.input.numel():  # here, or a counter for all members would not do
+                counter.add_(1)
+        mapped = (output, statistics_used, *batch)
+        output, statistics_used, *batch = (result.unflatten(1, (members, -1)) for result in mapped)
+        return (output, statistics_used, signs, *batch), (1, 1, None, *[1] * len(batch))
+
+
+_Arguments = argument_names(_StochNorm)
 
 
 def check_count(input: Tensor) -> None:
@@ -310,13 +435,19 @@ def stoch_norm(
     bias: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
     """Normalise each channel with the batch's statistics where ``mask`` holds, else with the running statistics.
 
+    Then a residual is added and an activation applied, act(norm(input) + residual), where they are asked for. Beside
+    the input nothing of its size is kept for the backward pass, but with both of them one bit an element.
+
     The running statistics are read as they are before the call and then moved, for every channel, by ``momentum``
     towards the batch's mean and unbiased variance, in place. An input without elements leaves them alone. Statistics
-    are taken in float32 (float64 for float64 input). Differentiable, also twice, in ``input``, ``weight`` and ``bias``.
-    Under :func:`torch.vmap` every member needs running statistics of its own.
+    are taken in float32 (float64 for float64 input). Differentiable, also twice, in ``input``, ``weight``, ``bias`` and
+    ``residual``. Under :func:`torch.vmap` every member needs running statistics of its own.
 
     Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html).
 
@@ -328,16 +459,19 @@ def stoch_norm(
         momentum: share of the batch in the new running statistics, in [0, 1]; of 1 they are the batch's, whatever they
             were.
         eps: added to the variance, finite and at least 0.
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu" (the exact one, by erf).
+        negative_slope: of "leaky_relu", finite.
+        residual: of the input's shape, dtype and device, or None; not with "silu", "hardswish" or "gelu".
 
     Returns:
         The output, of the input's shape and dtype, and the ``(mean, invstd)`` it was normalised with, each ``[C]``.
 
     Raises:
-        TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, or ``momentum`` or ``eps`` is no
-            number.
-        ValueError: a shape or device does not fit, ``momentum`` or ``eps`` is out of range, a channel has only one
-            value, channels share their running statistics' memory, or running statistics are not mapped over where
-            other operands are.
+        TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, the residual has another dtype than
+            the input, ``activation`` is no string, or ``momentum``, ``eps`` or ``negative_slope`` is no number.
+        ValueError: a shape or device does not fit, ``momentum``, ``eps`` or ``negative_slope`` is out of range, the
+            activation is unknown or takes no residual, a channel has only one value, channels share their running
+            statistics' memory, or running statistics are not mapped over where other operands are.
     """
     check_floats(input, "input")
     if input.dim() < 2:
@@ -346,6 +480,9 @@ def stoch_norm(
         raise TypeError(f"expected a bool mask, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
     check_number(momentum, "momentum", 1)
     check_number(eps, "eps", sys.float_info.max)
+    function = _checked_activation(activation, negative_slope)
+    if residual is not None:
+        _check_residual(residual, input, activation, function)
     shape, device = (input.size(1),), input.device
     for name, vector in (
         ("mask", mask),
@@ -368,19 +505,51 @@ def stoch_norm(
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running.size(0) > 1 and running.stride(0) == 0:
             raise ValueError(f"expected memory of its own for every channel of {name}, got a stride of 0")
-        if running.is_neg():  # which PyTorch can't hand to an operator that writes
+        if (
+            not torch.compiler.is_compiling() and running.is_neg()
+        ):  # which PyTorch can't hand to an operator that writes
             raise ValueError(f"expected {name} as it is in memory, got the view of a negation: resolve_neg() it")
     check_count(input)
+    operands = weight, bias
     if needs_pytorch_formula():
-        return stoch_norm_by_formula(input, running_mean, running_var, mask, weight, bias, momentum, eps)
+        state = running_mean, running_var, mask, *operands
+        return stoch_norm_by_formula(input, *state, momentum, eps, 1.0, function, residual)
     if torch.compiler.is_compiling():
         joined = torch.stack((running_mean, running_var))
-        output, mean, invstd, batch = functional_stoch_norm(input, joined, mask, weight, bias, eps)
+        results = functional_stoch_norm(input, joined, mask, *operands, eps, 1.0, function, residual)
+        output, (mean, invstd), batch = results
         if input.numel():
             for target, statistic in zip((running_mean, running_var), batch, strict=True):
                 target.copy_(moved(target, statistic, momentum))
         return output, (mean, invstd)
-    return stoch_norm_in_place(input, running_mean, running_var, mask, weight, bias, momentum, eps)
+    output, (mean, invstd) = _with_statistics(
+        input, *operands, mask, eps, 1.0, function, residual, None, running_mean, running_var, momentum, None
+    )
+    return output, (mean, invstd)
+
+
+def _checked_activation(name: Any, negative_slope: Any) -> Activation:
+    if not isinstance(name, str):
+        raise TypeError(f"expected activation to be a string, got {type(name).__name__}")
+    if name not in NAMES:
+        raise ValueError(f"expected activation to be one of {', '.join(NAMES)}, got {name!r}")
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float)):
+        raise TypeError(f"expected negative_slope to be a number, got {negative_slope!r}")
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"expected negative_slope to be finite, got {negative_slope}")
+    return Activation(name, float(negative_slope))
+
+
+def _check_residual(residual: Any, input: Tensor, name: str, activation: Activation) -> None:
+    check_floats(residual, "residual")
+    if not activation.takes_residual():
+        raise ValueError(f"expected no residual with {name}: only none, relu, relu6 and leaky_relu take one")
+    if residual.shape != input.shape:
+        raise ValueError(f"expected residual of the input's shape {list(input.shape)}, got {list(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"expected residual of the input's dtype {input.dtype}, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"expected residual on the input's device {input.device}, got {residual.device}")
 
 
 def stoch_norm_in_place(
@@ -394,17 +563,19 @@ def stoch_norm_in_place(
     eps: float,
     p: float = 1.0,
     num_batches_tracked: Tensor | None = None,
-) -> tuple[Tensor, Statistics]:
-    """:func:`stoch_norm` for a layer, whose time on small maps is that of Python and of launches.
+    activation: Activation = NO_ACTIVATION,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The output of :func:`stoch_norm` for a layer, whose time on small maps is that of Python and of launches.
 
     A layer knows its vectors, so nothing is checked. ``mask`` may be the float32 numbers that it drew, of which those
     below ``p`` stand for True, whatever their sign, and ``num_batches_tracked``, one int64, is counted up unless the
     input is empty.
     """
-    output, mean, invstd = _InPlace.apply(
-        input, weight, bias, mask, eps, p, running_mean, running_var, momentum, num_batches_tracked
-    )
-    return output, (mean, invstd)
+    state = running_mean, running_var, momentum, num_batches_tracked
+    if may_be_in_function_transform():
+        return _with_statistics(input, weight, bias, mask, eps, p, activation, residual, None, *state)[0]
+    return _InPlace.apply(input, weight, bias, residual, mask, (p, eps, *activation.arguments), *state)
 
 
 def functional_stoch_norm(
@@ -415,7 +586,9 @@ def functional_stoch_norm(
     bias: Tensor | None,
     eps: float,
     p: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    activation: Activation = NO_ACTIVATION,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`stoch_norm_in_place` for compiled code: it changes nothing, so that a backward pass may repeat it.
 
     Args:
@@ -425,9 +598,34 @@ def functional_stoch_norm(
         The output, the mean and invstd it was normalised with, and the batch's mean and unbiased variance, ``[2, C]``.
     """
     if needs_pytorch_formula():
-        output, mean, invstd, batch = _functional(input, weight, bias, running, mask, eps, p)
-        return output, mean.detach(), invstd.detach(), batch
-    return _Functional.apply(input, weight, bias, mask, eps, p, running)
+        operands = input, weight, bias, running, mask, eps, p, activation, residual
+        output, _, statistics, batch = _with_batch(*operands)
+        return output, statistics.detach(), batch
+    state = running, None, None, None, None
+    output, statistics, batch = _with_statistics(input, weight, bias, mask, eps, p, activation, residual, *state)
+    return output, statistics, batch
+
+
+def _with_statistics(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor,
+    eps: float,
+    p: float,
+    activation: Activation,
+    residual: Tensor | None,
+    *state: Any,
+) -> tuple[Tensor, ...]:
+    follows = activation.name != "none" or residual is not None
+    if follows and not torch.compiler.is_compiling() and may_be_in_function_transform():
+        # a mapped input's signs have no order in memory that its members could share
+        output, *others = _with_statistics(input, weight, bias, mask, eps, p, NO_ACTIVATION, None, *state)
+        return activation(output if residual is None else output + residual), *others
+    output, statistics, _, *batch = _StochNorm.apply(
+        input, weight, bias, residual, mask, p, eps, *activation.arguments, *state
+    )
+    return output, statistics, *batch
 
 
 def stoch_norm_by_formula(
@@ -440,14 +638,19 @@ def stoch_norm_by_formula(
     momentum: float,
     eps: float,
     p: float = 1.0,
+    activation: Activation = NO_ACTIVATION,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
     """:func:`stoch_norm_in_place` by PyTorch's operators, where nothing else can be differentiated."""
-    output, mean, invstd, batch_mean, _ = _normalized(input, weight, bias, running_mean, running_var, mask, eps, p)
+    running = running_mean, running_var
+    output, _, (mean, invstd), (batch_mean, _) = _normalized(
+        input, weight, bias, running, mask, eps, p, activation, residual
+    )
     values = input.detach()
     if momentum and torch.jit.is_tracing():  # which drops a batch norm of which nothing but the statistics is used
         unbiased = values.to(mean.dtype).var(_reduced_dims(input))
-        running, batch = [running_mean, running_var], (batch_mean.detach(), unbiased)
-        assign(running, [moved(old, new, momentum) for old, new in zip(running, batch, strict=True)])
+        batch = batch_mean.detach(), unbiased
+        assign([*running], [moved(old, new, momentum) for old, new in zip(running, batch, strict=True)])
     elif momentum and input.numel():
         # Every transform lets a batch norm move its running statistics, and only that where they are not an argument.
         F.batch_norm(values.to(running_mean.dtype), running_mean, running_var, None, None, True, momentum)

@@ -81,10 +81,12 @@ __global__ void collect_from_others(T* __restrict__ slots, unsigned* arrived, T*
   }
 }
 
+constexpr int kDeviceFunctions = 14;  // numbers a thread
+
 static __global__ void device_functions(float* out) {
   const unsigned lane = threadIdx.x % warpSize;
   const float value = static_cast<float>(lane);
-  float* mine = out + threadIdx.x * 12;
+  float* mine = out + threadIdx.x * kDeviceFunctions;
   mine[0] = __shfl_sync(0xffffffffu, value, 3);
   mine[1] = __shfl_down_sync(0xffffffffu, value, 1, 8);
   mine[2] = __shfl_up_sync(0xffffffffu, value, 2);
@@ -94,11 +96,18 @@ static __global__ void device_functions(float* out) {
   mine[5] = rsqrtf(4.0f) + static_cast<float>(rsqrt(16.0));
   mine[6] = fmaxf(sqrtf(9.0f), fminf(fabsf(-2.0f), 5.0f)) + fmaf(2.0f, 3.0f, 4.0f);
   mine[7] = static_cast<float>(min(3, 4) + max(5, 6));
-  mine[8] = __ldg(out + threadIdx.x * 12 + 7);
+  mine[8] = __ldg(mine + 7);
   mine[9] = static_cast<float>(__clz(1) + __ffs(8));
   mine[10] = __expf(0.0f) + __fdividef(6.0f, 3.0f);
   mine[11] = 0.0f;
   atomicAdd(mine + 11, 2.0f);
+  mine[12] = exp(0.0f) + erf(-9.0f) + fma(0x1.000002p0f, 0x1.000002p0f, -0x1.000004p0f);  // rounded once
+  SIMT_SHARED(unsigned, bits, 2);
+  if (lane == 0) bits[threadIdx.x / warpSize] = 0;
+  __syncwarp();
+  atomicOr(bits + threadIdx.x / warpSize, 1u << lane);
+  __syncwarp();
+  mine[13] = static_cast<float>(bits[threadIdx.x / warpSize] == 0xffffffffu);
 }
 
 template <typename T, int V>

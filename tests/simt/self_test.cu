@@ -82,24 +82,15 @@ void test_kernels(bool) {
 }
 
 void test_device_functions(bool) {
-  std::vector<float> out(64 * 12);
+  std::vector<float> out(64 * kDeviceFunctions);
   launch_device_functions(out.data(), kStream);
   for (unsigned thread = 0; thread < 64; ++thread) {
     const unsigned lane = thread % 32;
-    const float expected[12] = {3,
-                                static_cast<float>(lane % 8 == 7 ? lane : lane + 1),
-                                static_cast<float>(lane < 2 ? lane : lane - 2),
-                                5,
-                                1,
-                                0.75,
-                                13,
-                                9,
-                                9,
-                                35,
-                                3,
-                                2};
-    for (unsigned i = 0; i < 12; ++i) {
-      EXPECT(out[thread * 12 + i] == expected[i]);
+    const float expected[kDeviceFunctions] = {
+        3, static_cast<float>(lane % 8 == 7 ? lane : lane + 1), static_cast<float>(lane < 2 ? lane : lane - 2),
+        5, 1, 0.75, 13, 9, 9, 35, 3, 2, 0x1p-46f, 1};
+    for (int i = 0; i < kDeviceFunctions; ++i) {
+      EXPECT(out[thread * kDeviceFunctions + i] == expected[i]);
     }
   }
 }

@@ -16,8 +16,9 @@
 // is ordered by a barrier or an acquire), or what nvcc's optimiser does.
 #pragma once
 
+#include <math.h>  // not <cmath>: exp(float) and the like without std::, as in CUDA
+
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -109,6 +110,11 @@ T update_atomically(T* address, Update update) {
 template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return simt::update_atomically(address, [=](T old) { return static_cast<T>(old + value); });
+}
+
+template <typename T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return simt::update_atomically(address, [=](T old) { return old | value; });
 }
 
 // To ThreadSanitizer all fences are ordered, those of unrelated threads too: prefer runtime.cuh's acquire and release.

@@ -1,0 +1,100 @@
+"""The activations that a stochastic norm takes along: what they compute, and what a backward pass needs of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")  # a kernel knows them by their place
+_BITS = 32
+
+
+class Activation(NamedTuple):
+    """An activation. Those before "silu" are piecewise linear: the derivative is 1 or the slope.
+
+    Attributes:
+        name: one of ``NAMES``; not a number, of which torch.compile would make a variable.
+        negative_slope: of "leaky_relu".
+    """
+
+    name: str = "none"
+    negative_slope: float = 0.0
+
+    @property
+    def arguments(self) -> tuple[int, float]:
+        """What operators take."""
+        return NAMES.index(self.name), self.negative_slope if self.name == "leaky_relu" else 0.0
+
+    @property
+    def slope(self) -> float:
+        """Of the piecewise linear ones, where the derivative is not 1."""
+        return {"none": 1.0, "leaky_relu": self.negative_slope}.get(self.name, 0.0)
+
+    def takes_residual(self) -> bool:
+        """Whether the kernels add a residual before it: of the piecewise linear ones a bit an element is enough."""
+        return self.name in ("none", "relu", "relu6", "leaky_relu")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """By PyTorch's own operator."""
+        if self.name == "none":
+            return z
+        if self.name == "leaky_relu":
+            return F.leaky_relu(z, self.negative_slope)
+        return getattr(F, self.name)(z)
+
+    def passes(self, z: Tensor) -> Tensor:
+        """Where the derivative of a piecewise linear one is 1, bool."""
+        passes = (z <= 0).logical_not_()
+        return passes.logical_and_((z >= 6).logical_not_()) if self.name == "relu6" else passes
+
+    def gradient(self, grad: Tensor, passes: Tensor) -> Tensor:
+        """Of what a piecewise linear one was given. A select: 0 times an infinite gradient is 0."""
+        return torch.where(passes, grad, grad * self.slope if self.slope else 0)
+
+    def backward(self, grad: Tensor, z: Tensor) -> Tensor:
+        """The gradient of ``z``, in operators that can be differentiated any number of times."""
+        if self.takes_residual():
+            return self.gradient(grad, self.passes(z))
+        if self.name == "silu":
+            s = z.sigmoid()
+            return grad * (s * (1 + z * (1 - s)))
+        if self.name == "hardswish":
+            return torch.where(z <= -3, 0, torch.where(z < 3, grad * (z / 3 + 0.5), grad))
+        cumulative, density = 0.5 * (1 + torch.erf(z / math.sqrt(2))), torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return grad * (cumulative + z * density)
+
+
+def activation_by_arguments(place: int, negative_slope: float) -> Activation:
+    """The activation that an operator is given as :attr:`Activation.arguments`."""
+    return Activation(NAMES[place], negative_slope)
+
+
+NO_ACTIVATION = Activation()
+
+
+def _in_memory_order(dense: Tensor) -> Tensor:
+    """A dense tensor's elements as one row, a view."""
+    order = sorted(range(dense.dim()), key=lambda dim: (dense.stride(dim), dense.size(dim)), reverse=True)
+    return dense.permute(order).reshape(-1)
+
+
+def signs_length(tensor: Tensor) -> int:
+    """How many words hold a bit for each element of ``tensor``."""
+    return (tensor.numel() + _BITS - 1) // _BITS
+
+
+def pack_signs(flags: Tensor) -> Tensor:
+    """A dense bool tensor as int32 words: element i, in the order of memory, is bit i % 32 of word i // 32."""
+    row = _in_memory_order(flags)
+    words = F.pad(row, (0, -len(row) % _BITS)).view(-1, _BITS).to(torch.int32)
+    return (words << torch.arange(_BITS, dtype=torch.int32, device=flags.device)).sum(1, dtype=torch.int32)
+
+
+def unpack_signs(signs: Tensor, like: Tensor) -> Tensor:
+    """The flags of :func:`pack_signs`, for a tensor that has the shape and, but for gaps, the strides of ``like``."""
+    bits = (signs[:, None] >> torch.arange(_BITS, dtype=torch.int32, device=signs.device)) & 1
+    flags = torch.empty_like(like, dtype=torch.bool)
+    _in_memory_order(flags).copy_(bits.flatten()[: flags.numel()])
+    return flags
