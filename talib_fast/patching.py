@@ -17,6 +17,7 @@ from torch import nn
 
 from . import finetune
 from .checks import check_module, check_number
+from .finetune.fusion import fuse
 from .finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d
 
 # The methods' modules by the package that holds them: tllib's three, and talib's, as the library was called before.
@@ -30,6 +31,18 @@ _PACKAGES = {
 _METHODS = {f"{package}.{method}": method for package, held in _PACKAGES.items() for method in held}
 _STOCH_NORM_MODULES = [name for name, method in _METHODS.items() if method == "stochnorm"]
 _STOCH_NORMS = {layer.__name__: layer for layer in (StochNorm1d, StochNorm2d, StochNorm3d)}
+
+
+def convert_model(module: nn.Module, p: float) -> nn.Module:
+    """Both in one, for scripts that know one of them: :func:`~talib_fast.finetune.stochnorm.convert_model` and
+    :func:`~talib_fast.finetune.stochnorm.fuse_activations`."""
+    finetune.stochnorm.convert_model(module, p)
+    fuse(module)
+    return module
+
+
+# What the library gets where it is more than what talib_fast has under the same name.
+_MORE = {"stochnorm": {"convert_model": convert_model}}
 
 
 class _Replacement(NamedTuple):
@@ -98,7 +111,7 @@ def _public(method: str) -> dict[str, Any]:
         name: public[name]
         for name in sorted(public)
         if getattr(public[name], "__module__", "").startswith("talib_fast.")
-    }
+    } | _MORE.get(method, {})
 
 
 def _definitions() -> Iterator[list[_Replacement]]:
@@ -202,7 +215,8 @@ def _replace_in(modules: dict[str, ModuleType]) -> None:
                 for name, ours in _public(method).items():
                     original = vars(module).get(name, ours)
                     if original is not ours:
-                        _put(_Replacement(module, name, original, ours, f"talib_fast.finetune.{method}.{name}"))
+                        home = "patching" if name in _MORE.get(method, {}) else f"finetune.{method}"
+                        _put(_Replacement(module, name, original, ours, f"talib_fast.{home}.{name}"))
             _replace_uses()
         except BaseException:
             _restore(since)
@@ -326,6 +340,8 @@ def _patch_model(model: nn.Module) -> dict[str, str]:
             layer._parameters.pop(name, None)  # upstream registers absent statistics as parameters
         layer._buffers.update(buffers)
         vars(layer).update(attributes)
+    if plan:
+        fuse(model)
     if left:
         warnings.warn(f"patch leaves unknown subclasses of StochNorm as they are: {', '.join(left)}", stacklevel=3)
     return {name or "model": f"talib_fast.finetune.stochnorm.{ours.__name__}" for name, _, _, ours, _, _ in plan}
@@ -348,13 +364,15 @@ def patch(
     ``patch()`` changes ``tllib`` and ``talib`` (not TA-Lib, which has the same name), as many as there are: in
     ``tllib.regularization``, ``tllib.normalization``, ``tllib.modules.classifier`` and ``talib.finetune``, whatever
     talib_fast has under the same name in the same module, and what their other modules have imported of it; classes
-    of theirs that derive from a replaced one derive from talib_fast's. What can be imported is imported for that.
+    of theirs that derive from a replaced one derive from talib_fast's. Their ``convert_model`` also calls
+    :func:`~talib_fast.finetune.stochnorm.fuse_activations`. What can be imported is imported for that.
     What can't, as before a script's own ``sys.path.append``, is changed when it is imported, by an import hook which
     stays until :func:`unpatch`; so an empty result of the first call means that nothing is there yet. Nothing else is
     touched. Call it before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's
     classes, and constructing one of those, or of subclasses defined earlier, may then fail.
 
     ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's,
+    lets them take along the activations behind them, as :func:`~talib_fast.finetune.stochnorm.fuse_activations` does,
     and changes nothing else. They stay the objects they are, so that parameters, statistics, ``training``,
     ``requires_grad``, hooks, sharing and a running optimizer stay too; ``num_batches_tracked`` is added. p is what
     upstream's ``convert_model`` was asked for, which it had lost. It also completes the StochNorm layers of a pickled

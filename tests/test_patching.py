@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from upstream_support import ATTRIBUTES, SIGNATURES, STAR_IMPORTED
 
 import talib_fast
-from talib_fast import finetune, patch, unpatch
+from talib_fast import finetune, patch, patching, unpatch
 
 METHODS = ["stochnorm", "delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation", "classifier"]
 REGULARIZATION = METHODS[1:7]
@@ -205,14 +205,26 @@ def test_signatures():
     assert {"patch", "unpatch"} <= set(talib_fast.__all__)
 
 
+def is_fused(sequential):
+    return type(sequential) is not nn.Sequential and repr(sequential).startswith("Sequential(")
+
+
+def ours(method):
+    """What the library gets of ours in the place of one of its modules' names."""
+    home = getattr(finetune, method)
+    more = {"convert_model": patching.convert_model} if method == "stochnorm" else {}
+    return {name: getattr(home, name) for name in home.__all__} | more
+
+
 def test_tllib_is_replaced_module_by_module(tllib):
     replaced = patch()
     for method in METHODS:
-        upstream, ours = module(tllib_name(method)), getattr(finetune, method)
-        shared = [name for name in ours.__all__ if name in vars(upstream)]
-        assert shared and all(getattr(upstream, name) is getattr(ours, name) for name in shared)
+        upstream = vars(module(tllib_name(method)))
+        shared = [name for name in ours(method) if name in upstream]
+        assert shared and all(upstream[name] is ours(method)[name] for name in shared)
         for name in set(shared) - {"torch", "nn"}:
-            assert replaced[f"{tllib_name(method)}.{name}"] == f"talib_fast.finetune.{method}.{name}"
+            home = "patching" if name == "convert_model" else f"finetune.{method}"
+            assert replaced[f"{tllib_name(method)}.{name}"] == f"talib_fast.{home}.{name}"
     regularization = module("tllib.regularization")
     assert regularization.Classifier is finetune.bi_tuning.Classifier
     assert regularization.SPRegularization is finetune.delta.SPRegularization
@@ -225,7 +237,7 @@ def test_talib_and_its_re_exports_are_replaced(talib):
     replaced = patch()
     package = module("talib.finetune")
     assert package.Classifier is finetune.bi_tuning.Classifier
-    assert package.convert_model is finetune.stochnorm.convert_model
+    assert package.convert_model is patching.convert_model
     assert package.lwf.Classifier is finetune.lwf.Classifier
     assert package.co_tuning.Classifier is finetune.co_tuning.Classifier
     assert package.Bituning is package.BiTuning is finetune.bi_tuning.BiTuning
@@ -345,7 +357,7 @@ def test_script_with_a_star_import(tllib, site):
     site.joinpath("upstream_script.py").write_text(
         "from tllib.regularization.delta import *\n"
         "from tllib.normalization.stochnorm import convert_model, StochNorm2d\n"
-        "model = convert_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 0.25)\n"
+        "model = convert_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), 0.25)\n"
         "regularization = SPRegularization(model, model)\n"
         "with torch.no_grad():\n"
         "    model[0].bias += 1\n"
@@ -355,7 +367,7 @@ def test_script_with_a_star_import(tllib, site):
     script = module("upstream_script")
     assert isinstance(script.regularization, finetune.delta.SPRegularization) and script.distance == pytest.approx(2.0)
     assert isinstance(script.model[1], script.StochNorm2d) and script.StochNorm2d is finetune.stochnorm.StochNorm2d
-    assert script.model[1].p == 0.25
+    assert script.model[1].p == 0.25 and is_fused(script.model)
     unpatch()
     assert script.regularization().item() == pytest.approx(2.0)
 
@@ -386,9 +398,10 @@ def test_a_library_that_is_found_later_is_patched_as_it_is_imported(patched_firs
     assert script["SPRegularization"] is finetune.delta.SPRegularization and script["nn"] is nn
     assert script["Classifier"] is finetune.classifier.Classifier
     for method in METHODS:
-        upstream, ours = module(tllib_name(method)), getattr(finetune, method)
-        assert all(getattr(upstream, name) is getattr(ours, name) for name in ours.__all__ if name in vars(upstream))
-        assert upstream.__loader__ is upstream.__spec__.loader and "talib_fast" not in repr(upstream.__loader__)
+        upstream = vars(module(tllib_name(method)))
+        assert all(upstream[name] is value for name, value in ours(method).items() if name in upstream)
+        loader = upstream["__loader__"]
+        assert loader is upstream["__spec__"].loader and "talib_fast" not in repr(loader)
     assert module("tllib.regularization").SPRegularization is finetune.delta.SPRegularization
     assert patch() == {}
 
@@ -486,14 +499,8 @@ def test_threads_import_at_once(patched_first):
         patched = list(pool.map(lambda _: patch(), range(4)))
     assert all(upstream is sys.modules[name] for upstream, name in zip(modules, names, strict=True))
     for method in METHODS:
-        assert (
-            module(tllib_name(method)).__dict__.items()
-            >= {
-                name: value
-                for name, value in vars(getattr(finetune, method)).items()
-                if name in getattr(finetune, method).__all__ and name in vars(module(tllib_name(method)))
-            }.items()
-        )
+        upstream = vars(module(tllib_name(method)))
+        assert all(upstream[name] is value for name, value in ours(method).items() if name in upstream)
     assert not any(patched[1:]) and unpatch() and unpatch() == []
 
 
@@ -652,6 +659,7 @@ def test_model_is_changed_in_place(library, request):
         "6": "talib_fast.finetune.stochnorm.StochNorm1d",
     }
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True)) and model[1] is model[3]
+    assert is_fused(model) and not is_fused(model[4])  # a norm with nothing behind it
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert [layer.training for layer in model.modules()] == training
     assert [layer.p for layer in (model[1], model[4][1], model[6])] == [0.25, 0.5, 0.5]

@@ -123,6 +123,25 @@ def test_stochnorm_replaces_every_batch_norm(data):
     assert [(type(layer), layer.p) for layer in layers] == [(StochNorm2d, 0.25)] * 2
 
 
+def test_stochnorm_lets_the_norms_take_along_the_activations(data, monkeypatch):
+    method, called = prepared("stochnorm", data, 0.25), []
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, input: called.append(self) or F.relu(input))
+    method(data.batch(0))
+    assert not called
+    method.eval().classifier(data.batch(0).images)
+    assert len(called) == 2
+
+
+def test_stochnorm_refuses_a_network_without_batch_norms():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    network = networks.Network("grouped", backbone, None, None, ())
+    with (
+        pytest.warns(UserWarning, match="found no batch norm"),
+        pytest.raises(UserError, match="grouped has no batch norm, whose place stochnorm takes: leave stochnorm out"),
+    ):
+        METHODS["stochnorm"](network, 3, 0.5)
+
+
 def test_co_tuning_relates_classes_to_the_pretrained_ones(data):
     relationship = prepared("co_tuning", data).knowledge["relationship"]
     assert relationship.shape == (3, 7)

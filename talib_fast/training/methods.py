@@ -22,7 +22,9 @@ from ..finetune.delta import (
     SPRegularization,
     channel_attention,
 )
+from ..finetune.fusion import fuse
 from ..finetune.knowledge_distillation import KnowledgeDistillationLoss
+from ..finetune.norms import _StochNorm
 from ..finetune.stochnorm import convert_model
 from . import parallel
 from .common import UserError
@@ -157,6 +159,12 @@ class BSS(Method):
 class StochNorm(Method):
     def build(self, network: Network, num_classes: int) -> Any:
         convert_model(network.backbone, self.trade_off)
+        if not any(isinstance(module, _StochNorm) for module in network.backbone.modules()):
+            raise UserError(
+                f"{network.name} has no batch norm, whose place stochnorm takes: leave stochnorm out or choose another "
+                "--network"
+            )
+        fuse(network.backbone)
         return super().build(network, num_classes)
 
 
