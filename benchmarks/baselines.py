@@ -64,20 +64,20 @@ class _InPyTorch(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        output, mean, invstd = operation_forward(input, weight, bias, running_mean, running_var, mask, momentum, eps)
-        ctx.save_for_backward(input, mean, invstd, weight, mask)
+        state = running_mean, running_var, mask, momentum, eps
+        output, statistics, _ = operation_forward(input, weight, bias, *state)
+        ctx.save_for_backward(input, statistics, weight, mask)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        input, mean, invstd, weight, mask = ctx.saved_tensors
-        return *operation_backward(grad_output, input, mean, invstd, weight, mask), *[None] * 5
+        return *operation_backward(grad_output, *ctx.saved_tensors)[:3], *[None] * 5
 
 
 class PyTorchStochNorm2d(StochNorm2d):
     """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
 
-    def _forward_training(self, input: Tensor) -> Tensor:
+    def _forward_training(self, input: Tensor, *followed_by: Any) -> Tensor:
         drawn, (mean, variance), _ = self._draw(input)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -6,17 +6,21 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 
 ``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
 
-The networks are ResNet-50 at 224 pixels and, on a CPU, the main job's MobileNetV2 at 64, with random weights. A
-method's step is the main job's; upstream's is the same with its parts composed as the Transfer-Learning-Library does.
-Peak memory is what a step takes beyond weights, gradients and optimizer state.
+The networks are torchvision's ResNet-50 at 224 pixels and, on a CPU, at 128 pixels the main job's MobileNetV2 and
+timm's EfficientNet-B0, with random weights, in channels_last unless other layouts are asked for. All methods train in
+float32, those with StochNorm in bfloat16 too, EfficientNet with StochNorm alone. A method's step is the main job's;
+upstream's is the same with its parts composed as the Transfer-Learning-Library does. ``--compile`` adds plain
+fine-tuning compiled by inductor. Peak memory is what a step takes beyond weights, gradients and optimizer state; kept
+is what autograd saves between the passes, but for parameters, buffers and images.
 """
 
 import argparse
 import copy
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,13 @@ import command
 import harness
 import report
 import torch
-from command import DTYPES, QUICK_BATCH, QUICK_ROUNDS
+from command import BOTH_DTYPES, DTYPES, QUICK_BATCH, QUICK_ROUNDS
 from harness import Candidate, Feed
 from report import LOOKS, Case, Goal, Spread, error_bars, progress, speedup
-from resnet import ResNet50
 from torch import Tensor, nn
 
 from talib_fast.finetune.bi_tuning import BiTuning
-from talib_fast.finetune.stochnorm import convert_model
+from talib_fast.finetune.stochnorm import convert_model, fuse_activations
 from talib_fast.training import networks
 from talib_fast.training.data import Batch
 from talib_fast.training.memory import PeakMemory, release_memory
@@ -42,23 +45,30 @@ from talib_fast.training.options import RECIPES
 from talib_fast.training.trainer import MOMENTUM
 
 OPERATION = "step"
-PLAIN, OURS, UPSTREAM = "plain", "talib_fast", "upstream"
-BOTH = "stochnorm + bss"
+PLAIN, OURS, UPSTREAM, COMPILED = "plain", "talib_fast", "upstream", "plain compiled"
+STOCHNORM, BOTH = "stochnorm", "stochnorm + bss"
+WITH_STOCHNORM = (STOCHNORM, BOTH)
 WAYS = (*(name for name in METHODS if name != PLAIN), BOTH)  # what is compared with plain fine-tuning
 SAMPLES = 256  # images whose source logits LWF remembers
 LR = 0.01
 
 
+BATCH = {"cpu": 16, "cuda": 48}
+MANY, FEW = {"cpu": 9, "cuda": 15}, {"cpu": 5, "cuda": 15}  # rounds
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What a network is trained on."""
+    """What a network is trained on, and how, and what is aimed at."""
 
     build: Callable[[], Network]
     size: int
-    batch: Mapping[str, int]
     classes: int
-    keys: int  # in Bi-Tuning's queue, of each class
     rounds: Mapping[str, int]
+    keys: int = 0  # in Bi-Tuning's queue, of each class
+    ways: Sequence[str] = WAYS
+    time: Mapping[str, float] = field(default_factory=dict)  # at most, of a step with StochNorm over plain's, by dtype
+    kept: float | None = None  # at most, likewise of what is kept for the backward pass
 
 
 def mobilenet_v2() -> Network:
@@ -66,12 +76,25 @@ def mobilenet_v2() -> Network:
     return Network("mobilenet_v2", backbone, nn.Linear(backbone.out_features, 1000), None, MOBILENET_DELTA_LAYERS)
 
 
+def of_library(library: str, name: str) -> Network:
+    """A network with random weights."""
+    model = networks.LIBRARIES[library](networks.import_library(library), name, False)
+    return networks.cut(name, model, image_size=64)
+
+
 WORKLOADS = {
-    "mobilenet_v2": Workload(mobilenet_v2, 64, {"cpu": 24, "cuda": 24}, 10, 8, {"cpu": 31, "cuda": 31}),
-    "resnet50": Workload(
-        lambda: networks.cut("resnet50", ResNet50(), 64), 224, {"cpu": 16, "cuda": 48}, 200, 40, {"cpu": 5, "cuda": 15}
+    "mobilenet_v2": Workload(
+        mobilenet_v2, size=128, classes=10, rounds=MANY, keys=8, time={"float32": 0.8, "bfloat16": 0.8}, kept=0.75
     ),
-}
+    "efficientnet_b0": Workload(
+        functools.partial(of_library, "timm", "efficientnet_b0"), size=128, classes=10, rounds=MANY,
+        ways=WITH_STOCHNORM, time={"float32": 0.85, "bfloat16": 0.85}, kept=0.78,
+    ),
+    "resnet50": Workload(
+        functools.partial(of_library, "torchvision", "resnet50"), size=224, classes=200, rounds=FEW, keys=40,
+        time={"float32": 0.95, "bfloat16": 0.88},
+    ),
+}  # fmt: skip
 FULL_NETWORKS = {"cpu": tuple(WORKLOADS), "cuda": ("resnet50",)}
 QUICK_NETWORKS = {"cpu": ("mobilenet_v2",), "cuda": ("resnet50",)}
 
@@ -87,6 +110,7 @@ class Setting:
     device: str
     batch: int
     rounds: int
+    compiled: bool = False
 
     @property
     def label(self) -> str:
@@ -102,9 +126,9 @@ def method_of(setting: Setting, way: str, upstream: bool) -> Method:
     work = setting.workload
     network = work.build()
     torch.manual_seed(0)
-    if way in ("stochnorm", BOTH):
-        convert(network.backbone, RECIPES["stochnorm"].trade_off, upstream)
-        way = PLAIN if way == "stochnorm" else "bss"
+    if way in WITH_STOCHNORM:
+        convert(network.backbone, RECIPES[STOCHNORM].trade_off, upstream)
+        way = PLAIN if way == STOCHNORM else "bss"
     method = METHODS[way](network, work.classes, RECIPES[way].trade_off)
     knowledge: dict[str, Tensor] = {}
     if way == "bi_tuning":
@@ -129,14 +153,16 @@ def method_of(setting: Setting, way: str, upstream: bool) -> Method:
 
 
 def convert(backbone: nn.Module, p: float, upstream: bool) -> None:
-    """Turn every BatchNorm into ours, or into upstream's composition."""
+    """Turn every BatchNorm into ours, with what follows it, or into upstream's composition."""
     if not upstream:
-        convert_model(backbone, p)
+        fuse_activations(convert_model(backbone, p))
         return
     for module in list(backbone.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                setattr(module, name, baselines.UpstreamComposition(child.num_features, p))
+            if isinstance(child, nn.BatchNorm2d):
+                composed = baselines.UpstreamComposition(child.num_features, p, eps=child.eps, momentum=child.momentum)
+                act = getattr(child, "act", None)  # timm's norms have it in them
+                setattr(module, name, composed if act is None else nn.Sequential(composed, act))
 
 
 class Composed(nn.Module):
@@ -171,33 +197,46 @@ def compose_as_upstream(method: Any, way: str) -> None:
         method.head_norm = Composed(baselines.upstream_l2, list(method.classifier.head.parameters()))
 
 
-def step_of(setting: Setting, way: str, upstream: bool = False) -> Callable[..., Tensor]:
-    """A training step on a batch, which returns the loss."""
-    method = method_of(setting, way, upstream)
-    recipe = RECIPES["bss" if way == BOTH else way]
-    optimizer = torch.optim.SGD(
-        method.classifier.get_parameters(LR), momentum=MOMENTUM, nesterov=True, weight_decay=recipe.weight_decay
-    )
-    autocast = torch.autocast(setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "float32")
+class Step:
+    """A training step on a batch; called, it returns the loss."""
 
-    def step(labels: Tensor, indices: Tensor, *views: Tensor) -> Tensor:
-        with autocast:
-            loss, _ = method(Batch(views[: method.views], labels, indices))
-        optimizer.zero_grad()
+    def __init__(self, setting: Setting, way: str, upstream: bool = False, compiled: bool = False) -> None:
+        self.method = method_of(setting, way, upstream)
+        if compiled:
+            self.method.classifier.backbone.compile(dynamic=False)
+        recipe = RECIPES["bss" if way == BOTH else way]
+        self.optimizer = torch.optim.SGD(
+            self.method.classifier.get_parameters(LR),
+            momentum=MOMENTUM,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+        self.autocast = torch.autocast(setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "float32")
+
+    def __call__(self, labels: Tensor, indices: Tensor, *views: Tensor) -> Tensor:
+        with self.autocast:
+            loss, _ = self.method(Batch(views[: self.method.views], labels, indices))
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         return loss.detach()
 
-    return step
+    def kept_bytes(self, arguments: Sequence[Tensor]) -> int:
+        """What autograd keeps for the backward pass, but for parameters, buffers and the batch."""
+        given = (*self.method.parameters(), *self.method.buffers(), *arguments)
+        return harness.kept_bytes(lambda: self(*arguments), given)
 
 
-def sides(setting: Setting) -> dict[str, Callable[[], Callable[..., Tensor]]]:
+def sides(setting: Setting) -> dict[str, Callable[[], Step]]:
     """How to make each candidate's step, ours first."""
-    return {
-        OURS: lambda: step_of(setting, setting.way),
-        PLAIN: lambda: step_of(setting, PLAIN),
-        UPSTREAM: lambda: step_of(setting, setting.way, upstream=True),
+    found = {
+        OURS: lambda: Step(setting, setting.way),
+        PLAIN: lambda: Step(setting, PLAIN),
+        UPSTREAM: lambda: Step(setting, setting.way, upstream=True),
     }
+    if setting.compiled:
+        found[COMPILED] = lambda: Step(setting, PLAIN, compiled=True)
+    return found
 
 
 def feed_of(setting: Setting) -> Feed:
@@ -214,12 +253,16 @@ def feed_of(setting: Setting) -> Feed:
 
 
 def timed(setting: Setting) -> Case:
-    """The raw samples of one setting; a sample's ``forward`` is a whole step."""
-    candidates = [Candidate(name, make()) for name, make in sides(setting).items()]
-    samples, _ = harness.interleaved(torch.device(setting.device), candidates, [feed_of(setting)], setting.rounds)
+    """The raw samples of one setting, whose ``forward`` is a whole step, and what is kept for its backward pass."""
+    feed = feed_of(setting)
+    steps = {name: make() for name, make in sides(setting).items()}
+    kept = {name: step.kept_bytes(feed.arguments) for name, step in steps.items() if name != COMPILED}
+    candidates = [Candidate(name, step) for name, step in steps.items()]
+    samples, _ = harness.interleaved(torch.device(setting.device), candidates, [feed], setting.rounds)
     return {
         "label": setting.label,
         **{name: getattr(setting, name) for name in ("network", "way", "layout", "dtype", "batch")},
+        "kept_bytes": kept,
         "samples": samples,
     }
 
@@ -228,7 +271,7 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
     """By how much a step raises memory at its peak, when weights and optimizer state are there."""
     device, arguments = torch.device(setting.device), feed_of(setting).arguments
     peaks = {}
-    for name, make in sides(setting).items():
+    for name, make in sides(replace(setting, compiled=False)).items():
         step = make()
         step(*arguments)  # makes gradients and optimizer state
         gc.collect()
@@ -246,33 +289,57 @@ def over_plain(case: Case, candidate: str) -> Spread:
     return speedup(case, candidate, PLAIN, "forward")
 
 
+def kept_over_plain(case: Case, candidate: str) -> float:
+    """How many times as much as plain fine-tuning a candidate keeps for its backward pass."""
+    return case["kept_bytes"][candidate] / case["kept_bytes"][PLAIN]
+
+
+def others(results: dict[str, Any]) -> list[str]:
+    """What ours is measured against beside plain fine-tuning."""
+    return [name for name in (UPSTREAM, COMPILED) if any(name in case["samples"] for case in results["cases"])]
+
+
+def place(case: Case) -> str:
+    return f"{case['label']}, {case['layout']}, {case['dtype']}"
+
+
 def goals(results: dict[str, Any]) -> list[Goal]:
     """What is to be reached, with the figures that decide it."""
-    device = results["settings"]["device"]
-
-    def figures(*ways: str) -> dict[str, float]:
-        return {
-            f"{case['label']}, {case['layout']}, {case['dtype']}": over_plain(case, OURS).median
-            for case in results["cases"]
-            if case["way"] in ways
-        }
-
-    if device == "cuda":
-        return [Goal("StochNorm + BSS at most 1.02× plain fine-tuning", 1.02, figures(BOTH), at_most=True)]
-    return [Goal("StochNorm faster than BatchNorm, below 1×", 1.0, figures("stochnorm"), at_most=True)]
+    cases = results["cases"]
+    if results["settings"]["device"] == "cuda":
+        figures = {place(case): over_plain(case, OURS).median for case in cases if case["way"] == BOTH}
+        return [Goal("StochNorm + BSS at most 1.02× plain fine-tuning", 1.02, figures, at_most=True)]
+    stochastic = [case for case in cases if case["way"] == STOCHNORM]
+    found = []
+    for network, work in WORKLOADS.items():
+        own = [case for case in stochastic if case["network"] == network and case["layout"] == "channels_last"]
+        for dtype, most in work.time.items():
+            figures = {place(case): over_plain(case, OURS).median for case in own if case["dtype"] == dtype}
+            text = f"StochNorm's step at most {most:g}× plain's: {network}, channels_last, {dtype}"
+            found.append(Goal(text, most, figures, at_most=True))
+        if work.kept is not None:
+            figures = {place(case): kept_over_plain(case, OURS) for case in own}
+            text = f"StochNorm keeps at most {work.kept:g}× as much for the backward pass: {network}"
+            found.append(Goal(text, work.kept, figures, at_most=True))
+    figures = {place(case): over_plain(case, OURS).median for case in stochastic}
+    return [*found, Goal("StochNorm faster than BatchNorm, below 1×", 1.0, figures, at_most=True)]
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """A row per method, layout and precision."""
-    header = ["step", "layout", "dtype", f"time / {PLAIN}", f"{UPSTREAM} / talib_fast", f"memory / {PLAIN}"]
-    lines = [[*header, f"{UPSTREAM}'s memory / {PLAIN}"]]
+    against = others(results)
+    header = ["step", "layout", "dtype", f"time / {PLAIN}", *(f"{name} / talib_fast" for name in against)]
+    for what in ("peak", "kept"):
+        header += [f"{what} / {PLAIN}", f"{UPSTREAM}'s {what} / {PLAIN}"]
+    lines = [header]
     for case in results["cases"]:
         peaks = case["peak_bytes"]
+        speeds = (str(speedup(case, name, OURS, "forward")) if name in case["samples"] else "-" for name in against)
         lines.append(
             [
-                *(case["label"], case["layout"], case["dtype"]),
-                *(str(over_plain(case, OURS)), str(speedup(case, UPSTREAM, OURS, "forward"))),
+                *(case["label"], case["layout"], case["dtype"], str(over_plain(case, OURS)), *speeds),
                 *(f"{peaks[name] / peaks[PLAIN]:.2f}" for name in (OURS, UPSTREAM)),
+                *(f"{kept_over_plain(case, name):.2f}" for name in (OURS, UPSTREAM)),
             ]
         )
     return lines
@@ -280,32 +347,34 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 CAPTION = (
     "A step is forward, backward and SGD with Nesterov's momentum. Times: median (quartiles) of the rounds' ratios. "
-    "Memory: what a step takes at its peak beyond weights, gradients and optimizer state."
+    "Peak: what a step takes at most beyond weights, gradients and optimizer state; kept: what autograd saves for the "
+    "backward pass, but for parameters, buffers and images."
 )
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """The figure: time over plain fine-tuning's by method, ours and upstream's, a panel per network and layout."""
+    """The figure: time over plain fine-tuning's by method, ours and the others', a panel per network."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Case]] = {}
     for case in results["cases"]:
-        panels.setdefault(f"{case['network']}, {case['layout']}, {case['dtype']}", []).append(case)
+        panels.setdefault(case["network"], []).append(case)
     most = max(map(len, panels.values()))
-    figure = Figure(figsize=(3.2 + 3.4 * len(panels), 1.7 + 0.32 * most), layout="constrained")
+    figure = Figure(figsize=(3.2 + 3.6 * len(panels), 1.7 + 0.32 * most), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, cases) in zip(grid.flat, panels.items(), strict=True):
-        for number, (name, (colour, marker)) in enumerate(zip((OURS, UPSTREAM), LOOKS, strict=False)):
-            spreads = [over_plain(case, name) for case in cases]
-            places = [place + 0.2 * (number - 0.5) for place in range(len(cases))]
+        for number, (name, (colour, marker)) in enumerate(zip((OURS, *others(results)), LOOKS, strict=False)):
+            rows = [row for row, case in enumerate(cases) if name in case["samples"]]
+            spreads = [over_plain(cases[row], name) for row in rows]
+            places = [row + 0.2 * (number - 0.5) for row in rows]
             middles = [spread.median for spread in spreads]
             bars = error_bars(spreads)
             axes.errorbar(middles, places, xerr=bars, fmt=marker, color=colour, ms=4.5, lw=1.2, label=name)
         axes.set_title(title, fontsize=10)
         axes.set_xlim(left=0)
-        report.label_rows(axes, [case["way"] for case in cases])
+        report.label_rows(axes, [f"{case['way']}, {case['layout']}, {case['dtype']}" for case in cases])
     handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     report.entitle(figure, "A training step: time over plain fine-tuning's", results)
     return figure
 
@@ -317,28 +386,32 @@ def publish(results: dict[str, Any], folder: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = command.parser(__doc__)
+    made.set_defaults(layouts=["channels_last"])
     made.add_argument(
-        "--networks", nargs="+", choices=WORKLOADS, help="on a GPU resnet50, on a CPU both, with --quick mobilenet_v2"
+        "--networks", nargs="+", choices=WORKLOADS, help="on a GPU resnet50, on a CPU all, with --quick mobilenet_v2"
     )
     made.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="methods; all")
+    made.add_argument("--compile", action="store_true", help="plain fine-tuning compiled too, beside stochnorm")
     by_network = dict.fromkeys(("cpu", "cuda"), 0)
 
     def full(options: argparse.Namespace) -> bool:
         return not (options.networks or options.batch) and len(options.ways) == len(WAYS)
 
-    return command.parse(made, arguments, OPERATION, full=full, rounds=by_network)
+    return command.parse(made, arguments, OPERATION, full=full, rounds=by_network, dtypes=BOTH_DTYPES)
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
-    """What the options ask for. MobileNetV2 is trained in channels_last alone, as the main job does."""
+    """What the options ask for: all methods in float32, those with StochNorm in other dtypes too."""
     asked = []
     for network in options.networks or (QUICK_NETWORKS if options.quick else FULL_NETWORKS)[options.device]:
         work = WORKLOADS[network]
-        batch = options.batch or (QUICK_BATCH if options.quick else work.batch[options.device])
+        batch = options.batch or (QUICK_BATCH if options.quick else BATCH[options.device])
         rounds = options.rounds or (QUICK_ROUNDS if options.quick else work.rounds[options.device])
-        for layout in options.layouts if network == "resnet50" else ("channels_last",):
-            for dtype in options.dtype:
-                asked += [Setting(network, way, layout, dtype, options.device, batch, rounds) for way in options.ways]
+        for layout, dtype in itertools.product(options.layouts, options.dtype):
+            for way in options.ways:
+                if way in work.ways and (dtype == "float32" or way in WITH_STOCHNORM):
+                    compiled = options.compile and way == STOCHNORM
+                    asked.append(Setting(network, way, layout, dtype, options.device, batch, rounds, compiled))
     return asked
 
 

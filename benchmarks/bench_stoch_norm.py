@@ -1,5 +1,8 @@
 """Times stochastic normalisation at ResNet-50's shapes against what it replaces, and against the memory floor.
 
+Alone, and in the network's blocks: with the relu, or the residual's addition and the relu, that ours takes along and
+the others have behind them, in place. There plain BatchNorm is compiled by inductor too, in a full run on a CPU.
+
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_stoch_norm.py [--device cuda] [--quick] [--out DIR]
@@ -10,14 +13,17 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 
 Speed-ups are medians of the single rounds' ratios, with quartiles. Floor bytes, with N those of the map: forward 2N
 for a channel with running statistics, 3N for one with the batch's, or 2N where the channel fits on chip; backward 3N
-and 5N, or 3N where input and gradient fit.
+and 5N, or 3N where input and gradient fit. A relu costs none. A residual is read forward, its gradient written
+backward: N more, and a bit an element, each time.
 """
 
 import argparse
 import functools
 import math
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +34,27 @@ import numpy as np
 import pytest
 import report
 import torch
-from command import DEFAULT_DTYPES, DTYPES, LAYOUTS
+import torch.nn.functional as F
+from command import BOTH_DTYPES, DTYPES, LAYOUTS
 from harness import Candidate, Feed
 from report import Case, Goal, Spread, seconds, speedup
 from torch import Tensor, nn
 
+from talib_fast.finetune.stochnorm import StochNorm2d
+from talib_fast.ops.activation import Activation
+
 OPERATION = "stoch_norm"
 
-# ResNet-50 at 224×224: channels, height and width, number of layers
+BLOCKS = NORM, RELU, ADD_RELU = "norm", "norm + relu", "norm + add + relu"
+
+# ResNet-50 at 224×224: channels, height and width, number of layers, and in which blocks
 LAYERS = (
-    (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 56, 1), (128, 28, 7), (512, 28, 5), (256, 28, 1), (256, 14, 11),
-    (1024, 14, 7), (512, 14, 1), (512, 7, 5), (2048, 7, 4),
+    (64, 112, {RELU: 1}), (64, 56, {RELU: 6}), (256, 56, {NORM: 1, ADD_RELU: 3}),
+    (128, 56, {RELU: 1}), (128, 28, {RELU: 7}), (512, 28, {NORM: 1, ADD_RELU: 4}),
+    (256, 28, {RELU: 1}), (256, 14, {RELU: 11}), (1024, 14, {NORM: 1, ADD_RELU: 6}),
+    (512, 14, {RELU: 1}), (512, 7, {RELU: 5}), (2048, 7, {NORM: 1, ADD_RELU: 3}),
 )  # fmt: skip
+LABELS = tuple(f"{channels}@{size}" for channels, size, _ in LAYERS)
 P = 0.5
 
 OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH = (
@@ -48,12 +63,13 @@ OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH = (
     "upstream composition",
     "talib_fast in PyTorch",
 )
+UNFUSED, COMPILED = "talib_fast unfused", "nn.BatchNorm2d compiled"
 CLONE, COPY = "clone", "copy_"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape in one layout and dtype."""
+    """One shape in one layout and dtype, in a block."""
 
     channels: int
     size: int
@@ -62,10 +78,15 @@ class Setting:
     dtype: str
     batch: int
     device: str
+    block: str = NORM
 
     @property
     def label(self) -> str:
-        return f"{self.channels}@{self.size}"
+        return f"{self.channels}@{self.size}{self.block.removeprefix(NORM)}"
+
+    @property
+    def parts(self) -> list[str]:
+        return self.block.split(" + ")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,33 +94,73 @@ class Setting:
 
     def feeds(self, sets: int | None = None) -> list[Feed]:
         return harness.feeds(
-            torch.device(self.device), self.shape, DTYPES[self.dtype], self.layout == "channels_last", sets
+            torch.device(self.device),
+            self.shape,
+            DTYPES[self.dtype],
+            self.layout == "channels_last",
+            sets,
+            leaves=2 if self.block == ADD_RELU else 1,
         )
 
 
-def candidates(channels: int, feed: Feed) -> list[Candidate]:
-    """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
-    device = feed.grad.device
+def followed(norm: Callable[[Tensor], Tensor], block: str) -> Callable[..., Tensor]:
+    """The norm and what the block has behind it, in place."""
 
-    def module(name: str, layer: nn.Module, observe: Callable[[], dict[str, float]] | None = None) -> Candidate:
+    def run(input: Tensor, *residual: Tensor) -> Tensor:
+        output = norm(input)
+        for added in residual:
+            output += added
+        return output if block == NORM else F.relu_(output)
+
+    return run
+
+
+def candidates(setting: Setting, feed: Feed, compiled: bool = False) -> list[Candidate]:
+    """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
+    channels, block, device = setting.channels, setting.block, feed.grad.device
+
+    def candidate(
+        name: str,
+        layer: nn.Module,
+        forward: Callable[..., Tensor],
+        observe: Callable[[], dict[str, float]] | None = None,
+    ) -> Candidate:
         layer.to(device).train()
-        return Candidate(name, layer, tuple(layer.parameters()), observe)
+        return Candidate(name, forward, tuple(layer.parameters()), observe)
+
+    def composed(name: str, layer: nn.Module) -> Candidate:
+        return candidate(name, layer, followed(layer, block))
 
     ours = baselines.RecordingStochNorm2d(channels, p=P)
     target = torch.empty_like(feed.grad)
 
     @torch.no_grad()
-    def copy(input: Tensor) -> Tensor:
+    def clone(input: Tensor, *_: Tensor) -> Tensor:
+        return torch.clone(input)
+
+    @torch.no_grad()
+    def copy(input: Tensor, *_: Tensor) -> Tensor:
         return target.copy_(input)
 
-    return [
-        module(OURS, ours, lambda: {"batch_share": ours.batch_share()}),
-        module(BATCH_NORM, nn.BatchNorm2d(channels)),
-        module(COMPOSITION, baselines.UpstreamComposition(channels, p=P)),
-        module(IN_PYTORCH, baselines.PyTorchStochNorm2d(channels, p=P)),
-        Candidate(CLONE, torch.no_grad()(torch.clone)),
-        Candidate(COPY, copy),
+    def fused(input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if block == NORM:
+            return ours(input)
+        return ours.followed_by(input, Activation("relu"), None if residual is None else lambda: residual)
+
+    made = [
+        candidate(OURS, ours, fused, lambda: {"batch_share": ours.batch_share()}),
+        composed(BATCH_NORM, nn.BatchNorm2d(channels)),
+        composed(COMPOSITION, baselines.UpstreamComposition(channels, p=P)),
     ]
+    if block == NORM:
+        made.append(composed(IN_PYTORCH, baselines.PyTorchStochNorm2d(channels, p=P)))
+    else:
+        made.append(composed(UNFUSED, StochNorm2d(channels, p=P)))
+        if compiled:
+            torch.compiler.reset()  # or it would make one code for all shapes
+            layer = nn.BatchNorm2d(channels)
+            made.append(candidate(COMPILED, layer, torch.compile(followed(layer, block), dynamic=False)))
+    return [*made, Candidate(CLONE, clone), Candidate(COPY, copy)]
 
 
 def _seed() -> None:
@@ -112,19 +173,21 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
     _seed()
     (feed,) = setting.feeds(1)
     device = feed.grad.device
-    own = [candidate for candidate in candidates(setting.channels, feed) if candidate.parameters is not None]
+    own = [candidate for candidate in candidates(setting, feed) if candidate.parameters is not None]
     return {candidate.name: harness.peak_rise(device, candidate, feed) for candidate in own}
 
 
-def timed(setting: Setting, rounds: int) -> Case:
+def timed(setting: Setting, rounds: int, compiled: bool) -> Case:
     """The raw samples of one setting."""
     _seed()
     inputs = setting.feeds()
+    compiled = compiled and (setting.layout, setting.dtype) == ("channels_last", "float32")  # the others take as long
     samples, repetitions = harness.interleaved(
-        torch.device(setting.device), candidates(setting.channels, inputs[0]), inputs, rounds
+        torch.device(setting.device), candidates(setting, inputs[0], compiled), inputs, rounds
     )
     return {
         "label": setting.label,
+        "parts": setting.parts,
         "shape": list(setting.shape),
         "count": setting.count,
         "layout": setting.layout,
@@ -134,11 +197,11 @@ def timed(setting: Setting, rounds: int) -> Case:
     }
 
 
-def measure(settings: Sequence[Setting], rounds: int) -> list[Case]:
+def measure(settings: Sequence[Setting], rounds: int, compiled: bool) -> list[Case]:
     """Samples and peak memory of all settings."""
     # large enough for every thread
     warm_up = replace(settings[0], batch=8, channels=64, size=28)
-    return harness.measure(settings, lambda setting: timed(setting, rounds), peak_bytes, warm_up)
+    return harness.measure(settings, lambda setting: timed(setting, rounds, compiled), peak_bytes, warm_up)
 
 
 def map_bytes(case: Case) -> int:
@@ -149,6 +212,11 @@ def channel_bytes(case: Case) -> int:
     return map_bytes(case) // case["shape"][1]
 
 
+def sign_bytes(case: Case) -> int:
+    """A bit for each element where a residual is added: the backward pass learns from it what the relu let through."""
+    return math.prod(case["shape"]) // 8 if "add" in case["parts"] else 0
+
+
 def floor_bytes(case: Case, measure: str, on_chip: int | None) -> list[float]:
     """The bytes that cannot be avoided, round by round, with the masks that were drawn."""
     if measure == "both":
@@ -157,8 +225,9 @@ def floor_bytes(case: Case, measure: str, on_chip: int | None) -> list[float]:
     with_running, with_batch, resident = {"forward": (2, 3, 1), "backward": (3, 5, 2)}[measure]
     if on_chip is not None and resident * channel_bytes(case) <= on_chip:
         with_batch = with_running
+    residual = map_bytes(case) + sign_bytes(case) if "add" in case["parts"] else 0
     shares = case["samples"][OURS]["batch_share"]
-    return [map_bytes(case) * (share * with_batch + (1 - share) * with_running) for share in shares]
+    return [map_bytes(case) * (share * with_batch + (1 - share) * with_running) + residual for share in shares]
 
 
 def bandwidth_share(cases: Sequence[Case], measure: str, copy: str, on_chip: int | None) -> Spread:
@@ -184,10 +253,12 @@ def limit(case: Case, on_chip: int | None) -> Spread:
     return Spread.of([base / (copying * floor / copied) for base, copying, floor in rounds])
 
 
-def network(cases: Sequence[Case]) -> Case:
+def network(cases: Sequence[Case], label: str) -> Case:
     """All layers together: round by round the sum over ``cases``, each as often as the network has it."""
     samples: dict[str, dict[str, list[float]]] = {}
     for candidate, measures in cases[0]["samples"].items():
+        if not all(candidate in case["samples"] for case in cases):
+            continue
         samples[candidate] = {}
         for name in measures.keys() - {"batch_share"}:
             rounds = zip(*(case["samples"][candidate][name] for case in cases), strict=True)
@@ -195,7 +266,25 @@ def network(cases: Sequence[Case]) -> Case:
                 sum(case["count"] * figure for case, figure in zip(cases, figures, strict=True)) for figures in rounds
             ]
     count = sum(case["count"] for case in cases)
-    return {**{key: cases[0][key] for key in ("layout", "dtype")}, "label": f"all {count} layers", "samples": samples}
+    total = {key: cases[0][key] for key in ("layout", "dtype")}
+    return {**total, "label": f"all {count} {label}", "members": list(cases), "samples": samples}
+
+
+def is_alone(case: Case) -> bool:
+    return case["parts"] == [NORM]
+
+
+def in_blocks(cases: Sequence[Case]) -> list[Case]:
+    """What the network's blocks are made of: of the norms alone only those that nothing follows there."""
+    alone = {f"{channels}@{size}": blocks[NORM] for channels, size, blocks in LAYERS if NORM in blocks}
+    found = []
+    for case in cases:
+        if not is_alone(case):
+            found.append(case)
+        elif case["label"] in alone:
+            samples = case["samples"] | {UNFUSED: case["samples"][OURS]}
+            found.append({**case, "count": alone[case["label"]], "samples": samples})
+    return sorted(found, key=is_alone)
 
 
 def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
@@ -206,6 +295,16 @@ def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
     yield from grouped.values()
 
 
+def all_layers(group: Sequence[Case]) -> Case:
+    """The norms of the network, each with nothing behind it."""
+    return network(list(filter(is_alone, group)), "layers")
+
+
+def all_blocks(group: Sequence[Case]) -> Case:
+    """The norms of the network with what follows them there."""
+    return network(in_blocks(group), "blocks")
+
+
 def place(case: Case) -> str:
     return f"{case['label']} {case['layout']} {case['dtype']}"
 
@@ -214,57 +313,72 @@ def place(case: Case) -> str:
 MEMORY_SLACK = 2**20
 
 
+# forward + backward of the network's blocks over BatchNorm's on a CPU
+BLOCKS_GOALS = {("contiguous", "float32"): 2.0, ("channels_last", "float32"): 1.7, ("channels_last", "bfloat16"): 2.0}
+
+
 def goals(results: dict[str, Any]) -> list[Goal]:
     """What the kernels are to reach, with the figures that decide it."""
     cases, on_chip = results["cases"], results["settings"]["on_chip_bytes"]
+    alone = list(filter(is_alone, cases))
     both = "forward + backward"
 
     def faster(factor: float, baseline: str, chosen: Sequence[Case], where: str) -> Goal:
         figures = {place(case): speedup(case, baseline, OURS, "both").median for case in chosen}
-        return Goal(f"{both} at least {factor:g}× {baseline} at every shape{where}", factor, figures)
+        return Goal(f"{both} at least {factor:g}× {baseline} {where}", factor, figures)
 
     def memory(case: Case) -> float:
         ours, reference = (case["peak_bytes"][name] for name in (OURS, BATCH_NORM))
+        ours -= sign_bytes(case)
         return 1.0 if abs(ours - reference) <= MEMORY_SLACK else ours / max(reference, 1)
 
-    peak = Goal(
-        f"peak memory at most {BATCH_NORM}'s", 1.01, {place(case): memory(case) for case in cases}, at_most=True
-    )
+    text = f"peak memory at most {BATCH_NORM}'s, and a bit an element where a residual is added"
+    peak = Goal(text, 1.01, {place(case): memory(case) for case in cases}, at_most=True)
     if results["settings"]["device"] == "cpu":
-        return [faster(6, COMPOSITION, cases, ""), faster(2, BATCH_NORM, cases, ""), peak]
-    resident = [case for case in cases if on_chip is not None and channel_bytes(case) <= on_chip]
-    large = [case for case in cases if map_bytes(case) >= 64e6]
+        totals = {(total["layout"], total["dtype"]): total for total in map(all_blocks, groups(cases))}
+        in_network = [
+            faster(factor, BATCH_NORM, [totals[kind]], f"in the network's blocks, {', '.join(kind)}")
+            for kind, factor in BLOCKS_GOALS.items()
+            if kind in totals
+        ]
+        every = "at every shape"
+        return [faster(6, COMPOSITION, alone, every), faster(2, BATCH_NORM, alone, every), *in_network, peak]
+    resident = [case for case in alone if on_chip is not None and channel_bytes(case) <= on_chip]
+    large = [case for case in alone if map_bytes(case) >= 64e6]
     bandwidth = {place(case): bandwidth_share([case], "both", COPY, on_chip).median for case in large}
     return [
-        faster(1.15, BATCH_NORM, cases, ""),
-        faster(4, COMPOSITION, cases, ""),
-        faster(1.3, BATCH_NORM, resident, " where a channel fits a block's shared memory"),
+        faster(1.15, BATCH_NORM, alone, "at every shape"),
+        faster(4, COMPOSITION, alone, "at every shape"),
+        faster(1.3, BATCH_NORM, resident, "at every shape where a channel fits a block's shared memory"),
         Goal(f"{both} at least 85 % of a copy's bandwidth over the floor's bytes at maps of 64 MB", 0.85, bandwidth),
         peak,
     ]
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """A row per shape and one for the network, in each layout and dtype."""
+    """A row per shape and block, and two for the network, in each layout and dtype."""
     on_chip, gpu = results["settings"]["on_chip_bytes"], results["settings"]["device"] == "cuda"
+    others = {COMPOSITION: "upstream", IN_PYTORCH: "in PyTorch", UNFUSED: "unfused", COMPILED: "compiled BatchNorm"}
     header = [
         "C@H×layers", "layout", "dtype", "forward / BatchNorm", "backward / BatchNorm", "both / BatchNorm",
-        "limit / BatchNorm", "both / upstream", "both / in PyTorch", "% of clone", "% of copy_", "memory / BatchNorm",
+        "limit / BatchNorm", *(f"both / {name}" for name in others.values()), "% of clone", "% of copy_",
+        "memory / BatchNorm",
     ]  # fmt: skip
     if gpu:
         header += ["host-bound / BatchNorm", "forward, µs", "backward, µs"]
     lines = [header]
     for group in groups(results["cases"]):
-        for case in (*group, network(group)):
-            members = group if "count" not in case else [case]
+        alone, behind = (list(part) for part in (filter(is_alone, group), filterfalse(is_alone, group)))
+        for case in (*alone, all_layers(group), *behind, all_blocks(group)):
+            members = case.get("members", [case])
             peaks = case.get("peak_bytes")
             line = [
-                f"{case['label']}×{case['count']}" if "count" in case else case["label"],
+                case["label"] if "members" in case else f"{case['label']}×{case['count']}",
                 case["layout"],
                 case["dtype"],
                 *(str(speedup(case, BATCH_NORM, OURS, part)) for part in ("forward", "backward", "both")),
-                str(limit(case, on_chip)) if "count" in case else "-",
-                *(str(speedup(case, name, OURS, "both")) for name in (COMPOSITION, IN_PYTORCH)),
+                "-" if "members" in case else str(limit(case, on_chip)),
+                *(str(speedup(case, name, OURS, "both")) if name in case["samples"] else "-" for name in others),
                 *(f"{100 * bandwidth_share(members, 'both', name, on_chip).median:.0f}" for name in (CLONE, COPY)),
                 f"{peaks[OURS] / max(peaks[BATCH_NORM], 1):.2f}" if peaks else "-",
             ]
@@ -279,7 +393,8 @@ CAPTION = (
     "Columns with / : how many times as long as talib_fast the other takes, median (quartiles) of the rounds' ratios; "
     "limit: what both / BatchNorm would be if the floor's bytes moved at copy_'s speed; "
     "memory / : our peak over BatchNorm's. % of : bytes of the floor per second over the plain copy's, "
-    "forward and backward together; clone allocates its output, copy_ does not."
+    "forward and backward together; clone allocates its output, copy_ does not. Where + relu or + add + relu follows a "
+    "norm, the others have PyTorch's, in place; blocks: the layers with what follows them in the network."
 )
 GPU_CAPTION = " Times are the GPU's; host-bound is the clock's on the host, with Python's launches."
 
@@ -288,30 +403,51 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     """Print what came out, and write table and plot."""
     lines = table(results)
     caption = CAPTION + (GPU_CAPTION if results["settings"]["device"] == "cuda" else "")
-    plotted = [case for group in groups(results["cases"]) for case in (*group, network(group))]
+    plotted = []
+    for group in groups(results["cases"]):
+        plotted += [*filterfalse(is_alone, group), all_blocks(group), all_layers(group)]
     plot = functools.partial(report.draw_speedups, {**results, "cases": plotted}, BATCH_NORM)
     report.publish(results, folder, lines, caption, goals(results), plot)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    labels = [f"{channels}@{size}" for channels, size, _ in LAYERS]
-    parser.add_argument("--shapes", nargs="+", choices=labels, default=labels, metavar="C@H", help="all twelve")
-    return command.parse(
+    parser.add_argument("--shapes", nargs="+", choices=LABELS, default=LABELS, metavar="C@H", help="all twelve")
+    parser.add_argument(
+        "--compile",
+        action=BooleanOptionalAction,
+        help="BatchNorm's blocks in channels_last and float32 too; in a full run on a CPU",
+    )
+    options = command.parse(
         parser, arguments, OPERATION, {"cpu": 48, "cuda": 48}, fewest=2,
-        full=lambda options: len(options.shapes) == len(labels),
+        full=lambda options: len(options.shapes) == len(LABELS) and options.compile is None, dtypes=BOTH_DTYPES,
+        rounds={"cpu": 7, "cuda": 25},
     )  # fmt: skip
+    if options.compile is None:  # on a GPU it takes longer than all else
+        options.compile = options.device == "cpu" and not options.quick
+    return options
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """What the options ask for: of each shape the norm alone, as often as the network has it, and its block.
+
+    On a CPU bfloat16 is for channels_last, unless that is not asked for.
+    """
+    layouts = {dtype: options.layouts for dtype in options.dtype}
+    if options.device == "cpu" and "bfloat16" in layouts and "channels_last" in options.layouts:
+        layouts["bfloat16"] = ["channels_last"]
+    return [
+        Setting(channels, size, count, layout, dtype, options.batch, options.device, block)
+        for dtype in options.dtype
+        for layout in layouts[dtype]
+        for label, (channels, size, blocks) in zip(LABELS, LAYERS, strict=True)
+        if label in options.shapes
+        for block, count in (blocks | {NORM: sum(blocks.values())}).items()
+    ]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
-    settings = [
-        Setting(channels, size, count, layout, dtype, options.batch, options.device)
-        for dtype in options.dtype
-        for layout in options.layouts
-        for channels, size, count in LAYERS
-        if f"{channels}@{size}" in options.shapes
-    ]
     device = torch.device(options.device)
     return {
         "operation": OPERATION,
@@ -324,7 +460,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "on_chip_bytes": harness.on_chip_bytes(device),
             "units": "seconds per pass; batch_share is the share of channels with the batch's statistics",
         },
-        "cases": measure(settings, options.rounds),
+        "cases": measure(settings(options), options.rounds, options.compile),
     }
 
 
@@ -334,23 +470,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH, CLONE, COPY],
-    ids=["ours", "batch_norm", "upstream", "in_pytorch", "clone", "copy"],
+    [OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH, UNFUSED, CLONE, COPY],
+    ids=["ours", "batch_norm", "upstream", "in_pytorch", "unfused", "clone", "copy"],
 )
 @pytest.mark.parametrize("part", ["forward", "backward", "both"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("channels", "size", "count"), LAYERS, ids=[f"{c}x{size}" for c, size, _ in LAYERS])
+@pytest.mark.parametrize(
+    ("channels", "size", "block"),
+    [
+        pytest.param(channels, size, block, id=f"{channels}x{size}-{'alone' if block == NORM else 'block'}")
+        for channels, size, blocks in LAYERS
+        for block in blocks | {NORM: 1}
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_speed(benchmark, pytestconfig, device, dtype, channels, size, count, layout, part, name):
+def test_speed(benchmark, pytestconfig, device, dtype, channels, size, block, layout, part, name):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if dtype not in DEFAULT_DTYPES[device]:
-        pytest.skip(f"{dtype} is measured on GPUs")
     _seed()
-    setting = Setting(channels, size, count, layout, dtype, pytestconfig.getoption("batch"), device)
+    setting = Setting(channels, size, 1, layout, dtype, pytestconfig.getoption("batch"), device, block)
     (feed,) = setting.feeds(1)
-    candidate = next(candidate for candidate in candidates(channels, feed) if candidate.name == name)
+    candidate = next((candidate for candidate in candidates(setting, feed) if candidate.name == name), None)
+    if candidate is None:
+        pytest.skip("not measured in this block")
     if part != "forward" and candidate.parameters is None:
         pytest.skip("a copy has no backward pass")
     stopwatch = harness.Stopwatch(feed.grad.device)

@@ -10,6 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
+BOTH_DTYPES = {device: ["float32", "bfloat16"] for device in ("cpu", "cuda")}
 DEFAULT_ROUNDS = {"cpu": 11, "cuda": 25}
 LAYOUTS = ("contiguous", "channels_last")
 QUICK_BATCH, QUICK_ROUNDS = 4, 3
@@ -22,7 +23,9 @@ def parser(
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if dtypes:
-        made.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32, on a GPU bfloat16 too")
+        made.add_argument(
+            "--dtype", nargs="+", choices=DTYPES, help="those that a full run has: float32, or bfloat16 too"
+        )
     if layouts:
         made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     if batch:
@@ -46,8 +49,9 @@ def parse(
     fewest: int = 1,
     full: Callable[[argparse.Namespace], bool] = lambda options: True,
     rounds: Mapping[str, int] = DEFAULT_ROUNDS,
+    dtypes: Mapping[str, list[str]] = DEFAULT_DTYPES,
 ) -> argparse.Namespace:
-    """The options with their defaults: ``batches``, if any, and ``rounds`` by device.
+    """The options with their defaults: ``batches``, if any, ``rounds`` and ``dtypes`` by device.
 
     Only a full run writes beside the benchmarks.
     """
@@ -59,9 +63,9 @@ def parse(
     whole = not (options.quick or options.rounds) and full(options)
     if "dtype" in options:
         whole = whole and not options.dtype
-        options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
+        options.dtype = options.dtype or dtypes[options.device]
     if "layouts" in options:
-        whole = whole and len(options.layouts) == len(LAYOUTS)
+        whole = whole and set(options.layouts) == set(made.get_default("layouts"))
     if batches is not None:
         if options.batch is not None and options.batch < fewest:
             made.error(f"expected a batch of at least {fewest}")

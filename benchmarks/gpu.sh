@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu.sh
 #
 # Needs a GPU, nvcc, compute-sanitizer (both are in the CUDA toolkit) and a python3 with torch >= 2.10 for CUDA, numpy,
-# setuptools >= 77, ninja and pytest; with matplotlib it draws the plots too. Nothing is installed: the library is built
-# inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
+# torchvision, setuptools >= 77, ninja and pytest; with matplotlib it draws the plots too. Nothing is installed: the
+# library is built inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
 #
 #   PYTHON   the interpreter, python3
 #   OUT      a folder for gpu.json, which holds all results, gpu-summary.txt and gpu-logs.tar.gz, which holds all logs,
@@ -16,7 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 operations=(stoch_norm squared_distance spectral_tail)  # each with tests/test_NAME.py and benchmarks/bench_NAME.py
 benchmarks=("${operations[@]}" step bi_tuning co_tuning host_overhead)
-declare -A narrowed=([step]="--layouts channels_last")  # to what there is time for
 small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
 small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
@@ -135,7 +134,7 @@ collect
 for name in "${benchmarks[@]}"; do
   # shellcheck disable=SC2086  # an option and its value
   step "bench_$name" 180 "$python" env TALIB_FAST_BACKEND=compiled "$python" "benchmarks/bench_$name.py" \
-    --device cuda ${narrowed[$name]:-} --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
+    --device cuda --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
   collect
 done
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -89,7 +89,12 @@ def sets_beyond_cache(device: torch.device, bytes_per_set: int) -> int:
 
 
 def feeds(
-    device: torch.device, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, sets: int | None = None
+    device: torch.device,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    sets: int | None = None,
+    leaves: int = 1,
 ) -> list[Feed]:
     """Random inputs and gradients: enough of them that they don't all stay in the device's largest cache."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -99,7 +104,7 @@ def feeds(
 
     if sets is None:
         sets = sets_beyond_cache(device, math.prod(shape) * dtype.itemsize)
-    return [Feed((draw().requires_grad_(),), draw()) for _ in range(sets)]
+    return [Feed(tuple(draw().requires_grad_() for _ in range(leaves)), draw()) for _ in range(sets)]
 
 
 def _cache_bytes(level: int) -> int | None:
@@ -250,6 +255,22 @@ def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
     output = candidate.forward(*feed.arguments)
     candidate.backward(output, feed)
     return round((peak.mib() - before) * 2**20)
+
+
+def kept_bytes(work: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """How many bytes autograd keeps for the backward passes of ``work``, but for the memory of ``given`` tensors."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    for tensor in given:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 class OperatorCalls(TorchDispatchMode):

@@ -7,6 +7,7 @@ has to move whatever the kernel, are the operations' benchmarks'. It needs a GPU
 """
 
 import argparse
+import itertools
 import json
 import re
 import tempfile
@@ -76,14 +77,14 @@ def both_passes(
 def stoch_norm_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:
     """Half of the channels take the batch's statistics."""
     on_chip = on_chip_bytes(torch.device(device))
-    for layout in command.LAYOUTS:
-        for channels, size in MAPS:
-            setting = norm.Setting(channels, size, 1, layout, dtype, batch, device)
-            (feed,) = setting.feeds(1)
-            ours = norm.candidates(channels, feed)[0]
-            case = {"shape": setting.shape, "dtype": dtype, "samples": {norm.OURS: {"batch_share": [norm.P]}}}
-            forward, backward = (norm.floor_bytes(case, part, on_chip)[0] for part in ("forward", "backward"))
-            yield both_passes(f"stoch_norm {setting.label} {layout} {dtype}", ours, feed, forward, backward)
+    for layout, (channels, size), block in itertools.product(command.LAYOUTS, MAPS, norm.BLOCKS):
+        setting = norm.Setting(channels, size, 1, layout, dtype, batch, device, block)
+        (feed,) = setting.feeds(1)
+        ours = norm.candidates(setting, feed)[0]
+        samples = {norm.OURS: {"batch_share": [norm.P]}}
+        case = {"shape": setting.shape, "dtype": dtype, "parts": setting.parts, "samples": samples}
+        forward, backward = (norm.floor_bytes(case, part, on_chip)[0] for part in ("forward", "backward"))
+        yield both_passes(f"stoch_norm {setting.label} {layout} {dtype}", ours, feed, forward, backward)
 
 
 def squared_distance_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:

@@ -315,13 +315,16 @@ def draw_speedups(results: dict[str, Any], baseline: str) -> Any:
     columns = min(2, len(panels))
     figure = Figure(figsize=(1.5 + 4.2 * columns, height), layout="constrained")
     grid = figure.subplots(-(-len(panels) // 2), columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
     for axes, (title, cases) in zip(grid.flat, panels.items(), strict=False):
         candidates = [name for name, own in cases[0]["samples"].items() if name != baseline and "backward" in own]
         for number, (candidate, (colour, marker)) in enumerate(zip(candidates, LOOKS, strict=False)):
-            spreads = [speedup(case, baseline, candidate, "both") for case in cases]
+            places = [place for place, case in enumerate(cases) if candidate in case["samples"]]
+            spreads = [speedup(cases[place], baseline, candidate, "both") for place in places]
             offset = 0.2 * (number - (len(candidates) - 1) / 2)  # side by side, so that none hides another
             axes.errorbar(
-                [s.median for s in spreads], [place + offset for place in range(len(cases))],
+                [s.median for s in spreads], [place + offset for place in places],
                 xerr=error_bars(spreads), fmt=marker, color=colour, ms=4.5, lw=1.2, label=candidate,
             )  # fmt: skip
         axes.set_title(title, fontsize=10)

@@ -1,4 +1,6 @@
-"""A device's results on one page: the speed over upstream of each part, from what its own benchmark measured.
+"""A device's results on one page, from what each benchmark measured.
+
+Whole steps with StochNorm over plain fine-tuning's, and the speed of each part over upstream's.
 
     python benchmarks/summary.py [FOLDER]
 
@@ -22,7 +24,7 @@ import bench_step as step
 import bench_stoch_norm as norm
 import report
 from command import RESULTS
-from report import LOOKS, Spread, align, error_bars, markdown, speedup
+from report import LOOKS, Case, Spread, align, error_bars, markdown, speedup
 
 from talib_fast.storage import write_atomically
 
@@ -32,10 +34,10 @@ Row = tuple[str, Spread]
 def stoch_norm_rows(results: dict[str, Any]) -> list[Row]:
     return [
         (
-            f"StochNorm, {norm.network(group)['label']} of ResNet-50, {group[0]['layout']}, {group[0]['dtype']}",
-            speedup(norm.network(group), norm.COMPOSITION, norm.OURS, "both"),
+            f"StochNorm, {total['label']} of ResNet-50, {total['layout']}, {total['dtype']}",
+            speedup(total, norm.COMPOSITION, norm.OURS, "both"),
         )
-        for group in norm.groups(results["cases"])
+        for total in map(norm.all_blocks, norm.groups(results["cases"]))
     ]
 
 
@@ -90,7 +92,7 @@ def step_rows(results: dict[str, Any]) -> list[Row]:
             speedup(case, step.UPSTREAM, step.OURS, "forward"),
         )
         for case in results["cases"]
-        if case["network"] == "resnet50" and case["way"] in ("stochnorm", "bi_tuning", step.BOTH)
+        if case["network"] == "resnet50" and case["way"] in ("bi_tuning", step.BOTH)
     ]
 
 
@@ -105,16 +107,31 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 }
 
 
-def collect(folder: Path) -> tuple[list[tuple[str, Row]], str]:
-    """Each row with its benchmark's name, and the device."""
-    rows, devices = [], []
-    for name, of in ROWS.items():
-        file = folder / name / "results.json"
-        if file.exists():
-            results = json.loads(file.read_text())
-            rows += [(name, row) for row in of(results)]
-            devices.append(results["environment"]["device"])
-    return rows, ", ".join(dict.fromkeys(devices))
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results that a summary is made of, by benchmark."""
+    files = {name: folder / name / "results.json" for name in ROWS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
+    """Each part's row with its benchmark's name."""
+    return [(name, row) for name, results in found.items() for row in ROWS[name](results)]
+
+
+def steps(found: dict[str, dict[str, Any]]) -> list[Case]:
+    """The measured steps with StochNorm, in the layout that all networks were trained in."""
+    cases = found["step"]["cases"] if "step" in found else []
+    return [case for case in cases if case["way"] == step.STOCHNORM and case["layout"] == "channels_last"]
+
+
+def steps_table(cases: Sequence[Case]) -> list[list[str]]:
+    """A row per network and precision."""
+    header = ["a step with StochNorm", "time / plain", "upstream's time / plain", "kept for backward / plain"]
+    lines = [header]
+    for case in cases:
+        times = (str(step.over_plain(case, name)) for name in (step.OURS, step.UPSTREAM))
+        lines.append([f"{case['network']}, {case['dtype']}", *times, f"{step.kept_over_plain(case, step.OURS):.2f}"])
+    return lines
 
 
 def table(rows: Sequence[tuple[str, Row]], link: bool) -> list[list[str]]:
@@ -123,41 +140,83 @@ def table(rows: Sequence[tuple[str, Row]], link: bool) -> list[list[str]]:
     return [["part", "speed over upstream", "from"], *([label, str(spread), name] for name, label, spread in cells)]
 
 
-def draw(rows: Sequence[tuple[str, Row]], device: str) -> Any:
-    """The figure: a bar per part."""
-    from matplotlib.figure import Figure
+def draw_steps(axes: Any, cases: Sequence[Case]) -> None:
+    """Two bars per network and precision: ours and upstream's."""
+    for number, (name, (colour, _)) in enumerate(zip((step.OURS, step.UPSTREAM), LOOKS, strict=False)):
+        spreads = [step.over_plain(case, name) for case in cases]
+        places = [row + 0.38 * (number - 0.5) for row in range(len(cases))]
+        bars = error_bars(spreads)
+        axes.barh(places, [s.median for s in spreads], xerr=bars, color=colour, height=0.36, label=name)
+        label_bars(axes, spreads, places, digits=2)
+    report.label_rows(axes, [f"{case['network']}, {case['dtype']}" for case in cases])
+    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25 / len(cases)))
+    axes.set_title("A training step with StochNorm: time over plain's, less is better", fontsize=11)
+
+
+def draw_parts(axes: Any, rows: Sequence[tuple[str, Row]]) -> None:
+    """A bar per part."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure = Figure(figsize=(8.6, 1.1 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
     names = list(dict.fromkeys(name for name, _ in rows))
     spreads = [spread for _, (_, spread) in rows]
     colours = [LOOKS[names.index(name) % len(LOOKS)][0] for name, _ in rows]
     axes.barh(range(len(rows)), [s.median for s in spreads], xerr=error_bars(spreads), color=colours, height=0.65)
-    for place, spread in enumerate(spreads):
-        axes.annotate(f"{spread.median:.1f}×", (spread.upper, place), (5, 0), textcoords="offset points", va="center")
+    label_bars(axes, spreads, range(len(rows)), digits=1)
     report.label_rows(axes, [label for _, (label, _) in rows])
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.8, 2 * max(spread.upper for spread in spreads))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(visible=False, axis="y")
-    axes.set_title(f"Speed over upstream, {device}", fontsize=11)
+    axes.set_title("Single parts: speed over upstream, more is better", fontsize=11)
+
+
+def label_bars(axes: Any, spreads: Sequence[Spread], places: Sequence[float], digits: int) -> None:
+    for place, spread in zip(places, spreads, strict=True):
+        text = f"{spread.median:.{digits}f}×"
+        axes.annotate(text, (spread.upper, place), (5, 0), textcoords="offset points", va="center")
+
+
+def draw(cases: Sequence[Case], rows: Sequence[tuple[str, Row]], device: str) -> Any:
+    """The figure: whole steps above, single parts below."""
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[Callable[[Any, Any], None], Sequence[Any], float]] = [
+        (draw_steps, cases, 0.5 * len(cases) + 1.1),
+        (draw_parts, rows, 0.3 * len(rows) + 0.8),
+    ]
+    panels = [panel for panel in panels if panel[1]]  # of a folder without steps, the parts alone
+    heights = [height for *_, height in panels]
+    figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (draw_panel, content, _) in zip(grid.flat, panels, strict=True):
+        axes.grid(visible=False, axis="y")
+        draw_panel(axes, content)
+    figure.suptitle(device, fontsize=11)
     return figure
 
 
+STEPS_CAPTION = (
+    "Forward, backward and SGD, in channels_last, over the same step with BatchNorm: median (quartiles) of the rounds' "
+    "ratios, and what autograd saves for the backward pass; from [step](step/table.md)."
+)
+PARTS_CAPTION = (
+    "How many times as long as talib_fast upstream's code takes, forward + backward where there is a backward pass, "
+    "median (quartiles) of the rounds' ratios."
+)
+
+
 def main(folder: Path = RESULTS / "cpu") -> None:
-    rows, device = collect(folder)
+    found = read(folder)
+    cases, rows = steps(found), parts(found)
     if not rows:
         sys.exit(f"summary.py: {folder} holds no results of {', '.join(ROWS)}")
-    caption = (
-        f"{device}. How many times as long as talib_fast upstream's code takes, forward + backward where there is a "
-        "backward pass, median (quartiles) of the rounds' ratios."
-    )
-    print(align(table(rows, link=False)), caption, sep="\n\n")
-    page = f"{markdown(table(rows, link=True))}\n\n{caption}\n"
-    write_atomically(folder / "summary.md", lambda file: file.write(page.encode()))
-    report.write_plot(folder / "summary.png", partial(draw, rows, device))
+    device = ", ".join(dict.fromkeys(results["environment"]["device"] for results in found.values()))
+    print(*(align(lines) for lines in (steps_table(cases), table(rows, link=False))), device, sep="\n\n")
+    page = [markdown(steps_table(cases)), STEPS_CAPTION, markdown(table(rows, link=True)), PARTS_CAPTION, f"{device}."]
+    write_atomically(folder / "summary.md", lambda file: file.write(("\n\n".join(page) + "\n").encode()))
+    report.write_plot(folder / "summary.png", partial(draw, cases, rows, device))
 
 
 if __name__ == "__main__":

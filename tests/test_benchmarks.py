@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,13 +43,17 @@ def run(command, **environment):
     )
 
 
-def case(label="64@56", layout="contiguous", dtype="float32", shape=(48, 64, 56, 56), count=1, peak=1.0, **times):
+def case(
+    label="64@56", layout="contiguous", dtype="float32", shape=(48, 64, 56, 56), count=1, peak=1.0, block=bench.NORM,
+    **times,
+):  # fmt: skip
     """A measured case in which each candidate takes the given (forward, backward) seconds, in every round."""
     names = {
         "ours": bench.OURS, "batch_norm": bench.BATCH_NORM, "composition": bench.COMPOSITION,
-        "in_pytorch": bench.IN_PYTORCH, "clone": bench.CLONE, "copy": bench.COPY,
+        "in_pytorch": bench.IN_PYTORCH, "unfused": bench.UNFUSED, "clone": bench.CLONE, "copy": bench.COPY,
     }  # fmt: skip
-    chosen = {"ours": (1, 2), "batch_norm": (3, 4), "composition": (10, 20), "in_pytorch": (9, 18), **times}
+    chosen = {"ours": (1, 2), "batch_norm": (3, 4), "composition": (10, 20), **times}
+    chosen["in_pytorch" if block == bench.NORM else "unfused"] = (9, 18)
     chosen = {"clone": (1,), "copy": (1,), **chosen}
     samples = {
         names[name]: {part: [float(time)] * 3 for part, time in zip(("forward", "backward"), parts, strict=False)}
@@ -58,9 +63,14 @@ def case(label="64@56", layout="contiguous", dtype="float32", shape=(48, 64, 56,
     for measures in samples.values():
         measures["wall"] = [1.0] * 3
     return {
-        "label": label, "shape": list(shape), "count": count, "layout": layout, "dtype": dtype, "passes_per_sample": 1,
+        "label": label, "parts": block.split(" + "),
+        "shape": list(shape), "count": count, "layout": layout, "dtype": dtype, "passes_per_sample": 1,
         "samples": samples, "peak_bytes": {bench.OURS: int(peak * 10**8), bench.BATCH_NORM: 10**8},
     }  # fmt: skip
+
+
+def block(label="64@56 + relu", **options):
+    return case(label, block=bench.RELU, **options)
 
 
 def rise_of_twice(device):
@@ -194,15 +204,55 @@ class TestStatistics:
         assert report.seconds(made, "a", "both") == [11.0, 22.0]
 
     def test_the_network_counts_each_layer(self):
-        joined = bench.network([case(ours=(1, 2)), case(ours=(10, 20), count=3)])
+        joined = bench.network([case(ours=(1, 2)), case(ours=(10, 20), count=3)], "layers")
         assert report.seconds(joined, bench.OURS, "forward") == [31.0] * 3
         assert report.seconds(joined, bench.OURS, "both") == [93.0] * 3
         assert joined["label"] == "all 4 layers"
 
+    def test_the_blocks_have_in_them_the_norms_that_nothing_follows(self):
+        group = [case("256@56", count=4), case("64@56", count=6), block(ours=(10, 20), count=6)]
+        assert report.seconds(bench.all_layers(group), bench.OURS, "both") == [30.0] * 3
+        total = bench.all_blocks(group)
+        assert total["label"] == "all 7 blocks"
+        assert report.seconds(total, bench.OURS, "both") == [6 * 30.0 + 3] * 3
+        assert report.seconds(total, bench.UNFUSED, "both") == [6 * 27.0 + 3] * 3
+        assert bench.IN_PYTORCH not in total["samples"]
+
     def test_layers_are_those_of_resnet_50(self):
-        assert sum(count for *_, count in bench.LAYERS) == 53
-        total = sum(48 * channels * size * size * 4 * count for channels, size, count in bench.LAYERS)
-        assert round(total / 1e9, 2) == 2.13
+        with torch.device("meta"):
+            model, x = ResNet50(), torch.empty(48, 3, 224, 224)
+        found, numbers = Counter(), 0
+
+        def count(name, output):
+            nonlocal numbers
+            numbers += output.numel()
+            block = {"bn3": bench.ADD_RELU, "1": bench.NORM}.get(name.rpartition(".")[2], bench.RELU)
+            found[(*output.shape[1:3], block)] += 1
+
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(lambda _, args, output, name=name: count(name, output))
+        model(x)
+        assert found == {
+            (channels, size, block): number
+            for channels, size, blocks in bench.LAYERS
+            for block, number in blocks.items()
+        }
+        assert sum(found.values()) == 53 and round(4 * numbers / 1e9, 2) == 2.13
+
+    @pytest.mark.parametrize("block", bench.BLOCKS)
+    def test_all_candidates_of_a_block_compute_the_same(self, block, device, monkeypatch):
+        monkeypatch.setattr(bench, "P", 1.0)  # no chance
+        setting = bench.Setting(6, 5, 1, "channels_last", "float32", 3, device.type, block)
+        (feed,) = setting.feeds(1)
+        ours, *others = (one for one in bench.candidates(setting, feed) if one.parameters is not None)
+        assert len(others) == 3 and len(feed.leaves) == 1 + (block == bench.ADD_RELU)
+        expected = ours.forward(*feed.arguments)
+        gradients = ours.backward(expected, feed)
+        for other in others:
+            output = other.forward(*feed.arguments)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(other.backward(output, feed), gradients)
 
     def test_floor_bytes_follow_the_masks_and_what_fits_on_chip(self):
         made = case(shape=(2, 4, 5, 5))
@@ -213,6 +263,10 @@ class TestStatistics:
         assert bench.floor_bytes(made, "both", 400) == [(2 + 3) * n] * 3
         made["samples"][bench.OURS]["batch_share"] = [0.0, 1.0, 0.25]
         assert bench.floor_bytes(made, "forward", None) == [2 * n, 3 * n, 2.25 * n]
+        assert bench.floor_bytes(made | {"parts": ["norm", "relu"]}, "forward", None) == [2 * n, 3 * n, 2.25 * n]
+        residual = made | {"parts": ["norm", "add", "relu"]}
+        assert bench.floor_bytes(residual, "forward", None)[0] == (3 + 1 / 32) * n
+        assert bench.floor_bytes(residual, "backward", None)[:2] == [(4 + 1 / 32) * n, (6 + 1 / 32) * n]
 
     def test_bandwidth_is_counted_over_the_copy_s(self):
         made = case(ours=(2.5, 4), copy=(2,))  # 6.5 N bytes in 6.5 s, a copy's 2 N in 2 s
@@ -226,11 +280,16 @@ class TestGoals:
         return [goal.passed for goal in bench.goals(results(*cases, **options))]
 
     def test_cpu(self):
-        assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4))) == [True, True, True]
-        assert self.verdicts(case(), case(batch_norm=(2, 3.9))) == [True, False, True]
-        assert self.verdicts(case(composition=(6, 11.9))) == [False, True, True]
-        assert self.verdicts(case(peak=1.02)) == [True, True, False]
-        assert self.verdicts(case(peak=1.009)) == [True, True, True]
+        assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4)), block()) == [True] * 4
+        assert self.verdicts(case(), case(batch_norm=(2, 3.9)), block()) == [True, False, True, True]
+        assert self.verdicts(case(composition=(6, 11.9)), block()) == [False, True, True, True]
+        assert self.verdicts(case(peak=1.02), block()) == [True, True, True, False]
+        assert self.verdicts(case(peak=1.009), block()) == [True] * 4
+        residual = case("64@56 + add + relu", block=bench.ADD_RELU, peak=1.02)  # with a bit for each of its elements
+        assert self.verdicts(case(), residual) == [True] * 4
+        assert self.verdicts(case(), block(batch_norm=(2, 3.9))) == [True, True, False, True]
+        channels_last = {"layout": "channels_last", "batch_norm": (2, 3.1)}
+        assert self.verdicts(case(**channels_last), block(**channels_last)) == [True, False, True, True]
 
     def test_gpu(self):
         large = dict(shape=(48, 64, 112, 112), ours=(2.5, 4), copy=(1.7,), composition=(20, 20))
@@ -246,7 +305,7 @@ class TestGoals:
         assert bench.limit(made, on_chip=10**7).median == 2
 
     def test_a_verdict_names_the_worst_place(self):
-        first, *_ = bench.goals(results(case(), case("2048@7", composition=(1, 2))))
+        first, *_ = bench.goals(results(case(), case("2048@7", composition=(1, 2)), block()))
         assert str(first).startswith("FAIL  forward + backward at least 6× upstream composition at every shape: 1 of 2")
         assert str(first).endswith("worst 1.00 at 2048@7 contiguous float32")
         assert str(report.Goal("a goal", 1)) == "n/a   a goal: nothing measured"
@@ -295,36 +354,46 @@ class TestReport:
         assert warning == "WARNING: stoch_norm was served by PyTorch, not by a compiled kernel: none was built."
 
     def test_a_gpu_s_table_has_its_times(self):
-        made = results(case(ours=(1e-6, 2e-6)), device="cuda")
-        header, row, total = bench.table(made)
+        made = results(case(ours=(1e-6, 2e-6)), block(), device="cuda")
+        header, row, *others = bench.table(made)
         assert dict(zip(header, row, strict=True))["backward, µs"] == "2.0"
-        assert len(total) == len(header)
+        assert [line[0] for line in others] == ["all 1 layers", "64@56 + relu×1", "all 1 blocks"]
+        assert all(len(line) == len(header) for line in others)
 
 
 class TestCommand:
     def test_runs_end_to_end_and_keeps_raw_samples(self, tmp_path, capsys, device):
-        shapes, dtypes = ["128@28", "512@7"], ["float32", "bfloat16"]
-        chosen = ["--device", device.type, "--shapes", *shapes, "--dtype", *dtypes]
+        dtypes = ["float32", "bfloat16"]
+        chosen = ["--device", device.type, "--shapes", "2048@7", "--dtype", *dtypes]
         bench.main(["--quick", "--batch", "2", *chosen, "--out", str(tmp_path)])
         said = capsys.readouterr().out
         written = json.loads((tmp_path / "results.json").read_text())
+        labels = ["2048@7", "2048@7 + add + relu"]
         assert [(c["label"], c["layout"], c["dtype"]) for c in written["cases"]] == [
-            (shape, layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS for shape in shapes
+            (label, layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS for label in labels
         ]
         for measured in written["cases"]:
-            for candidate in (bench.OURS, bench.BATCH_NORM, bench.COMPOSITION, bench.IN_PYTORCH):
-                own = measured["samples"][candidate]
-                assert len(own["forward"]) == len(own["backward"]) == 3 and min(own["forward"]) > 0
-                assert measured["peak_bytes"][candidate] >= 0
+            own = {name: passes for name, passes in measured["samples"].items() if name in measured["peak_bytes"]}
+            alone = measured["parts"] == [bench.NORM]
+            assert set(own) == {
+                bench.OURS, bench.BATCH_NORM, bench.COMPOSITION, bench.IN_PYTORCH if alone else bench.UNFUSED
+            }  # fmt: skip
+            assert all(len(passes["forward"]) == len(passes["backward"]) == 3 for passes in own.values())
+            assert all(min(passes["forward"]) > 0 for passes in own.values())
+            assert min(measured["peak_bytes"].values()) >= 0
             assert all(0 <= share <= 1 for share in measured["samples"][bench.OURS]["batch_share"])
-        assert {"128@28×7", "512@7×5", "all 12 layers"} <= set(said.replace("\n", "  ").split("  "))
+        assert {"2048@7×4", "2048@7 + add + relu×3", "all 4 layers", "all 4 blocks"} <= set(
+            said.replace("\n", "  ").split("  ")
+        )
         assert "pass" in said or "FAIL" in said
         table = (tmp_path / "table.md").read_text()
-        assert sum(line.startswith("| ") for line in table.splitlines()) == 13 and "```" in table
+        assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + 4 * 4 and "```" in table
         assert str(tmp_path) not in json.dumps(written) + table
 
     def test_table_and_plot_come_again_from_the_json(self, tmp_path):
-        report.write_json({**results(case(), case(layout="channels_last"))}, tmp_path)
+        report.write_json(
+            results(case(), block(), case(layout="channels_last"), block(layout="channels_last")), tmp_path
+        )
         bench.main(["--from-json", str(tmp_path)])
         assert (tmp_path / "table.md").read_text().startswith("| C@H×layers |")
         pytest.importorskip("matplotlib")
@@ -357,7 +426,7 @@ class TestCommand:
 
     def test_pytest_benchmark_times_single_cases(self, tmp_path):
         pytest.importorskip("pytest_benchmark")
-        chosen = "cpu and 512x7 and channels_last and (copy or batch_norm)"
+        chosen = "cpu and float32 and 512x7 and alone and channels_last and (copy or batch_norm)"
         done = run(
             [sys.executable, "-m", "pytest", BENCHMARK, "-k", chosen, "--batch", "2", "-p", "no:cacheprovider",
              f"--benchmark-json={tmp_path / 'benchmark.json'}"]

@@ -1,6 +1,7 @@
 """The benchmark suite as a whole: running it, comparing runs, whole steps, and what the profiler tells of kernels."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -142,17 +143,17 @@ class TestSummary:
             if (command.RESULTS / "cpu" / name).exists():
                 shutil.copytree(command.RESULTS / "cpu" / name, tmp_path / name)
         summary.main(tmp_path)
-        rows = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("| ")][1:]
-        assert {row.split("[")[1].split("]")[0] for row in rows} == {
-            path.name for path in tmp_path.iterdir() if path.is_dir()
-        }
-        assert "StochNorm, all 53 layers of ResNet-50, contiguous" in capsys.readouterr().out
+        linked = set(re.findall(r"^\|.*\[(\w+)\]\(.*table\.md\) \|$", (tmp_path / "summary.md").read_text(), re.M))
+        assert linked == {path.name for path in tmp_path.iterdir() if path.is_dir()}
+        said = capsys.readouterr().out
+        assert "StochNorm, all 53 blocks of ResNet-50, contiguous" in said and "mobilenet_v2, float32 " in said
         pytest.importorskip("matplotlib")
         assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
     def test_the_committed_summary_is_that_of_the_committed_results(self):
-        rows, _ = summary.collect(command.RESULTS / "cpu")
-        assert report.markdown(summary.table(rows, link=True)) in (command.RESULTS / "cpu" / "summary.md").read_text()
+        found, page = summary.read(command.RESULTS / "cpu"), (command.RESULTS / "cpu" / "summary.md").read_text()
+        for lines in (summary.steps_table(summary.steps(found)), summary.table(summary.parts(found), link=True)):
+            assert report.markdown(lines) in page
 
     def test_nothing_measured_is_one_sentence(self, tmp_path):
         with pytest.raises(SystemExit, match="holds no results of stoch_norm"):
@@ -204,39 +205,61 @@ class TestStep:
         written = json.loads((tmp_path / "results.json").read_text())
         assert [case["label"] for case in written["cases"]] == ["mobilenet_v2, l2_sp", "mobilenet_v2, stochnorm + bss"]
         for case in written["cases"]:
-            assert set(case["samples"]) == set(case["peak_bytes"]) == {step.OURS, step.PLAIN, step.UPSTREAM}
+            for measured in ("samples", "peak_bytes", "kept_bytes"):
+                assert set(case[measured]) == {step.OURS, step.PLAIN, step.UPSTREAM}
             assert all(len(own["forward"]) == 3 for own in case["samples"].values())
         assert "| mobilenet_v2, l2_sp | channels_last | float32 |" in (tmp_path / "table.md").read_text()
         assert "StochNorm" in capsys.readouterr().out
         pytest.importorskip("matplotlib")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_a_step_with_stochnorm_keeps_less(self, device):
+        setting = self.setting("stochnorm", device)
+        arguments = step.feed_of(setting).arguments
+        ours, plain, _ = (make().kept_bytes(arguments) for make in step.sides(setting).values())
+        values = 6 * 8 * 6 * 6  # of the convolution's output, which both keep, and of the activation's
+        assert plain - ours == pytest.approx(4 * values, abs=1024)
+        assert ours == pytest.approx(4 * values, abs=4096)
+
     def test_goals(self):
-        def case(way, seconds):
+        def case(network, way, seconds, kept=10):
             samples = {step.OURS: {"forward": [seconds]}, step.PLAIN: {"forward": [1.0]}}
-            return {"label": way, "way": way, "layout": "", "dtype": "", "samples": samples}
+            return {
+                "network": network, "label": f"{network}, {way}", "way": way, "layout": "channels_last",
+                "dtype": "float32", "samples": samples, "kept_bytes": {step.OURS: kept, step.PLAIN: 100},
+            }  # fmt: skip
 
-        def verdict(device, *cases):
-            (goal,) = step.goals({"settings": {"device": device}, "cases": cases})
-            return goal.passed
+        def verdicts(device, *cases):
+            found = step.goals({"settings": {"device": device}, "cases": cases})
+            return [goal.passed for goal in found if goal.passed is not None]
 
-        assert verdict("cpu", case("stochnorm", 0.99), case("bss", 2.0))
-        assert verdict("cpu", case("stochnorm", 1.01)) is False
-        assert verdict("cuda", case(step.BOTH, 1.02), case("stochnorm", 2.0))
-        assert verdict("cuda", case(step.BOTH, 1.03)) is False
+        mobilenet = "mobilenet_v2", "stochnorm"
+        assert verdicts("cpu", case(*mobilenet, 0.8), case("mobilenet_v2", "bss", 2.0)) == [True, True, True]
+        assert verdicts("cpu", case(*mobilenet, 0.81, kept=76)) == [False, False, True]
+        assert verdicts("cpu", case("resnet50", "stochnorm", 1.01)) == [False, False]
+        assert verdicts("cuda", case("resnet50", step.BOTH, 1.02), case("resnet50", "stochnorm", 2.0)) == [True]
+        assert verdicts("cuda", case("resnet50", step.BOTH, 1.03)) == [False]
 
     def test_settings_by_device(self):
         def networks(*arguments):
             return {(setting.network, setting.layout) for setting in step.settings(step.parse(arguments))}
 
-        resnet = {("resnet50", "contiguous"), ("resnet50", "channels_last")}
-        assert networks() == {("mobilenet_v2", "channels_last"), *resnet}
+        resnet = {("resnet50", "channels_last")}
+        assert networks() == {("mobilenet_v2", "channels_last"), ("efficientnet_b0", "channels_last"), *resnet}
+        assert networks("--networks", "resnet50", "--layouts", "contiguous") == {("resnet50", "contiguous")}
         assert step.parse([]).out == command.RESULTS / "cpu" / "step"
         for arguments in (["--batch", "2"], ["--ways", "bss"], ["--networks", "resnet50"], ["--rounds", "3"]):
             assert step.parse(arguments).out == command.QUICK_RESULTS / "cpu" / "step"
         assert networks("--quick") == {("mobilenet_v2", "channels_last")}
         assert networks("--quick", "--networks", "resnet50") == resnet
         assert {(s.batch, s.rounds) for s in step.settings(step.parse(["--networks", "resnet50"]))} == {(16, 5)}
+
+    def test_only_stochnorm_is_measured_in_all_dtypes(self):
+        ways = {}
+        for setting in step.settings(step.parse([])):
+            ways.setdefault((setting.network, setting.dtype), []).append(setting.way)
+        assert ways["resnet50", "float32"] == list(step.WAYS)
+        assert ways["resnet50", "bfloat16"] == ways["efficientnet_b0", "float32"] == list(step.WITH_STOCHNORM)
 
 
 KERNEL = "void talib_fast::stoch_norm::(anonymous namespace)::forward_kernel<float, 4>(Map, float (*)(int))"
@@ -285,7 +308,7 @@ class TestKernels:
                 one.work()
                 assert one.floor_bytes > 0
                 labels.append(one.label)
-        assert labels[0] == "copy_" and len(labels) == 1 + 2 * (2 + 4 + 1)
+        assert labels[0] == "copy_" and len(labels) == 1 + 2 * (3 * 2 + 4 + 1)
         assert {label.partition(" ")[0] for label in labels[1:]} == {"stoch_norm", "squared_distance", "spectral_tail"}
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
