@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ["7.5", "9.0", "12.0"]  # all of them take minutes: `make packages` compiles for the rest
+ARCHITECTURES = ["9.0", "12.0"]  # the second leaves the fewest registers; `make packages` compiles for the rest
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
