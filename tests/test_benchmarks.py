@@ -369,8 +369,11 @@ class TestCommand:
         said = capsys.readouterr().out
         written = json.loads((tmp_path / "results.json").read_text())
         labels = ["2048@7", "2048@7 + add + relu"]
+        places = [(layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS]
+        if device.type == "cpu":
+            places.remove(("contiguous", "bfloat16"))
         assert [(c["label"], c["layout"], c["dtype"]) for c in written["cases"]] == [
-            (label, layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS for label in labels
+            (label, *place) for place in places for label in labels
         ]
         for measured in written["cases"]:
             own = {name: passes for name, passes in measured["samples"].items() if name in measured["peak_bytes"]}
@@ -387,7 +390,7 @@ class TestCommand:
         )
         assert "pass" in said or "FAIL" in said
         table = (tmp_path / "table.md").read_text()
-        assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + 4 * 4 and "```" in table
+        assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + 4 * len(places) and "```" in table
         assert str(tmp_path) not in json.dumps(written) + table
 
     def test_table_and_plot_come_again_from_the_json(self, tmp_path):
