@@ -5,7 +5,8 @@
 #
 # Needs a GPU, nvcc, compute-sanitizer (both are in the CUDA toolkit) and a python3 with torch >= 2.10 for CUDA, numpy,
 # torchvision, setuptools >= 77, ninja and pytest; with matplotlib it draws the plots too. Nothing is installed: the
-# library is built inside this checkout. Every step runs, also after one that failed; any failure makes the exit status 1.
+# library is built inside this checkout. Every step runs, also after one that failed; any failure makes the exit
+# status 1.
 #
 #   PYTHON   the interpreter, python3
 #   OUT      a folder for gpu.json, which holds all results, gpu-summary.txt and gpu-logs.tar.gz, which holds all logs,
@@ -19,8 +20,9 @@ benchmarks=("${operations[@]}" step bi_tuning co_tuning host_overhead)
 small_cases="cuda and (TestOperation or lists_of_every_length or matrices_in_blocks or any_strides or size_class)"
 small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
-small_tests=("${small_tests[@]/%/.py}")
-host_only=(architectures batch_norm_tools build build_parts distributed kernels_on_host packages pages recipes simt torch_private)  # reach no GPU
+small_tests=("${small_tests[@]/%/.py}" tests/test_activation.py)  # what stoch_norm takes along has a file of its own
+host_only=(architectures batch_norm_tools build build_parts distributed fusion kernels_on_host norm_act packages pages)
+host_only+=(recipes simt torch_private)  # reach no GPU
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 ignored=("${ignored[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)
@@ -132,7 +134,6 @@ step kernels 100 "$python" env TALIB_FAST_BACKEND=compiled "$python" benchmarks/
   --out "$results/cuda/kernels" && cat "$logs/kernels.log"
 collect
 for name in "${benchmarks[@]}"; do
-  # shellcheck disable=SC2086  # an option and its value
   step "bench_$name" 180 "$python" env TALIB_FAST_BACKEND=compiled "$python" "benchmarks/bench_$name.py" \
     --device cuda --out "$results/cuda/$name" && tail -n 90 "$logs/bench_$name.log"
   collect

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA kernel of stoch_norm share: operands, checked and brought into a form that both can walk.
+// What the CPU and the CUDA kernel of stoch_norm share: the operators, and their operands, checked and brought into a
+// form that both can walk.
 #pragma once
 
 #include <limits>
@@ -39,8 +40,8 @@ struct RunningStatistics {
 // activation, there are none.
 struct Epilogue {
   Activation activation;
-  double slope;           // of the straight line below 0; for the piecewise ones
-  double limit;           // from which on those are constant; NaN: there is none
+  double slope;  // of the piecewise ones, below 0
+  double limit;  // from which on these are constant; NaN: there is none
 
   bool keeps_signs(bool residual) const { return residual && activation != Activation::kNone; }
 };
@@ -202,5 +203,45 @@ inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias")};
 }
+
+// The operators of a device: Kernels::forward(call) and Kernels::backward(call), while Kernels::Guard(input) lives.
+template <typename Kernels>
+struct Operators {
+  static std::tuple<Tensor, Tensor, Tensor> forward(
+      const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+      const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
+      const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, int64_t activation,
+      double negative_slope) {
+    const typename Kernels::Guard guard(input);
+    const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
+                                    channel_vector(running_var, input, "running_var")};
+    const ForwardCall call = forward_call(input, weight, bias, running, running, mask, momentum, eps, p,
+                                          num_batches_tracked, residual, epilogue(activation, negative_slope));
+    Kernels::forward(call);
+    return {call.output, call.statistics, call.signs};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> functional(
+      const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+      const Tensor& running, const Tensor& mask, double eps, double p, const std::optional<Tensor>& residual,
+      int64_t activation, double negative_slope) {
+    const typename Kernels::Guard guard(input);
+    const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p, residual,
+                                                epilogue(activation, negative_slope));
+    Kernels::forward(call.forward);
+    return {call.forward.output, call.forward.statistics, call.forward.signs, call.batch};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
+      const Tensor& mask, double p, const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
+      int64_t activation, double negative_slope) {
+    const typename Kernels::Guard guard(input);
+    const BackwardCall call = backward_call(grad_output, input, statistics, weight, mask, p, bias, signs,
+                                            epilogue(activation, negative_slope));
+    Kernels::backward(call);
+    return {call.grad_input, call.grad_weight, call.grad_bias, call.grad_residual};
+  }
+};
 
 }  // namespace talib_fast

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from talib_fast import finetune
-from talib_fast.finetune.norm_act import TIMM
+from talib_fast.finetune import norm_act
+from talib_fast.finetune.norm_act import TIMMS_NORMS
 from talib_fast.finetune.norms import activation_of
 from talib_fast.finetune.stochnorm import (
     StochNorm1d,
@@ -309,7 +310,7 @@ class TestWithoutTimm:
     @pytest.fixture
     def stochnorm(self, monkeypatch):
         """The public module as it is where timm is missing."""
-        for name in ("timm", "timm.layers", TIMM):
+        for name in ("timm", "timm.layers", TIMMS_NORMS):
             monkeypatch.setitem(sys.modules, name, None)
         for name in ("norm_act", "conversion", "stochnorm"):
             monkeypatch.delitem(sys.modules, f"talib_fast.finetune.{name}")
@@ -326,6 +327,13 @@ class TestWithoutTimm:
     def test_names_of_activations_are_timm_s(self, stochnorm):
         with pytest.raises(ValueError, match="expected act_layer to be a class where timm is missing, got 'silu'"):
             stochnorm.StochNormAct2d(6, act_layer="silu")
+
+    def test_timm_that_does_not_fit_torch_is_none(self, monkeypatch):
+        def fails(name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+        monkeypatch.setattr(norm_act.importlib, "import_module", fails)
+        assert norm_act.imported_from_timm("timm.layers") is None
 
     def test_conversion(self, stochnorm):
         net = nn.Sequential(nn.BatchNorm2d(6), stochnorm.StochNormAct2d(6))

@@ -804,63 +804,41 @@ void run(const Op& op) {
   else walk<Rows>(op);
 }
 
-void forward(const ForwardCall& call) {
-  if (call.batches != nullptr) ++*call.batches;
-  dispatch(float_type(call.input), [&](auto zero) {
-    const Forward<decltype(zero)> op{call};
-    op.clear_signs();
-    if (call.input.numel() != 0) return run(op);
-    for (int64_t c = 0; c < call.view.channels; ++c) {
-      const double mean = load(call.running.mean, c), var = load(call.running.var, c);
-      op.mean[c] = mean, op.invstd[c] = op.invstd_of(var);
-      store(call.moved.mean, c, mean), store(call.moved.var, c, var);
-    }
-  });
-}
+struct Kernels {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
 
-std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
-    const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, int64_t activation,
-    double negative_slope) {
-  const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
-                                  channel_vector(running_var, input, "running_var")};
-  const ForwardCall call = forward_call(input, weight, bias, running, running, mask, momentum, eps, p,
-                                        num_batches_tracked, residual, epilogue(activation, negative_slope));
-  forward(call);
-  return {call.output, call.statistics, call.signs};
-}
+  static void forward(const ForwardCall& call) {
+    if (call.batches != nullptr) ++*call.batches;
+    dispatch(float_type(call.input), [&](auto zero) {
+      const Forward<decltype(zero)> op{call};
+      op.clear_signs();
+      if (call.input.numel() != 0) return run(op);
+      for (int64_t c = 0; c < call.view.channels; ++c) {
+        const double mean = load(call.running.mean, c), var = load(call.running.var, c);
+        op.mean[c] = mean, op.invstd[c] = op.invstd_of(var);
+        store(call.moved.mean, c, mean), store(call.moved.var, c, var);
+      }
+    });
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& running,
-    const Tensor& mask, double eps, double p, const std::optional<Tensor>& residual, int64_t activation,
-    double negative_slope) {
-  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p, residual,
-                                              epilogue(activation, negative_slope));
-  forward(call.forward);
-  return {call.forward.output, call.forward.statistics, call.forward.signs, call.batch};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
-    const Tensor& mask, double p, const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
-    int64_t activation, double negative_slope) {
-  const BackwardCall call = backward_call(grad_output, input, statistics, weight, mask, p, bias, signs,
-                                          epilogue(activation, negative_slope));
-  dispatch(float_type(input), [&](auto zero) {
-    const Backward<decltype(zero)> op{call};
-    if (input.numel() != 0) return run(op);
-    std::fill_n(op.dweight, call.view.channels, 0);
-    std::fill_n(op.dbias, call.view.channels, 0);
-  });
-  return {call.grad_input, call.grad_weight, call.grad_bias, call.grad_residual};
-}
+  static void backward(const BackwardCall& call) {
+    dispatch(float_type(call.input), [&](auto zero) {
+      const Backward<decltype(zero)> op{call};
+      if (call.input.numel() != 0) return run(op);
+      std::fill_n(op.dweight, call.view.channels, 0);
+      std::fill_n(op.dbias, call.view.channels, 0);
+    });
+  }
+};
 
 }  // namespace
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
-  m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
-  m.impl("stoch_norm_functional", TORCH_BOX(&talib_fast::stoch_norm_functional));
-  m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
+  using Operators = talib_fast::Operators<talib_fast::Kernels>;
+  m.impl("stoch_norm_forward", TORCH_BOX(&Operators::forward));
+  m.impl("stoch_norm_functional", TORCH_BOX(&Operators::functional));
+  m.impl("stoch_norm_backward", TORCH_BOX(&Operators::backward));
 }

@@ -30,7 +30,7 @@ stoch_norm::Activated<A> activated(const Epilogue& epilogue) {
 }
 
 template <typename T, bool kFused>
-void forward(const ForwardCall& call) {
+void forward_of(const ForwardCall& call) {
   using A = acc_t<T>;
   const int64_t channels = call.view.channels;
   A* statistics = static_cast<A*>(call.statistics.mutable_data_ptr());
@@ -58,7 +58,7 @@ void forward(const ForwardCall& call) {
 }
 
 template <typename T, bool kFused>
-void backward(const BackwardCall& call) {
+void backward_of(const BackwardCall& call) {
   using A = acc_t<T>;
   const int64_t channels = call.view.channels;
   const A* statistics = static_cast<const A*>(call.statistics.const_data_ptr());
@@ -81,60 +81,33 @@ void backward(const BackwardCall& call) {
       call.view, call.input);
 }
 
-void run_forward(const ForwardCall& call) {
-  with_type(float_type(call.input), [&](auto zero) {
-    using T = decltype(zero);
-    const bool fused = call.residual || call.epilogue.activation != Activation::kNone;
-    fused ? forward<T, true>(call) : forward<T, false>(call);
-  });
-}
+struct Kernels {
+  using Guard = DeviceGuard;
 
-std::tuple<Tensor, Tensor, Tensor> stoch_norm_forward(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
-    const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, int64_t activation,
-    double negative_slope) {
-  const DeviceGuard guard(input);
-  const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
-                                  channel_vector(running_var, input, "running_var")};
-  const ForwardCall call = forward_call(input, weight, bias, running, running, mask, momentum, eps, p,
-                                        num_batches_tracked, residual, epilogue(activation, negative_slope));
-  run_forward(call);
-  return {call.output, call.statistics, call.signs};
-}
+  static void forward(const ForwardCall& call) {
+    with_type(float_type(call.input), [&](auto zero) {
+      using T = decltype(zero);
+      const bool fused = call.residual || call.epilogue.activation != Activation::kNone;
+      fused ? forward_of<T, true>(call) : forward_of<T, false>(call);
+    });
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_functional(
-    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& running,
-    const Tensor& mask, double eps, double p, const std::optional<Tensor>& residual, int64_t activation,
-    double negative_slope) {
-  const DeviceGuard guard(input);
-  const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p, residual,
-                                              epilogue(activation, negative_slope));
-  run_forward(call.forward);
-  return {call.forward.output, call.forward.statistics, call.forward.signs, call.batch};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> stoch_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
-    const Tensor& mask, double p, const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
-    int64_t activation, double negative_slope) {
-  const DeviceGuard guard(input);
-  const BackwardCall call = backward_call(grad_output, input, statistics, weight, mask, p, bias, signs,
-                                          epilogue(activation, negative_slope));
-  with_type(float_type(input), [&](auto zero) {
-    using T = decltype(zero);
-    const bool fused = call.epilogue.activation != Activation::kNone;
-    fused ? backward<T, true>(call) : backward<T, false>(call);
-  });
-  return {call.grad_input, call.grad_weight, call.grad_bias, call.grad_residual};
-}
+  static void backward(const BackwardCall& call) {
+    with_type(float_type(call.input), [&](auto zero) {
+      using T = decltype(zero);
+      const bool fused = call.epilogue.activation != Activation::kNone;
+      fused ? backward_of<T, true>(call) : backward_of<T, false>(call);
+    });
+  }
+};
 
 }  // namespace
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
   if (!talib_fast::driver_serves_kernels()) return;
-  m.impl("stoch_norm_forward", TORCH_BOX(&talib_fast::stoch_norm_forward));
-  m.impl("stoch_norm_functional", TORCH_BOX(&talib_fast::stoch_norm_functional));
-  m.impl("stoch_norm_backward", TORCH_BOX(&talib_fast::stoch_norm_backward));
+  using Operators = talib_fast::Operators<talib_fast::Kernels>;
+  m.impl("stoch_norm_forward", TORCH_BOX(&Operators::forward));
+  m.impl("stoch_norm_functional", TORCH_BOX(&Operators::functional));
+  m.impl("stoch_norm_backward", TORCH_BOX(&Operators::backward));
 }

@@ -1,7 +1,5 @@
 """Turning batch norms into stochastic norms, in place, and back."""
 
-import contextlib
-import importlib
 import warnings
 from collections import Counter
 from typing import Any
@@ -12,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_module, check_number
 from .fusion import separate
-from .norm_act import TIMM, StochNormAct2d, SyncStochNormAct, counterparts_in_timm
+from .norm_act import TIMMS_NORMS, StochNormAct2d, SyncStochNormAct, counterparts_in_timm, imported_from_timm
 from .norms import (
     StochNorm1d,
     StochNorm2d,
@@ -67,6 +65,21 @@ def _listed(left: dict[str, type]) -> str:
     return f"{counts} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def _change_classes(
+    module: nn.Module, counterparts: dict[type, type], family: type
+) -> tuple[list[Any], dict[str, type]]:
+    """Give the layers their counterparts' classes: those that got one, and what is left of ``family``, by name."""
+    changed, left = [], {}
+    for name, layer in module.named_modules():
+        kind = _counterpart(type(layer), counterparts)
+        if kind is not None:
+            layer.__class__ = kind
+            changed.append(layer)
+        elif isinstance(layer, family):
+            left[name] = type(layer)
+    return changed, left
+
+
 def convert_model(module: nn.Module, p: float) -> nn.Module:
     """Turn every batch norm in ``module`` into the stochastic norm of its rank, in place.
 
@@ -89,16 +102,10 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     check_module(module, "module")
     check_number(p, "p", 1)
     watch_for_lost_methods()
-    counterparts = {**_STOCHASTIC, **counterparts_in_timm(), **{stochastic: stochastic for stochastic in _SYNCHRONIZED}}
-    converted, left = 0, {}
-    for name, layer in module.named_modules():
-        kind = _counterpart(type(layer), counterparts)
-        if kind is not None:
-            layer.__class__ = kind
-            layer.p = float(p)
-            converted += 1
-        elif isinstance(layer, _BatchNorm):
-            left[name] = type(layer)
+    counterparts = {**_STOCHASTIC, **counterparts_in_timm(), **dict(zip(_SYNCHRONIZED, _SYNCHRONIZED, strict=True))}
+    converted, left = _change_classes(module, counterparts, _BatchNorm)
+    for layer in converted:
+        layer.p = float(p)
     if left:
         warnings.warn(f"convert_model leaves batch norms that it does not know: {_listed(left)}", stacklevel=2)
     elif not converted:
@@ -126,19 +133,13 @@ def restore_batch_norm(module: nn.Module) -> nn.Module:
     check_module(module, "module")
     separate(module)
     if any(isinstance(layer, StochNormAct2d) for layer in module.modules()):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(TIMM)
+        imported_from_timm(TIMMS_NORMS)
     counterparts = {stochastic: plain for plain, stochastic in {**_STOCHASTIC, **counterparts_in_timm()}.items()}
-    left = {}
-    for name, layer in module.named_modules():
-        kind = _counterpart(type(layer), counterparts)
-        if kind is not None:
-            layer.__class__ = kind
-            del layer.p
-            if isinstance(layer, nn.SyncBatchNorm):
-                vars(layer).setdefault("process_group", None)
-        elif isinstance(layer, _StochNorm):
-            left[name] = type(layer)
+    restored, left = _change_classes(module, counterparts, _StochNorm)
+    for layer in restored:
+        del layer.p
+        if isinstance(layer, nn.SyncBatchNorm):
+            vars(layer).setdefault("process_group", None)
     if left:
         warnings.warn(
             f"restore_batch_norm leaves stochastic norms that it does not know: {_listed(left)}", stacklevel=2
@@ -167,15 +168,9 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         got = type(process_group).__name__
         raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
-    converted, left = 0, {}
-    for name, layer in module.named_modules():
-        kind = _counterpart(type(layer), _SYNCHRONIZED)
-        if kind is not None:
-            layer.__class__ = kind
-            layer.process_group = process_group
-            converted += 1
-        elif isinstance(layer, _StochNorm):
-            left[name] = type(layer)
+    converted, left = _change_classes(module, _SYNCHRONIZED, _StochNorm)
+    for layer in converted:
+        layer.process_group = process_group
     if left:
         warnings.warn(f"convert_sync leaves stochastic norms that it does not know: {_listed(left)}", stacklevel=2)
     elif not converted:

@@ -1,5 +1,6 @@
 """Stochastic norms with the activation that follows them in one layer, as timm has them."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,16 @@ from ..ops.activation import NO_ACTIVATION, Activation
 from ..ops.stoch_norm import followed
 from .norms import StochNorm2d, SyncStochNorm, activation_of, runs_its_forward_alone
 
-TIMM = "timm.layers.norm_act"
+TIMM = "timm.layers"
+TIMMS_NORMS = f"{TIMM}.norm_act"
+
+
+def imported_from_timm(name: str) -> Any:
+    """One of timm's modules; None where timm can't be imported."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError):  # torchvision, which timm needs, raises the latter if it does not fit torch
+        return None
 
 
 def counterparts_in_timm() -> dict[type, type]:
@@ -20,7 +30,7 @@ def counterparts_in_timm() -> dict[type, type]:
     From then on stochastic ones are timm's ``BatchNormAct2d``, too: of timm's tools those that take one for any other
     batch norm, as freezing does, leave a network without its activations.
     """
-    timm: Any = sys.modules.get(TIMM)
+    timm: Any = sys.modules.get(TIMMS_NORMS)
     if timm is None:
         return {}
     if not issubclass(StochNormAct2d, timm.BatchNormAct2d):
@@ -30,11 +40,10 @@ def counterparts_in_timm() -> dict[type, type]:
 
 def _activation_layer(act_layer: Any, options: dict[str, Any]) -> nn.Module:
     if isinstance(act_layer, str) and act_layer:
-        try:
-            from timm.layers import get_act_layer
-        except ImportError as error:
-            raise ValueError(f"expected act_layer to be a class where timm is missing, got {act_layer!r}") from error
-        act_layer = get_act_layer(act_layer)
+        layers = imported_from_timm(TIMM)
+        if layers is None:
+            raise ValueError(f"expected act_layer to be a class where timm is missing, got {act_layer!r}")
+        act_layer = layers.get_act_layer(act_layer)
     if not act_layer:
         return nn.Identity()
     try:

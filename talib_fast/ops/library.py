@@ -51,13 +51,8 @@ class Function(torch.autograd.Function):
 
 
 def argument_names(function: type[Function]) -> Any:
-    """A named tuple of what ``forward`` takes, None where nothing is given.
-
-    By it the inputs of ``setup_context``, the dimensions of ``vmap`` and the gradients that ``backward`` returns have
-    names, which PyTorch hands over and expects by position.
-    """
-    names = tuple(inspect.signature(function.forward).parameters)
-    return namedtuple("Arguments", names, defaults=[None] * len(names))
+    """A named tuple of what ``forward`` takes, for what PyTorch hands ``setup_context`` and ``vmap`` by position."""
+    return namedtuple("Arguments", inspect.signature(function.forward).parameters)
 
 
 def needs_pytorch_formula() -> bool:

@@ -165,9 +165,9 @@ def _functional(
     output, z, statistics, batch = _with_batch(input, weight, bias, running, mask, eps, p, function, residual)
     signs = input.new_empty(0, dtype=torch.int32)
     if residual is not None:  # of other strides, it decides those of a sum
-        output, z = torch.empty_like(input).copy_(output), torch.empty_like(input, dtype=z.dtype).copy_(z)
+        output = torch.empty_like(input).copy_(output)
         if activation:
-            signs = pack_signs(function.passes(z))
+            signs = pack_signs(torch.empty_like(input, dtype=torch.bool).copy_(function.passes(z)))
     return output, statistics, signs, batch
 
 
@@ -267,31 +267,30 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(
-    ctx: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor,
-    constants: tuple[float, float, int, float],
-    results: Sequence[Tensor],
+    ctx: Any, operands: Sequence[Any], constants: tuple[float, float, int, float], results: Sequence[Tensor]
 ) -> None:
-    """What the backward pass needs: ``constants`` are p, eps, and the activation as operators take it."""
+    """What the backward pass needs.
+
+    Args:
+        operands: input, weight, bias, residual and mask.
+        constants: p, eps, and the activation as operators take it.
+    """
+    input, weight, bias, residual, mask = operands
     output, statistics, signs, *_ = results
-    activation = constants[2]
-    if not activation:
+    keeps_signs = constants[2] != 0 and residual is not None
+    if not constants[2]:
         ctx.save_for_backward(input, weight, mask, statistics)
-    elif residual is None:
+    elif not keeps_signs:
         ctx.save_for_backward(input, weight, mask, statistics, bias, None)
     else:
         ctx.save_for_backward(input, weight, mask, statistics, None, signs)
     ctx.constants = constants
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.strides = output.stride() if activation and residual is not None else None
+    ctx.strides = output.stride() if keeps_signs else None
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight, bias and residual, which come first among a function's arguments."""
+    """The gradients of a function's arguments, of which only the first four, up to the residual, have any."""
     input, weight, mask, statistics, *of_activation = ctx.saved_tensors
     bias, signs = of_activation or (None, None)
     p, eps, *activation = ctx.constants
@@ -310,12 +309,13 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     else:
         follows = (bias, signs, *activation) if of_activation else ()  # what is left out takes no time
         dx, dweight, dbias, dresidual = _backward_op(grad_output, input, statistics, weight, mask, p, *follows)
-    of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    of_input, of_weight, of_bias, of_residual, *others = ctx.needs_input_grad
     return (
         dx if of_input else None,
         _in_dtype(dweight, weight.dtype) if of_weight else None,
         _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
         (grad_output if signs is None else dresidual) if of_residual else None,
+        *[None] * len(others),
     )
 
 
@@ -340,12 +340,12 @@ class _InPlace(torch.autograd.Function):
         state = running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
         follows = (residual, *activation) if activation[0] or residual is not None else ()
         results = _forward_op(input, weight, bias, *state, *follows)
-        _keep(ctx, input, weight, bias, residual, mask, constants, results)
+        _keep(ctx, (input, weight, bias, residual, mask), constants, results)
         return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return *_differentiate(ctx, grad_output), *[None] * 6
+        return _differentiate(ctx, grad_output)
 
 
 class _StochNorm(Function):
@@ -378,14 +378,13 @@ class _StochNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         args = _Arguments(*inputs)
         constants = args.p, args.eps, args.activation, args.negative_slope
-        _keep(ctx, args.input, args.weight, args.bias, args.residual, args.mask, constants, output)
+        _keep(ctx, (args.input, args.weight, args.bias, args.residual, args.mask), constants, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of the statistics, which have none
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients = [None] * 4 if grad_output is None else _differentiate(ctx, grad_output)
-        return *gradients, *[None] * (len(_Arguments._fields) - 4)
+        return (None,) * len(_Arguments._fields) if grad_output is None else _differentiate(ctx, grad_output)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -505,9 +504,8 @@ def stoch_norm(
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running.size(0) > 1 and running.stride(0) == 0:
             raise ValueError(f"expected memory of its own for every channel of {name}, got a stride of 0")
-        if (
-            not torch.compiler.is_compiling() and running.is_neg()
-        ):  # which PyTorch can't hand to an operator that writes
+        # which PyTorch can't hand to an operator that writes, and compiled code not even ask for
+        if not torch.compiler.is_compiling() and running.is_neg():
             raise ValueError(f"expected {name} as it is in memory, got the view of a negation: resolve_neg() it")
     check_count(input)
     operands = weight, bias
