@@ -497,11 +497,25 @@ class TestKernels:
         values = torch.stack([every, every], 1)
         zero, one = torch.zeros(2, device=device), torch.ones(2, device=device)
         mask = torch.zeros(2, dtype=torch.bool, device=device)
-        for factor in (1.0, 0.7, 1.3, 1e-3, 3e-6, 600.0):
+        for factor in (1.0, 0.7, 1.3, 1 + 2**-8, 1 + 2**-11, 1e-3, 3e-6, 600.0):  # the powers make ties
             expected = (values.float() * factor).to(dtype)
             for x, want in ((values, expected), (values.t().contiguous().unsqueeze(0), expected.t().unsqueeze(0))):
                 output, _ = stoch_norm(x, zero.clone(), one.clone(), mask, one * factor, None, eps=0.0)
                 assert torch.equal(output, want)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_nan_and_infinity_stay_what_they_are(self, dtype, device):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+        every = every[~every.isfinite()]
+        values = torch.stack([every, every], 1)
+        zero, one = torch.zeros(2, device=device), torch.ones(2, device=device)
+        mask = torch.zeros(2, dtype=torch.bool, device=device)
+        widest = torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(torch.float32).to(device)  # NaN, all bits set
+        for x in (values, values.t().contiguous().unsqueeze(0)):
+            output, _ = stoch_norm(x, zero.clone(), one.clone(), mask, one, None, eps=0.0)
+            assert torch.equal(output.isnan(), x.isnan()) and torch.equal(output.isinf(), x.isinf())
+            output, _ = stoch_norm(torch.ones_like(x), zero.clone(), one.clone(), mask, widest, None, eps=0.0)
+            assert output.isnan().all()
 
     @pytest.mark.parametrize("channels", [1, 2, 3, 8, 15, 16, 24, 33])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -24,18 +24,16 @@ INLINE Lanes<double>::type each_lane(const Lanes<double>::type& x, const F& f) {
   return y;
 }
 
-// e^x for x <= 0; what is below the smallest normal number is 0.
-template <typename Conditions>
-INLINE Floats exp_negative(const Conditions& conditions, const Floats& x) {
+// e^x for |x| <= kLargest
+constexpr int kLargest = 87;
+INLINE Floats exponential(const Floats& x) {
   constexpr float kInteger = 0x1.8p23f;  // added to a small number it leaves an integer in the lowest bits
   const Floats shifted = x * 0x1.715476p0f + kInteger, n = shifted - kInteger;
   const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n * ln 2, within ±ln 2 / 2
-  const Floats mantissa = polynomial(r, {1.f, 1.f, 0.49999994f, 0.1666652f, 0.041668393f, 0.008368781f, 0.0013814467f});
-  const Floats power = bits_of<Floats>(bits_of<Bits>(mantissa) + (bits_of<Bits>(shifted) << 23));
-  return conditions.select(conditions.less(Floats{} - 87, x), power, Floats{});
+  const Floats mantissa = polynomial(r, {1.f, 1.f, 0.4999923f, 0.16667116f, 0.04189033f, 0.008312502f});
+  return bits_of<Floats>(bits_of<Bits>(mantissa) + (bits_of<Bits>(shifted) << 23));
 }
-template <typename Conditions>
-INLINE Lanes<double>::type exp_negative(const Conditions&, const Lanes<double>::type& x) {
+INLINE Lanes<double>::type exponential(const Lanes<double>::type& x) {
   return each_lane(x, [](double lane) { return std::exp(lane); });
 }
 

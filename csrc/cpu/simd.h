@@ -91,68 +91,37 @@ INLINE To bits_of(const From& from) {
 
 #if defined(SIMD_WIDE)
 template <typename Body, typename... Args>
-__attribute__((target(SIMD_ARCH SIMD_WIDE))) void run_wide(Args... args) {
-  Body::template run<true>(args...);
+__attribute__((target(SIMD_ARCH SIMD_WIDE))) auto run_wide(Args... args) {
+  return Body::template run<true>(args...);
 }
 template <typename Body, typename... Args>
-__attribute__((target(SIMD_ARCH SIMD_MIDDLE))) void run_middle(Args... args) {
-  Body::template run<false>(args...);
+__attribute__((target(SIMD_ARCH SIMD_MIDDLE))) auto run_middle(Args... args) {
+  return Body::template run<false>(args...);
 }
 #endif
 
 // Body::run<whether a register holds all lanes>(args...), compiled for the registers that there are. Clones do not know
 // which of them they are.
 template <typename Body, typename... Args>
-void simd(Args... args) {
+auto simd(Args... args) {
 #if defined(SIMD_WIDE)
   static const bool wide = __builtin_cpu_supports(SIMD_WIDE), middle = __builtin_cpu_supports(SIMD_MIDDLE);
   if (wide) return run_wide<Body>(args...);
   if (middle) return run_middle<Body>(args...);
 #endif
-  Body::template run<false>(args...);
+  return Body::template run<false>(args...);
 }
 
-// Conditions, and what is chosen by them. GCC takes a comparison of vectors apart, lane by lane, unless a register
-// holds all lanes and the comparison is a selection's own. There a condition is what is to be compared, elsewhere a
-// mask made of signs.
+// What GCC makes of comparisons, and of conversions to and from 16 bits, depends on whether a register holds all lanes.
+// Where a or b is NaN, less(a, b) holds, and min and max give b.
 template <bool kWide>
-struct Conditions;
+struct Registers;
 
+// GCC takes a longer comparison apart, lane by lane: a condition is a mask made of signs.
 template <>
-struct Conditions<true> {
-  template <typename V>
-  struct Less {  // or one of them is NaN
-    V a, b;
-    template <typename R>
-    INLINE R select(const R& yes, const R& no) const {
-      return a >= b ? no : yes;
-    }
-  };
-  template <typename Mask>
-  struct NotZero {
-    Mask lanes;
-    template <typename R>
-    INLINE R select(const R& yes, const R& no) const {
-      return lanes == 0 ? no : yes;
-    }
-  };
+struct Registers<false> {
+  typedef Lanes<double>::type Doubles;
 
-  template <typename V>
-  static INLINE Less<V> less(const V& a, const V& b) {
-    return {a, b};
-  }
-  template <typename Mask>
-  static INLINE NotZero<Mask> not_zero(const Mask& lanes) {
-    return {lanes};
-  }
-  template <typename Condition, typename R>
-  static INLINE R select(const Condition& condition, const R& yes, const R& no) {
-    return condition.select(yes, no);
-  }
-};
-
-template <>
-struct Conditions<false> {
   template <typename Mask>
   static INLINE Mask signs(const Mask& lanes) {
     return lanes >> (8 * sizeof(lanes[0]) - 1);
@@ -168,21 +137,190 @@ struct Conditions<false> {
   static INLINE Lanes<float>::mask less(const Bits& a, const Bits& b) {
     return signs(bits_of<Lanes<float>::mask>(a - b));
   }
-  static INLINE auto less(const Lanes<float>::mask& a, const Lanes<float>::mask& b) { return signs(a - b); }
-  static INLINE auto less(const Lanes<double>::mask& a, const Lanes<double>::mask& b) { return signs(a - b); }
-  template <typename Mask>
-  static INLINE Mask not_zero(const Mask& lanes) {
-    return signs(lanes | -lanes);
+  template <typename V, typename Of = Lanes<std::remove_cvref_t<decltype(V{}[0])>>>
+  static INLINE typename Of::mask not_zero(const V& lanes) {
+    const auto bits = bits_of<typename Of::mask>(lanes);
+    return signs(bits | -bits);
+  }
+  template <typename V, typename Of = Lanes<std::remove_cvref_t<decltype(V{}[0])>>>
+  static INLINE typename Of::mask first(int64_t n) {
+    return signs(Of::kNumbers - (typename Of::mask{} + static_cast<int>(n)));
   }
   template <typename Mask, typename R>
   static INLINE R select(const Mask& mask, const R& yes, const R& no) {
     return bits_of<R>((mask & bits_of<Mask>(yes)) | (~mask & bits_of<Mask>(no)));
   }
+  template <typename V>
+  static INLINE V min(const V& a, const V& b) {
+    return select(less(b, a), b, a);
+  }
+  template <typename V>
+  static INLINE V max(const V& a, const V& b) {
+    return select(less(a, b), b, a);
+  }
+
+  template <typename V>
+  static INLINE V reciprocal(const V& a) {
+    return 1 / a;
+  }
+
+  template <typename V, typename Of = Lanes<std::remove_cvref_t<decltype(V{}[0])>>>
+  static INLINE typename Of::mask of_bits(int bits) {
+    const auto chosen = Of::kBits & bits;
+    return signs(chosen | -chosen);
+  }
+  template <typename Mask>
+  static INLINE uint32_t bits(const Mask& mask) {
+    constexpr int kLanes = sizeof(mask) / sizeof(mask[0]);
+#if defined(__SSE2__)
+    __m128i parts[4];
+    __builtin_memcpy(parts, &mask, sizeof(mask));
+    __m128i low = _mm_packs_epi32(parts[0], parts[1]), high = _mm_packs_epi32(parts[2], parts[3]);
+    if constexpr (kLanes == 8) low = _mm_packs_epi32(low, high), high = __m128i{};
+    return _mm_movemask_epi8(_mm_packs_epi16(low, high));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1) << i;
+    return bits;
+#endif
+  }
+
+  static INLINE Bits widen(const Words& words) { return __builtin_convertvector(words, Bits); }
+  static INLINE Floats load(const Words& words, BFloat16) { return bits_of<Floats>(widen(words) << 16); }
+  static INLINE Floats load(const Words& words, Half) {
+    const Bits bits = widen(words), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    // rebias the exponent, infinities and NaN twice; a subnormal's mantissa counts steps of 2^-24
+    const Bits rebias = select(less(magnitude, Bits{} + 0x7c00), Bits{} + (112u << 23), Bits{} + (224u << 23));
+    const Bits normal = (magnitude << 13) + rebias;
+    const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude + (126u << 23)) - 0.5f);
+    return bits_of<Floats>(sign | select(less(magnitude, Bits{} + 0x400), subnormal, normal));
+  }
+  // rounded to nearest, ties to even
+  static INLINE Words store(const Floats& lanes, BFloat16) {
+    const Bits bits = bits_of<Bits>(lanes), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const auto nan = less(Bits{} + 0x7f800000, bits & 0x7fffffff);
+    return __builtin_convertvector(select(nan, Bits{} + 0x7fc00000, rounded) >> 16, Words);
+  }
+  static INLINE Words store(const Floats& lanes, Half) {
+    const Bits bits = bits_of<Bits>(lanes), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude) + 0.5f) - (126u << 23);  // the addition rounds
+    const Bits finite = select(less(magnitude, Bits{} + (113u << 23)), subnormal, normal);
+    const Bits large = select(less(Bits{} + 0x7f800000, magnitude), Bits{} + 0x7e00, Bits{} + 0x7c00);
+    return __builtin_convertvector(
+        sign | select(less(magnitude, Bits{} + ((143u << 23) - 0x1000)), finite, large), Words);
+  }
 };
 
-template <bool kWide = true, typename T>
+#if defined(SIMD_WIDE)
+// A condition is a bit for each lane, the first one's lowest. GCC's own names for instructions, not the intrinsics':
+// those may not be inlined into a template that is not for AVX-512 alone.
+template <>
+struct Registers<true> {
+  typedef Lanes<double>::type Doubles;
+  typedef int16_t Shorts __attribute__((vector_size(32)));
+  typedef int16_t AllShorts __attribute__((vector_size(64)));
+  typedef uint16_t AllWords __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef long long Longs __attribute__((vector_size(64)));
+  typedef long long HalfLongs __attribute__((vector_size(32)));
+  static constexpr int kAll = -1, kAsSet = 4;             // lanes; how results are rounded
+  static constexpr int kLess = 1, kLessOrUnordered = 25;  // comparisons
+
+  static INLINE int less(const Floats& a, const Floats& b) {
+    return static_cast<uint16_t>(__builtin_ia32_cmpps512_mask(a, b, kLessOrUnordered, kAll, kAsSet));
+  }
+  static INLINE int less(const Doubles& a, const Doubles& b) {
+    return static_cast<uint8_t>(__builtin_ia32_cmppd512_mask(a, b, kLessOrUnordered, kAll, kAsSet));
+  }
+  static INLINE int not_zero(const Floats& lanes) {
+    const auto bits = bits_of<Lanes<float>::mask>(lanes);
+    return static_cast<uint16_t>(__builtin_ia32_ptestmd512(bits, bits, kAll));
+  }
+  static INLINE int not_zero(const Doubles& lanes) {
+    const auto bits = bits_of<Longs>(lanes);
+    return static_cast<uint8_t>(__builtin_ia32_ptestmq512(bits, bits, kAll));
+  }
+  template <typename V>
+  static INLINE int first(int64_t n) {
+    return (1 << n) - 1;
+  }
+  static INLINE Floats select(int condition, const Floats& yes, const Floats& no) {
+    return __builtin_ia32_blendmps_512_mask(no, yes, condition);
+  }
+  static INLINE Doubles select(int condition, const Doubles& yes, const Doubles& no) {
+    return __builtin_ia32_blendmpd_512_mask(no, yes, condition);
+  }
+  static INLINE Floats min(const Floats& a, const Floats& b) {
+    return __builtin_ia32_minps512_mask(a, b, Floats{}, kAll, kAsSet);
+  }
+  static INLINE Doubles min(const Doubles& a, const Doubles& b) {
+    return __builtin_ia32_minpd512_mask(a, b, Doubles{}, kAll, kAsSet);
+  }
+  static INLINE Floats max(const Floats& a, const Floats& b) {
+    return __builtin_ia32_maxps512_mask(a, b, Floats{}, kAll, kAsSet);
+  }
+  static INLINE Doubles max(const Doubles& a, const Doubles& b) {
+    return __builtin_ia32_maxpd512_mask(a, b, Doubles{}, kAll, kAsSet);
+  }
+
+  // of a normal number, whose reciprocal is one; to the last bit or two
+  static INLINE Floats reciprocal(const Floats& a) {
+    const Floats near = __builtin_ia32_rcp14ps512_mask(a, Floats{}, kAll);
+    return near + near * (1 - a * near);
+  }
+  static INLINE Doubles reciprocal(const Doubles& a) { return 1 / a; }
+
+  template <typename V>
+  static INLINE int of_bits(int bits) {
+    return bits;
+  }
+  static INLINE uint32_t bits(int condition) { return condition; }
+
+  static INLINE Floats load(const Words& words, BFloat16) {
+    const Ints wide = __builtin_ia32_pmovzxwd512_mask(bits_of<Shorts>(words), Ints{}, kAll);
+    return bits_of<Floats>(wide << 16);
+  }
+  static INLINE Floats load(const Words& words, Half) {
+    return __builtin_ia32_vcvtph2ps512_mask(bits_of<Shorts>(words), Floats{}, kAll, kAsSet);
+  }
+  // Rounded to nearest, ties to even: upwards where the lower half, and the upper one's last bit, exceed a half. NaN, of
+  // which arithmetic leaves a bit in the upper half, stays as it is.
+  static INLINE AllWords store(const Floats& a, const Floats& b, BFloat16) {
+    constexpr AllWords kLower = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const AllWords first = bits_of<AllWords>(a), second = bits_of<AllWords>(b);
+    const AllWords lower = __builtin_shuffle(first, second, kLower);
+    const AllWords upper = __builtin_shuffle(first, second, kLower + 1);
+    const auto excess = bits_of<AllWords>(__builtin_ia32_paddusw512_mask(
+        bits_of<AllShorts>(lower), bits_of<AllShorts>(upper & 1), AllShorts{}, kAll));
+    const auto number = __builtin_ia32_ucmpw512_mask(
+        bits_of<AllShorts>(upper | 0x8000), bits_of<AllShorts>(AllWords{} + 0xff80), kLess, kAll);
+    const auto up = __builtin_ia32_ucmpw512_mask(
+        bits_of<AllShorts>(AllWords{} + 0x8000), bits_of<AllShorts>(excess), kLess, number);
+    return bits_of<AllWords>(__builtin_ia32_paddw512_mask(
+        bits_of<AllShorts>(upper), bits_of<AllShorts>(AllWords{} + 1), bits_of<AllShorts>(upper), up));
+  }
+  static INLINE Words store(const Floats& lanes, BFloat16) {
+    const AllWords words = store(lanes, lanes, BFloat16{});
+    Words first;
+    __builtin_memcpy(&first, &words, sizeof(first));
+    return first;
+  }
+  static INLINE Words store(const Floats& lanes, Half) {
+    return bits_of<Words>(__builtin_ia32_vcvtps2ph512_mask(lanes, 0, Shorts{}, kAll));
+  }
+
+  template <typename V>
+  static INLINE void stream(void* to, const V& value) {
+    if constexpr (sizeof(V) == 64) __builtin_ia32_movntdq512(static_cast<Longs*>(to), bits_of<Longs>(value));
+    else __builtin_ia32_movntdq256(static_cast<HalfLongs*>(to), bits_of<HalfLongs>(value));
+  }
+};
+#endif
+
+template <bool kWide = false, typename T>
 INLINE lanes_t<T> load_lanes(const T* from) {
-  using M = Conditions<kWide>;
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     lanes_t<T> lanes;
     __builtin_memcpy(&lanes, from, sizeof(lanes));
@@ -190,24 +328,17 @@ INLINE lanes_t<T> load_lanes(const T* from) {
   } else {
     Words words;
     __builtin_memcpy(&words, from, sizeof(words));
-    const Bits bits = __builtin_convertvector(words, Bits);
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      return bits_of<Floats>(bits << 16);
-    } else {
-      const Bits sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-      // rebias the exponent, infinities and NaN twice; a subnormal's mantissa counts steps of 2^-24
-      const Bits rebias = M::select(M::less(magnitude, Bits{} + 0x7c00), Bits{} + (112u << 23), Bits{} + (224u << 23));
-      const Bits normal = (magnitude << 13) + rebias;
-      const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude + (126u << 23)) - 0.5f);
-      return bits_of<Floats>(sign | M::select(M::less(magnitude, Bits{} + 0x400), subnormal, normal));
-    }
+    return Registers<kWide>::load(words, T{});
   }
 }
 
 // With kStream past the caches, which need not read first what will be gone from them before it is used again; `to` is
-// then aligned to 16 bytes.
-template <bool kStream, typename V>
+// then aligned as V is.
+template <bool kStream, bool kWide, typename V>
 INLINE void put(void* to, const V& value) {
+#if defined(SIMD_WIDE)
+  if constexpr (kStream && kWide) return Registers<true>::stream(to, value);
+#endif
 #if defined(__SSE2__)
   if constexpr (kStream) {
     __m128i parts[sizeof(V) / 16];
@@ -227,27 +358,20 @@ inline void settle(bool streamed) {
 #endif
 }
 
-template <bool kStream = false, bool kWide = true, typename T>
+template <bool kStream = false, bool kWide = false, typename T>
 INLINE void store_lanes(T* to, const lanes_t<T>& lanes) {
-  using M = Conditions<kWide>;
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    put<kStream>(to, lanes);
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) put<kStream, kWide>(to, lanes);
+  else put<kStream, kWide>(to, Registers<kWide>::store(lanes, T{}));
+}
+
+// One after the other.
+template <bool kStream, bool kWide, typename T, int kCount>
+INLINE void store_lanes(T* to, const lanes_t<T> (&lanes)[kCount]) {
+  if constexpr (kWide && kCount == 2 && std::is_same_v<T, BFloat16>) {
+    put<kStream, kWide>(to, Registers<kWide>::store(lanes[0], lanes[1], T{}));
   } else {
-    const Bits bits = bits_of<Bits>(lanes), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    const auto nan = M::less(Bits{} + 0x7f800000, magnitude);
-    Bits rounded;  // to nearest, ties to even
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      const Bits number = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;
-      rounded = sign | M::select(nan, Bits{} + 0x7fc0, number);
-    } else {
-      const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-      const Bits subnormal = bits_of<Bits>(bits_of<Floats>(magnitude) + 0.5f) - (126u << 23);  // the addition rounds
-      const Bits finite = M::select(M::less(magnitude, Bits{} + (113u << 23)), subnormal, normal);
-      const Bits large = M::select(nan, Bits{} + 0x7e00, Bits{} + 0x7c00);
-      rounded = sign | M::select(M::less(magnitude, Bits{} + ((143u << 23) - 0x1000)), finite, large);
-    }
-    const Words words = __builtin_convertvector(rounded, Words);
-    put<kStream>(to, words);
+#pragma GCC unroll 2
+    for (int i = 0; i < kCount; ++i) store_lanes<kStream, kWide>(to + i * kLanes<T>, lanes[i]);
   }
 }
 
@@ -264,22 +388,6 @@ INLINE void store_first(T* to, const lanes_t<T>& lanes, int64_t n) {
   alignas(64) T values[kLanes<T>];
   store_lanes<false, kWide>(values, lanes);
   __builtin_memcpy(to, values, n * sizeof(T));
-}
-
-// A bit for each lane of a mask, the first one's lowest.
-template <typename T>
-INLINE uint32_t bits_of_mask(const mask_t<T>& mask) {
-#if defined(__SSE2__)
-  __m128i parts[4];
-  __builtin_memcpy(parts, &mask, sizeof(mask));
-  __m128i low = _mm_packs_epi32(parts[0], parts[1]), high = _mm_packs_epi32(parts[2], parts[3]);
-  if constexpr (kLanes<T> == 8) low = _mm_packs_epi32(low, high), high = __m128i{};
-  return _mm_movemask_epi8(_mm_packs_epi16(low, high));
-#else
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) bits |= (mask[i] & 1) << i;
-  return bits;
-#endif
 }
 
 // Bits of elements in the order of memory: those of `n` lanes from element `at` on.

@@ -13,10 +13,10 @@ namespace {
 
 // ---- Loops over a run of elements. Without kSource the sources are zeros; with kWeights each element has its own.
 
-template <bool kSource, typename T, typename S>
+template <bool kSource, bool kWide, typename T, typename S>
 INLINE lanes_t<T> difference(const T* t, const S* s) {
-  if constexpr (kSource) return load_lanes(t) - load_lanes(s);
-  else return load_lanes(t);
+  if constexpr (kSource) return load_lanes<kWide>(t) - load_lanes<kWide>(s);
+  else return load_lanes<kWide>(t);
 }
 
 template <bool kSource, typename T, typename S>
@@ -26,57 +26,63 @@ INLINE acc_t<T> single_difference(const T* t, const S* s) {
   else return value;
 }
 
-template <bool kSource, bool kWeights, typename T, typename S>
-SIMD_CLONES double sum_run(const T* t, const S* s, const acc_t<T>* w, int64_t n) {
-  using V = lanes_t<T>;
-  constexpr int64_t kStep = kLanes<T>, kStreams = 4, kBlock = 8192;
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {  // summed in the accumulation dtype, then in double
-    const int64_t end = std::min(n, begin + kBlock);
-    V sums[kStreams] = {};
-    const auto add = [&](int64_t i, V& to) __attribute__((always_inline)) {
-      const V d = difference<kSource>(t + i, s + i);
-      if constexpr (kWeights) to += d * d * load_lanes(w + i);
-      else to += d * d;
-    };
-    const int64_t quarter = (end - begin) / kStreams / kStep * kStep;  // memory likes several streams
-    for (int64_t i = begin; i < begin + quarter; i += kStep)
+template <bool kSource, bool kWeights>
+struct SumRun {
+  template <bool kWide, typename T, typename S, typename A>
+  static INLINE double run(const T* t, const S* s, const A* w, int64_t n) {
+    using V = lanes_t<T>;
+    constexpr int64_t kStep = kLanes<T>, kStreams = 4, kBlock = 8192;
+    double sum = 0;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {  // summed in the accumulation dtype, then in double
+      const int64_t end = std::min(n, begin + kBlock);
+      V sums[kStreams] = {};
+      const auto add = [&](int64_t i, V& to) __attribute__((always_inline)) {
+        const V d = difference<kSource, kWide>(t + i, s + i);
+        if constexpr (kWeights) to += d * d * load_lanes(w + i);
+        else to += d * d;
+      };
+      const int64_t quarter = (end - begin) / kStreams / kStep * kStep;  // memory likes several streams
+      for (int64_t i = begin; i < begin + quarter; i += kStep)
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < kStreams; ++k) add(i + k * quarter, sums[k]);
-    int64_t i = begin + kStreams * quarter;
-    for (; i + kStep <= end; i += kStep) add(i, sums[0]);
-    acc_t<T> rest = 0;
-    for (; i < end; ++i) {
-      const acc_t<T> d = single_difference<kSource>(t + i, s + i);
-      rest += kWeights ? d * d * w[i] : d * d;
+        for (int64_t k = 0; k < kStreams; ++k) add(i + k * quarter, sums[k]);
+      int64_t i = begin + kStreams * quarter;
+      for (; i + kStep <= end; i += kStep) add(i, sums[0]);
+      A rest = 0;
+      for (; i < end; ++i) {
+        const A d = single_difference<kSource>(t + i, s + i);
+        rest += kWeights ? d * d * w[i] : d * d;
+      }
+      sum += total<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
     }
-    sum += total<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+    return sum;
   }
-  return sum;
-}
+};
 
-template <bool kSource, bool kWeights, typename T, typename S>
-SIMD_CLONES void write_run(const T* t, const S* s, const acc_t<T>* w, T* out, int64_t n, acc_t<T> factor, bool stream) {
-  using V = lanes_t<T>;
-  constexpr int64_t kStep = kLanes<T>;
-  const V factors = V{} + factor;
-  const auto single = [&](int64_t i) __attribute__((always_inline)) {
-    const acc_t<T> d = single_difference<kSource>(t + i, s + i) * factor;
-    out[i] = static_cast<T>(kWeights ? d * w[i] : d);
-  };
-  const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
-    const V d = difference<kSource>(t + i, s + i) * factors;
-    if constexpr (kWeights) return d * load_lanes(w + i);
-    else return d;
-  };
-  int64_t i = 0;
-  if (stream) {
-    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) single(i);
-    for (; i + kStep <= n; i += kStep) store_lanes<true>(out + i, lanes(i));
+template <bool kSource, bool kWeights>
+struct WriteRun {
+  template <bool kWide, typename T, typename S, typename A>
+  static INLINE void run(const T* t, const S* s, const A* w, T* out, int64_t n, A factor, bool stream) {
+    using V = lanes_t<T>;
+    constexpr int64_t kStep = kLanes<T>, kPair = 2 * kStep;
+    const V factors = V{} + factor;
+    const auto single = [&](int64_t i) __attribute__((always_inline)) {
+      const A d = single_difference<kSource>(t + i, s + i) * factor;
+      out[i] = static_cast<T>(kWeights ? d * w[i] : d);
+    };
+    const auto lanes = [&](int64_t i) __attribute__((always_inline)) {
+      const V d = difference<kSource, kWide>(t + i, s + i) * factors;
+      if constexpr (kWeights) return d * load_lanes(w + i);
+      else return d;
+    };
+    int64_t i = 0;
+    if (stream) {
+      for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) single(i);
+      for (; i + kPair <= n; i += kPair) store_lanes<true, kWide>(out + i, {lanes(i), lanes(i + kStep)});
+    }
+    for (; i + kPair <= n; i += kPair) store_lanes<false, kWide>(out + i, {lanes(i), lanes(i + kStep)});
+    for (; i < n; ++i) single(i);
   }
-  for (; i + kStep <= n; i += kStep) store_lanes(out + i, lanes(i));
-  for (; i < n; ++i) single(i);
-}
+};
 
 // The weights of n elements from `at` on, in memory for n and one lane's length more.
 template <typename T>
@@ -121,16 +127,18 @@ class Walk {
   double sum(int64_t begin, int64_t end) const {
     double result = 0;
     for_each_run(begin, end, [&](int64_t at, int64_t n, const S* s, const A* weights, A weight) {
-      if (weights == nullptr) result += weight * sum_run<kSource, false>(t_ + at, s, weights, n);
-      else result += sum_run<kSource, true>(t_ + at, s, weights, n);
+      if (weights == nullptr) result += weight * simd<SumRun<kSource, false>>(t_ + at, s, weights, n);
+      else result += simd<SumRun<kSource, true>>(t_ + at, s, weights, n);
     });
     return result;
   }
 
   void write(int64_t begin, int64_t end, A grad, bool stream) const {
     for_each_run(begin, end, [&](int64_t at, int64_t n, const S* s, const A* weights, A weight) {
-      if (weights == nullptr) write_run<kSource, false>(t_ + at, s, weights, out_ + at, n, grad * weight, stream);
-      else write_run<kSource, true>(t_ + at, s, weights, out_ + at, n, grad, stream);
+      if (weights == nullptr)
+        simd<WriteRun<kSource, false>>(t_ + at, s, weights, out_ + at, n, static_cast<A>(grad * weight), stream);
+      else
+        simd<WriteRun<kSource, true>>(t_ + at, s, weights, out_ + at, n, grad, stream);
     });
   }
 

@@ -46,48 +46,47 @@ template <typename A>
 struct Piecewise {
   A slope, limit;
 
-  // where the slope is 0 even an infinite value gives 0
-  template <typename V>
-  INLINE V below(const V& value) const {
-    return slope == 0 ? V{} : slope * value;
-  }
   template <typename Access, typename V>
   INLINE V operator()(const Access& lanes, const V& z) const {
-    const V limits = V{} + limit;
-    return lanes.select(lanes.less(V{}, z), lanes.select(lanes.less(z, limits), z, limits), below(z));
+    const V above = lanes.min(V{} + limit, lanes.max(V{}, z));
+    return slope == 0 ? above : lanes.select(lanes.less(V{}, z), above, slope * z);
   }
   // where the derivative is 1 and not the slope
   template <typename Access, typename V>
   INLINE auto rises(const Access& lanes, const V& z) const {
-    return lanes.less(V{}, lanes.select(lanes.less(z, V{} + limit), z, V{}));
+    return lanes.less(V{}, z) & lanes.less(z, V{} + limit);
   }
   template <typename Access, typename Condition, typename V>
   INLINE V gradient(const Access& lanes, const Condition& rises, const V& dy) const {
-    return lanes.select(rises, dy, below(dy));
+    return lanes.select(rises, dy, slope == 0 ? V{} : slope * dy);  // 0 even of an infinite one
   }
 };
 
 struct Smooth {
   Activation activation;
 
-  // the gate and its derivative
+  // the gate, and z times its derivative
   template <typename Access, typename V>
   INLINE void gate(const Access& lanes, const V& z, V& g, V& rise) const {
     using A = std::remove_cvref_t<decltype(z[0])>;
     constexpr A kSixth = A(1) / 6, kDensity = 0.39894228040143267794;  // that of a normal variable at 0
+    const V largest = V{} + kLargest;
     if (activation == Activation::kHardswish) {
-      const V inside = lanes.select(lanes.less(z, V{} + 3), z, V{} + 3);
-      g = lanes.select(lanes.less(V{} - 3, inside), inside * kSixth + A(0.5), V{});
-      rise = lanes.select(lanes.less(inside * inside, V{} + 9), V{} + kSixth, V{});
-      return;
+      const V inside = lanes.max(V{} - 3, lanes.min(V{} + 3, z));
+      g = inside * kSixth + A(0.5);
+      rise = lanes.select(lanes.less(inside * inside, V{} + 9), inside * kSixth, V{});
+    } else if (activation == Activation::kSilu) {
+      const V inside = lanes.max(-largest, lanes.min(largest, z)), power = exponential(-inside);
+      const V sigmoid = lanes.reciprocal(1 + power);
+      g = lanes.select(lanes.less(-largest, z), sigmoid, V{});
+      rise = g * (inside * (power * sigmoid));
+    } else {
+      const V size = lanes.max(z, -z), exponent = size * size * A(-0.5);
+      const V power = lanes.select(lanes.less(-largest, exponent), exponential(lanes.max(-largest, exponent)), V{});
+      const V least = upper_tail(size, power);
+      g = lanes.select(lanes.less(V{}, z), 1 - least, least);
+      rise = lanes.min(largest, lanes.max(-largest, z)) * (power * kDensity);
     }
-    const bool silu = activation == Activation::kSilu;
-    const auto positive = lanes.less(V{}, z);
-    const V size = lanes.select(positive, z, -z);
-    const V power = exp_negative(lanes, silu ? -size : size * size * A(-0.5));
-    const V least = silu ? power / (1 + power) : upper_tail(size, power);
-    g = lanes.select(positive, 1 - least, least);
-    rise = silu ? least * (1 - least) : power * kDensity;
   }
   template <typename Access, typename V>
   INLINE V operator()(const Access& lanes, const V& z) const {
@@ -95,19 +94,13 @@ struct Smooth {
     gate(lanes, z, g, rise);
     return z * g;
   }
-  template <typename Access, typename V>
-  INLINE V derivative(const Access& lanes, const V& z) const {
-    using A = std::remove_cvref_t<decltype(z[0])>;
-    V g, rise;
-    gate(lanes, z, g, rise);
-    return lanes.select(lanes.not_zero(bits_of<typename Lanes<A>::mask>(rise)), g + z * rise, g);  // z may be infinite
-  }
   // a select: where the activation is flat, an infinite gradient is 0
   template <typename Access, typename V>
   INLINE V gradient(const Access& lanes, const V& z, const V& dy) const {
-    using A = std::remove_cvref_t<decltype(z[0])>;
-    const V slope = derivative(lanes, z);
-    return lanes.select(lanes.not_zero(bits_of<typename Lanes<A>::mask>(slope)), dy * slope, V{});
+    V g, rise;
+    gate(lanes, z, g, rise);
+    const V slope = g + rise;
+    return lanes.select(lanes.not_zero(slope), dy * slope, V{});
   }
 };
 
@@ -131,12 +124,13 @@ struct Tensors {
 };
 
 template <typename T, bool kWide>
-struct Whole : Conditions<kWide> {
+struct Whole : Registers<kWide> {
   bool stream;
 
   explicit Whole(bool stream) : stream(stream) {}
   INLINE lanes_t<T> load(const T* from) const { return load_lanes<kWide>(from); }
-  INLINE void store(T* to, const lanes_t<T>& lanes) const {
+  template <int kCount>
+  INLINE void store(T* to, const lanes_t<T> (&lanes)[kCount]) const {
     if (stream) store_lanes<true, kWide>(to, lanes);
     else store_lanes<false, kWide>(to, lanes);
   }
@@ -145,14 +139,14 @@ struct Whole : Conditions<kWide> {
 };
 
 template <typename T, bool kWide>
-struct Part : Conditions<kWide> {
+struct Part : Registers<kWide> {
   int64_t n;
 
   explicit Part(int64_t n) : n(n) {}
   INLINE lanes_t<T> load(const T* from) const { return load_first<kWide>(from, n); }
-  INLINE void store(T* to, const lanes_t<T>& lanes) const { store_first<kWide>(to, lanes, n); }
+  INLINE void store(T* to, const lanes_t<T> (&lanes)[1]) const { store_first<kWide>(to, lanes[0], n); }
   INLINE lanes_t<T> counted(const lanes_t<T>& lanes) const {
-    return this->select(this->less(Lanes<acc_t<T>>::kNumbers, mask_t<T>{} + static_cast<int>(n)), lanes, lanes_t<T>{});
+    return this->select(this->template first<lanes_t<T>>(n), lanes, lanes_t<T>{});
   }
   INLINE int64_t count() const { return n; }
 };
@@ -185,23 +179,31 @@ struct Output {
 
   bool has_signs() const { return kResidual && tensors.signs != nullptr; }
 
-  template <typename Access, typename V>
-  INLINE void write(const Access& lanes, int64_t at, const Constants<V>& c) const {
-    V z = (lanes.load(tensors.x + at) - c.center) * c.scale + c.bias;
-    if constexpr (kResidual) {
-      z += lanes.load(tensors.other + at);
-      if (tensors.signs != nullptr) {
-        const auto rises = lanes.select(act.rises(lanes, z), mask_t<T>{} - 1, mask_t<T>{});
-        write_bits(tensors.signs, at, lanes.count(), bits_of_mask<T>(rises));
+  template <int kRows = 1, typename Access, typename V, int kVectors>
+  INLINE void write(const Access& lanes, int64_t at, const Constants<V> (&constants)[kVectors],
+                    int64_t distance = 0) const {
+    V y[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows * kVectors; ++k) {
+      const int row = k / kVectors, v = k % kVectors;
+      const Constants<V>& c = constants[v];
+      const int64_t i = at + row * distance + v * kLanes<T>;
+      V z = (lanes.load(tensors.x + i) - c.center) * c.scale + c.bias;
+      if constexpr (kResidual) {
+        z += lanes.load(tensors.other + i);
+        if (tensors.signs != nullptr) write_bits(tensors.signs, i, lanes.count(), lanes.bits(act.rises(lanes, z)));
       }
+      if constexpr (std::is_same_v<Act, Identity>) y[row][v] = z;
+      else y[row][v] = act(lanes, z);
     }
-    if constexpr (std::is_same_v<Act, Identity>) lanes.store(tensors.out + at, z);
-    else lanes.store(tensors.out + at, act(lanes, z));
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) lanes.store(tensors.out + at + row * distance, y[row]);
   }
 };
 
 // The sums of dz and of dz * (x - center), and dx; dz is the residual's gradient too. Signs, which then are there, say
-// where the activation's derivative is 1.
+// where the activation's derivative is 1. That of a smooth one takes longer to compute than to store and load: dz is
+// left where dx will be.
 template <typename T, typename Act, bool kSigns>
 struct Gradient {
   using Element = T;
@@ -219,7 +221,7 @@ struct Gradient {
       return act.gradient(lanes, z, dy);
     } else if constexpr (kSigns) {
       const int bits = read_bits(tensors.signs, at, lanes.count());
-      return act.gradient(lanes, lanes.not_zero(Lanes<acc_t<T>>::kBits & bits), dy);
+      return act.gradient(lanes, lanes.template of_bits<V>(bits), dy);
     } else {
       return act.gradient(lanes, act.rises(lanes, z), dy);
     }
@@ -230,16 +232,29 @@ struct Gradient {
     const V difference = lanes.load(tensors.x + at) - c.center;
     first = dz(lanes, at, c, difference);
     second = first * difference;
+    if constexpr (std::is_same_v<Act, Smooth>) lanes.store(tensors.out + at, {first});
   }
 
-  template <typename Access, typename V>
-  INLINE void write(const Access& lanes, int64_t at, const Constants<V>& c) const {
-    const V difference = lanes.load(tensors.x + at) - c.center;
-    const V gradient = dz(lanes, at, c, difference), affine = difference * c.slope + c.offset;
-    if constexpr (kSigns) lanes.store(tensors.grad_residual + at, gradient);
-    // dx on running statistics does not depend on x, which may be infinite
-    const auto depends = lanes.not_zero(bits_of<mask_t<T>>(c.slope));
-    lanes.store(tensors.out + at, gradient * c.scale + lanes.select(depends, affine, c.offset));
+  template <int kRows = 1, typename Access, typename V, int kVectors>
+  INLINE void write(const Access& lanes, int64_t at, const Constants<V> (&constants)[kVectors],
+                    int64_t distance = 0) const {
+    V gradient[kRows][kVectors], dx[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows * kVectors; ++k) {
+      const int row = k / kVectors, v = k % kVectors;
+      const Constants<V>& c = constants[v];
+      const int64_t i = at + row * distance + v * kLanes<T>;
+      const V difference = lanes.load(tensors.x + i) - c.center;
+      gradient[row][v] = dz(lanes, i, c, difference);
+      // dx on running statistics does not depend on x, which may be infinite
+      const V affine = lanes.select(lanes.not_zero(c.slope), difference * c.slope + c.offset, c.offset);
+      dx[row][v] = gradient[row][v] * c.scale + affine;
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      if constexpr (kSigns) lanes.store(tensors.grad_residual + at + row * distance, gradient[row]);
+      lanes.store(tensors.out + at + row * distance, dx[row]);
+    }
   }
 };
 
@@ -282,15 +297,16 @@ struct WriteRun {
   template <bool kWide, typename Step, typename A, typename T = typename Step::Element>
   static INLINE void run(const Step& step, int64_t at, int64_t n, const Constants<A>& of_channel, bool stream) {
     using V = lanes_t<T>;
-    const Constants<V> constants = broadcast<V>(of_channel);
+    constexpr int64_t kPair = 2 * kLanes<T>;
+    const Constants<V> one[] = {broadcast<V>(of_channel)}, two[] = {one[0], one[0]};
     const int64_t end = at + n;
     while (at < end) {
-      const int64_t begun = at % kLanes<T>;
-      if (end - at >= kLanes<T> && (begun == 0 || !(stream || step.has_signs()))) {
-        for (; at + kLanes<T> <= end; at += kLanes<T>) step.write(Whole<T, kWide>(stream), at, constants);
+      const int64_t begun = at % kPair;
+      if (end - at >= kPair && (begun == 0 || !(stream || step.has_signs()))) {
+        for (; at + kPair <= end; at += kPair) step.write(Whole<T, kWide>(stream), at, two);
       } else {  // up to where whole units of memory begin
-        const int64_t part = std::min(end - at, kLanes<T> - begun);
-        step.write(Part<T, kWide>(part), at, constants);
+        const int64_t part = std::min(end - at, kLanes<T> - begun % kLanes<T>);
+        step.write(Part<T, kWide>(part), at, one);
         at += part;
       }
     }
@@ -367,10 +383,8 @@ struct WriteRows {
           Constants<lanes_t<T>> c[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) c[v] = constants_at(constants + column + v * kLanes<T>, width);
-          for (int64_t row = 0; row < count; ++row) {
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) step.write(lanes, first + row * distance + v * kLanes<T>, c[v]);
-          }
+          if (count == kStreams) step.template write<kStreams>(lanes, first, c, distance);
+          else step.write(lanes, first, c);
         });
   }
 };
@@ -523,10 +537,13 @@ struct Backward {
   }
   template <typename F>
   void writing(const F& f) const {
+    if (has_dz()) return f(Gradient<T, Identity, false>{{tensors.x, dz(), tensors.out, nullptr, nullptr}, {}});
     summing(f);
   }
 
   bool plain() const { return call.epilogue.activation == Activation::kNone; }
+  bool has_dz() const { return plain() || !is_piecewise(call.epilogue.activation); }
+  const T* dz() const { return plain() ? tensors.other : tensors.out; }  // after the first pass
   int begun() const { return plain() ? 2 : 3; }
   std::vector<Constants<A>> begin(int64_t first, int64_t last) const {
     std::vector<Constants<A>> constants(last - first);
@@ -540,12 +557,12 @@ struct Backward {
 
   bool known(int64_t c) const { return !mask(c); }
   Constants<A> known_constants(int64_t c) const {
-    if (plain()) return {A(0), static_cast<A>(scale(c)), A(0), A(0), A(0)};
+    if (has_dz()) return {A(0), static_cast<A>(scale(c)), A(0), A(0), A(0)};
     return without_statistics(c);
   }
   template <typename F>
-  void writing_known(const F& f) const {  // without an activation dx depends on dy alone
-    if (plain()) return f(Output<T, Identity, false>{{tensors.other, nullptr, tensors.out, nullptr, nullptr}, {}});
+  void writing_known(const F& f) const {  // dx depends on dz alone
+    if (has_dz()) return f(Output<T, Identity, false>{{dz(), nullptr, tensors.out, nullptr, nullptr}, {}});
     writing(f);
   }
 
