@@ -104,6 +104,8 @@ def test_backends_follow_the_dispatcher(has_kernel, compiled, expected, monkeypa
     served = ops.backends()["stoch_norm"]
     assert served["cuda"] == expected
     assert "CUDA" not in served["cpu"][1]
+    if compiled.loaded and not has_kernel:
+        assert served["cpu"] == ("PyTorch", "its compiled kernel needs AVX2, which this processor lacks")
 
 
 def test_public_names():

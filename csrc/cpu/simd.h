@@ -100,16 +100,25 @@ __attribute__((target(SIMD_ARCH SIMD_MIDDLE))) auto run_middle(Args... args) {
 }
 #endif
 
+// Whether `simd` has code for this processor. On x86-64 that takes AVX2: the baseline's code would be half of all.
+inline bool processor_serves_kernels() {
+#if defined(SIMD_WIDE)
+  return __builtin_cpu_supports(SIMD_MIDDLE);
+#else
+  return true;
+#endif
+}
+
 // Body::run<whether a register holds all lanes>(args...), compiled for the registers that there are. Clones do not know
 // which of them they are.
 template <typename Body, typename... Args>
 auto simd(Args... args) {
 #if defined(SIMD_WIDE)
-  static const bool wide = __builtin_cpu_supports(SIMD_WIDE), middle = __builtin_cpu_supports(SIMD_MIDDLE);
-  if (wide) return run_wide<Body>(args...);
-  if (middle) return run_middle<Body>(args...);
-#endif
+  static const bool wide = __builtin_cpu_supports(SIMD_WIDE);
+  return wide ? run_wide<Body>(args...) : run_middle<Body>(args...);
+#else
   return Body::template run<false>(args...);
+#endif
 }
 
 // What GCC makes of comparisons, and of conversions to and from 16 bits, depends on whether a register holds all lanes.
@@ -120,7 +129,7 @@ struct Registers;
 // GCC takes a longer comparison apart, lane by lane: a condition is a mask made of signs.
 template <>
 struct Registers<false> {
-  typedef Lanes<double>::type Doubles;
+  static constexpr bool kBranches = false;  // whether vectors stay in registers where branches meet
 
   template <typename Mask>
   static INLINE Mask signs(const Mask& lanes) {
@@ -145,6 +154,10 @@ struct Registers<false> {
   template <typename V, typename Of = Lanes<std::remove_cvref_t<decltype(V{}[0])>>>
   static INLINE typename Of::mask first(int64_t n) {
     return signs(Of::kNumbers - (typename Of::mask{} + static_cast<int>(n)));
+  }
+  template <typename V, typename Of = Lanes<std::remove_cvref_t<decltype(V{}[0])>>>
+  static INLINE typename Of::mask all() {
+    return typename Of::mask{} - 1;
   }
   template <typename Mask, typename R>
   static INLINE R select(const Mask& mask, const R& yes, const R& no) {
@@ -217,6 +230,7 @@ struct Registers<false> {
 // those may not be inlined into a template that is not for AVX-512 alone.
 template <>
 struct Registers<true> {
+  static constexpr bool kBranches = true;
   typedef Lanes<double>::type Doubles;
   typedef int16_t Shorts __attribute__((vector_size(32)));
   typedef int16_t AllShorts __attribute__((vector_size(64)));
@@ -244,6 +258,10 @@ struct Registers<true> {
   template <typename V>
   static INLINE int first(int64_t n) {
     return (1 << n) - 1;
+  }
+  template <typename V>
+  static INLINE int all() {
+    return kAll;
   }
   static INLINE Floats select(int condition, const Floats& yes, const Floats& no) {
     return __builtin_ia32_blendmps_512_mask(no, yes, condition);

@@ -297,6 +297,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
+  if (!talib_fast::processor_serves_kernels()) return;
   m.impl("squared_distance_forward", TORCH_BOX(&talib_fast::squared_distance_forward));
   m.impl("squared_distance_backward", TORCH_BOX(&talib_fast::squared_distance_backward));
 }

@@ -45,11 +45,16 @@ struct Identity {};
 template <typename A>
 struct Piecewise {
   A slope, limit;
+  int leaks;  // -1, or 0 where the slope is: then even an infinite value gives 0
+
+  explicit Piecewise(const Epilogue& epilogue)
+      : slope(static_cast<A>(epilogue.slope)), limit(static_cast<A>(epilogue.limit)), leaks(slope == 0 ? 0 : -1) {}
 
   template <typename Access, typename V>
   INLINE V operator()(const Access& lanes, const V& z) const {
     const V above = lanes.min(V{} + limit, lanes.max(V{}, z));
-    return slope == 0 ? above : lanes.select(lanes.less(V{}, z), above, slope * z);
+    if (Access::kBranches && leaks == 0) return above;
+    return lanes.select(lanes.less(z, V{}) & leaks, slope * z, above);
   }
   // where the derivative is 1 and not the slope
   template <typename Access, typename V>
@@ -58,24 +63,24 @@ struct Piecewise {
   }
   template <typename Access, typename Condition, typename V>
   INLINE V gradient(const Access& lanes, const Condition& rises, const V& dy) const {
-    return lanes.select(rises, dy, slope == 0 ? V{} : slope * dy);  // 0 even of an infinite one
+    if (Access::kBranches && leaks == 0) return lanes.select(rises, dy, V{});
+    return lanes.select(rises, dy, lanes.select(lanes.template all<V>() & leaks, slope * dy, V{}));
   }
 };
 
+template <Activation kActivation>
 struct Smooth {
-  Activation activation;
-
   // the gate, and z times its derivative
   template <typename Access, typename V>
   INLINE void gate(const Access& lanes, const V& z, V& g, V& rise) const {
     using A = std::remove_cvref_t<decltype(z[0])>;
     constexpr A kSixth = A(1) / 6, kDensity = 0.39894228040143267794;  // that of a normal variable at 0
     const V largest = V{} + kLargest;
-    if (activation == Activation::kHardswish) {
+    if constexpr (kActivation == Activation::kHardswish) {
       const V inside = lanes.max(V{} - 3, lanes.min(V{} + 3, z));
       g = inside * kSixth + A(0.5);
       rise = lanes.select(lanes.less(inside * inside, V{} + 9), inside * kSixth, V{});
-    } else if (activation == Activation::kSilu) {
+    } else if constexpr (kActivation == Activation::kSilu) {
       const V inside = lanes.max(-largest, lanes.min(largest, z)), power = exponential(-inside);
       const V sigmoid = lanes.reciprocal(1 + power);
       g = lanes.select(lanes.less(-largest, z), sigmoid, V{});
@@ -104,14 +109,22 @@ struct Smooth {
   }
 };
 
+template <typename Act>
+constexpr bool is_smooth = false;
+template <Activation kActivation>
+constexpr bool is_smooth<Smooth<kActivation>> = true;
+
 // f(the activation, whether there is a residual)
 template <typename A, typename F>
 void with_activation(const Epilogue& epilogue, bool residual, const F& f) {
-  const Piecewise<A> piecewise{static_cast<A>(epilogue.slope), static_cast<A>(epilogue.limit)};
-  if (residual) return f(piecewise, std::true_type{});
-  if (epilogue.activation == Activation::kNone) return f(Identity{}, std::false_type{});
-  if (is_piecewise(epilogue.activation)) return f(piecewise, std::false_type{});
-  f(Smooth{epilogue.activation}, std::false_type{});
+  if (residual) return f(Piecewise<A>(epilogue), std::true_type{});
+  switch (epilogue.activation) {
+    case Activation::kNone: return f(Identity{}, std::false_type{});
+    case Activation::kSilu: return f(Smooth<Activation::kSilu>{}, std::false_type{});
+    case Activation::kHardswish: return f(Smooth<Activation::kHardswish>{}, std::false_type{});
+    case Activation::kGelu: return f(Smooth<Activation::kGelu>{}, std::false_type{});
+    default: return f(Piecewise<A>(epilogue), std::false_type{});
+  }
 }
 
 // ---- What is done with the elements from one on. They fill the lanes (`Whole`), or the first of them (`Part`).
@@ -217,7 +230,7 @@ struct Gradient {
     const V dy = lanes.load(tensors.other + at), z = difference * c.scale + c.bias;
     if constexpr (std::is_same_v<Act, Identity>) {
       return dy;
-    } else if constexpr (std::is_same_v<Act, Smooth>) {
+    } else if constexpr (is_smooth<Act>) {
       return act.gradient(lanes, z, dy);
     } else if constexpr (kSigns) {
       const int bits = read_bits(tensors.signs, at, lanes.count());
@@ -232,7 +245,7 @@ struct Gradient {
     const V difference = lanes.load(tensors.x + at) - c.center;
     first = dz(lanes, at, c, difference);
     second = first * difference;
-    if constexpr (std::is_same_v<Act, Smooth>) lanes.store(tensors.out + at, {first});
+    if constexpr (is_smooth<Act>) lanes.store(tensors.out + at, {first});
   }
 
   template <int kRows = 1, typename Access, typename V, int kVectors>
@@ -383,8 +396,8 @@ struct WriteRows {
           Constants<lanes_t<T>> c[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) c[v] = constants_at(constants + column + v * kLanes<T>, width);
-          if (count == kStreams) step.template write<kStreams>(lanes, first, c, distance);
-          else step.write(lanes, first, c);
+          if (kWide && count == kStreams) return step.template write<kStreams>(lanes, first, c, distance);
+          for (int64_t row = 0; row < count; ++row) step.write(lanes, first + row * distance, c);
         });
   }
 };
@@ -538,7 +551,9 @@ struct Backward {
   template <typename F>
   void writing(const F& f) const {
     if (has_dz()) return f(Gradient<T, Identity, false>{{tensors.x, dz(), tensors.out, nullptr, nullptr}, {}});
-    summing(f);
+    const Piecewise<A> act(call.epilogue);
+    if (call.signs) f(Gradient<T, Piecewise<A>, true>{tensors, act});
+    else f(Gradient<T, Piecewise<A>, false>{tensors, act});
   }
 
   bool plain() const { return call.epilogue.activation == Activation::kNone; }
@@ -854,6 +869,7 @@ struct Kernels {
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, CPU, m) {
+  if (!talib_fast::processor_serves_kernels()) return;
   using Operators = talib_fast::Operators<talib_fast::Kernels>;
   m.impl("stoch_norm_forward", TORCH_BOX(&Operators::forward));
   m.impl("stoch_norm_functional", TORCH_BOX(&Operators::functional));

@@ -178,6 +178,8 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
                 served[operation][device] = ("PyTorch", reason)
             elif device == "cuda" and (outdated := _outdated_driver(_COMPILED.build)):
                 served[operation][device] = ("PyTorch", outdated)
+            elif device == "cpu":
+                served[operation][device] = ("PyTorch", "its compiled kernel needs AVX2, which this processor lacks")
             else:
                 served[operation][device] = ("PyTorch", f"the compiled library holds no {device} kernel for it")
     return served
