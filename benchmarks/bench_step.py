@@ -9,7 +9,8 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 The networks are torchvision's ResNet-50 at 224 pixels and, on a CPU, at 128 pixels the main job's MobileNetV2 and
 timm's EfficientNet-B0, with random weights, in channels_last unless other layouts are asked for. All methods train in
 float32, those with StochNorm in bfloat16 too, EfficientNet with StochNorm alone. A method's step is the main job's;
-upstream's is the same with its parts composed as the Transfer-Learning-Library does. ``--compile`` adds plain
+upstream's is the same with its parts composed as the Transfer-Learning-Library does. Beside StochNorm a plain step
+without batch norms and activations is timed: what it takes is out of StochNorm's reach. ``--compile`` adds plain
 fine-tuning compiled by inductor. Peak memory is what a step takes beyond weights, gradients and optimizer state; kept
 is what autograd saves between the passes, but for parameters, buffers and images.
 """
@@ -20,7 +21,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from talib_fast.training.options import RECIPES
 from talib_fast.training.trainer import MOMENTUM
 
 OPERATION = "step"
-PLAIN, OURS, UPSTREAM, COMPILED = "plain", "talib_fast", "upstream", "plain compiled"
+PLAIN, OURS, UPSTREAM, COMPILED, BARE = "plain", "talib_fast", "upstream", "plain compiled", "no norms"
 STOCHNORM, BOTH = "stochnorm", "stochnorm + bss"
 WITH_STOCHNORM = (STOCHNORM, BOTH)
 WAYS = (*(name for name in METHODS if name != PLAIN), BOTH)  # what is compared with plain fine-tuning
@@ -197,11 +198,24 @@ def compose_as_upstream(method: Any, way: str) -> None:
         method.head_norm = Composed(baselines.upstream_l2, list(method.classifier.head.parameters()))
 
 
+def leave_norms_out(module: nn.Module) -> None:
+    """Nothing stands where batch norms were, and activations, which timm's norms have inside."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU)):
+            setattr(module, name, nn.Identity())
+        else:
+            leave_norms_out(child)
+
+
 class Step:
     """A training step on a batch; called, it returns the loss."""
 
-    def __init__(self, setting: Setting, way: str, upstream: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self, setting: Setting, way: str, upstream: bool = False, compiled: bool = False, bare: bool = False
+    ) -> None:
         self.method = method_of(setting, way, upstream)
+        if bare:
+            leave_norms_out(self.method.classifier.backbone)
         if compiled:
             self.method.classifier.backbone.compile(dynamic=False)
         recipe = RECIPES["bss" if way == BOTH else way]
@@ -228,15 +242,12 @@ class Step:
 
 
 def sides(setting: Setting) -> dict[str, Callable[[], Step]]:
-    """How to make each candidate's step, ours first."""
-    found = {
+    """How to make the step of each side, ours first."""
+    return {
         OURS: lambda: Step(setting, setting.way),
         PLAIN: lambda: Step(setting, PLAIN),
         UPSTREAM: lambda: Step(setting, setting.way, upstream=True),
     }
-    if setting.compiled:
-        found[COMPILED] = lambda: Step(setting, PLAIN, compiled=True)
-    return found
 
 
 def feed_of(setting: Setting) -> Feed:
@@ -256,7 +267,11 @@ def timed(setting: Setting) -> Case:
     """The raw samples of one setting, whose ``forward`` is a whole step, and what is kept for its backward pass."""
     feed = feed_of(setting)
     steps = {name: make() for name, make in sides(setting).items()}
-    kept = {name: step.kept_bytes(feed.arguments) for name, step in steps.items() if name != COMPILED}
+    kept = {name: step.kept_bytes(feed.arguments) for name, step in steps.items()}
+    if setting.compiled:
+        steps[COMPILED] = Step(setting, PLAIN, compiled=True)
+    if setting.way == STOCHNORM:
+        steps[BARE] = Step(setting, PLAIN, bare=True)
     candidates = [Candidate(name, step) for name, step in steps.items()]
     samples, _ = harness.interleaved(torch.device(setting.device), candidates, [feed], setting.rounds)
     return {
@@ -271,7 +286,7 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
     """By how much a step raises memory at its peak, when weights and optimizer state are there."""
     device, arguments = torch.device(setting.device), feed_of(setting).arguments
     peaks = {}
-    for name, make in sides(replace(setting, compiled=False)).items():
+    for name, make in sides(setting).items():
         step = make()
         step(*arguments)  # makes gradients and optimizer state
         gc.collect()
@@ -292,6 +307,11 @@ def over_plain(case: Case, candidate: str) -> Spread:
 def kept_over_plain(case: Case, candidate: str) -> float:
     """How many times as much as plain fine-tuning a candidate keeps for its backward pass."""
     return case["kept_bytes"][candidate] / case["kept_bytes"][PLAIN]
+
+
+def limit(case: Case) -> str:
+    """How many times as long as plain fine-tuning's a step takes that has no norms and activations."""
+    return str(over_plain(case, BARE)) if BARE in case["samples"] else "-"
 
 
 def others(results: dict[str, Any]) -> list[str]:
@@ -328,7 +348,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 def table(results: dict[str, Any]) -> list[list[str]]:
     """A row per method, layout and precision."""
     against = others(results)
-    header = ["step", "layout", "dtype", f"time / {PLAIN}", *(f"{name} / talib_fast" for name in against)]
+    header = ["step", "layout", "dtype", f"time / {PLAIN}", f"{BARE} / {PLAIN}"]
+    header += [f"{name} / talib_fast" for name in against]
     for what in ("peak", "kept"):
         header += [f"{what} / {PLAIN}", f"{UPSTREAM}'s {what} / {PLAIN}"]
     lines = [header]
@@ -337,7 +358,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         speeds = (str(speedup(case, name, OURS, "forward")) if name in case["samples"] else "-" for name in against)
         lines.append(
             [
-                *(case["label"], case["layout"], case["dtype"], str(over_plain(case, OURS)), *speeds),
+                *(case["label"], case["layout"], case["dtype"], str(over_plain(case, OURS)), limit(case)),
+                *speeds,
                 *(f"{peaks[name] / peaks[PLAIN]:.2f}" for name in (OURS, UPSTREAM)),
                 *(f"{kept_over_plain(case, name):.2f}" for name in (OURS, UPSTREAM)),
             ]
@@ -347,6 +369,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 CAPTION = (
     "A step is forward, backward and SGD with Nesterov's momentum. Times: median (quartiles) of the rounds' ratios. "
+    f"{BARE}: plain without batch norms and activations, which StochNorm cannot be faster than. "
     "Peak: what a step takes at most beyond weights, gradients and optimizer state; kept: what autograd saves for the "
     "backward pass, but for parameters, buffers and images."
 )
@@ -363,7 +386,7 @@ def draw(results: dict[str, Any]) -> Any:
     figure = Figure(figsize=(3.2 + 3.6 * len(panels), 1.7 + 0.32 * most), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, cases) in zip(grid.flat, panels.items(), strict=True):
-        for number, (name, (colour, marker)) in enumerate(zip((OURS, *others(results)), LOOKS, strict=False)):
+        for number, (name, (colour, marker)) in enumerate(zip((OURS, *others(results), BARE), LOOKS, strict=False)):
             rows = [row for row, case in enumerate(cases) if name in case["samples"]]
             spreads = [over_plain(cases[row], name) for row in rows]
             places = [row + 0.2 * (number - 0.5) for row in rows]

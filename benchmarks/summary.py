@@ -126,11 +126,12 @@ def steps(found: dict[str, dict[str, Any]]) -> list[Case]:
 
 def steps_table(cases: Sequence[Case]) -> list[list[str]]:
     """A row per network and precision."""
-    header = ["a step with StochNorm", "time / plain", "upstream's time / plain", "kept for backward / plain"]
-    lines = [header]
+    header = ["a step with StochNorm", "time / plain", f"{step.BARE} / plain", "upstream's time / plain"]
+    lines = [[*header, "kept for backward / plain"]]
     for case in cases:
-        times = (str(step.over_plain(case, name)) for name in (step.OURS, step.UPSTREAM))
-        lines.append([f"{case['network']}, {case['dtype']}", *times, f"{step.kept_over_plain(case, step.OURS):.2f}"])
+        ours, upstream = (str(step.over_plain(case, name)) for name in (step.OURS, step.UPSTREAM))
+        kept = f"{step.kept_over_plain(case, step.OURS):.2f}"
+        lines.append([f"{case['network']}, {case['dtype']}", ours, step.limit(case), upstream, kept])
     return lines
 
 
@@ -199,7 +200,8 @@ def draw(cases: Sequence[Case], rows: Sequence[tuple[str, Row]], device: str) ->
 
 STEPS_CAPTION = (
     "Forward, backward and SGD, in channels_last, over the same step with BatchNorm: median (quartiles) of the rounds' "
-    "ratios, and what autograd saves for the backward pass; from [step](step/table.md)."
+    f"ratios, and what autograd saves for the backward pass; {step.BARE}: the step without norms and activations; from "
+    "[step](step/table.md)."
 )
 PARTS_CAPTION = (
     "How many times as long as talib_fast upstream's code takes, forward + backward where there is a backward pass, "

@@ -17,12 +17,13 @@
 #define SIMD_ARCH "arch="
 #define SIMD_WIDE "x86-64-v4"
 #define SIMD_MIDDLE "x86-64-v3"
-#else  // which has no name for these levels
+#define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // which has no name for these levels, and makes no clones for AVX-512's further parts
 #define SIMD_ARCH ""
-#define SIMD_WIDE "avx512f"
+#define SIMD_WIDE "avx512bw"
 #define SIMD_MIDDLE "avx2"
+#define SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-#define SIMD_CLONES __attribute__((target_clones(SIMD_ARCH SIMD_WIDE, SIMD_ARCH SIMD_MIDDLE, "default")))
 #else
 #define SIMD_CLONES
 #endif

@@ -75,7 +75,7 @@ struct Smooth {
   INLINE void gate(const Access& lanes, const V& z, V& g, V& rise) const {
     using A = std::remove_cvref_t<decltype(z[0])>;
     constexpr A kSixth = A(1) / 6, kDensity = 0.39894228040143267794;  // that of a normal variable at 0
-    const V largest = V{} + kLargest;
+    const V largest = V{} + kLargest<A>;
     if constexpr (kActivation == Activation::kHardswish) {
       const V inside = lanes.max(V{} - 3, lanes.min(V{} + 3, z));
       g = inside * kSixth + A(0.5);
