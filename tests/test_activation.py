@@ -270,6 +270,26 @@ class TestKernels:
             pack_signs(torch.empty_like(output, dtype=torch.bool).copy_(passes)), signs
         )
 
+    @pytest.mark.parametrize("activation", ["silu", "hardswish", "gelu"])
+    @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    def test_far_from_0_smooth_ones_are_0_or_a_straight_line(self, dtype, name, activation, device):
+        sizes = torch.tensor([3.5, 20.0, 90.0, 600.0, 3e4], dtype=torch.float64)
+        values = torch.cat([-sizes, sizes]).view(5, 2).expand(4, 24, 5, 2)
+        x = layout(values.to(device, dtype), name).requires_grad_()
+        zero, one = torch.zeros(24, device=device), torch.ones(24, device=device)
+        mask = torch.zeros(24, dtype=torch.bool, device=device)
+        output, _ = stoch_norm(x, zero.clone(), one.clone(), mask, one, zero, eps=0.0, activation=activation)
+        (grad,) = torch.autograd.grad(output, x, torch.ones_like(output))
+        exact = x.detach().double().requires_grad_()
+        expected = ACTIVATIONS[activation](exact)
+        (exact_grad,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+        tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=tolerance, atol=tolerance)
+        flat = x < (-3 if activation == "hardswish" else -1000)
+        assert flat.any() and not output[flat].any() and not grad[flat].any()
+
     @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 7), (2, 4, 24, 30), (4, 64, 4, 4)], ids=str)
     def test_infinite_values(self, shape, device):
         args, residual = operands(shape, True, torch.float32, device)
@@ -374,8 +394,9 @@ def test_hooks_that_change_the_layout_of_what_is_saved(name, adds):
     torch.testing.assert_close(torch.autograd.grad(output.sum(), leaves), expected)
 
 
-def test_a_gradient_that_overflowed_stays_where_the_activation_is_flat():
-    args, residual = operands((4, 5, 3), True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_gradient_that_overflowed_stays_where_the_activation_is_flat(dtype):
+    args, residual = operands((4, 5, 3), True, dtype)
     for activation, added in itertools.product(("relu", "relu6", "hardswish"), (None, residual)):
         if activation == "hardswish" and added is not None:
             continue

@@ -78,7 +78,7 @@ struct Smooth {
     const V largest = V{} + kLargest<A>;
     if constexpr (kActivation == Activation::kHardswish) {
       const V inside = lanes.max(V{} - 3, lanes.min(V{} + 3, z));
-      g = inside * kSixth + A(0.5);
+      g = (inside + 3) * kSixth;  // 0 up to -3, to the last bit
       rise = lanes.select(lanes.less(inside * inside, V{} + 9), inside * kSixth, V{});
     } else if constexpr (kActivation == Activation::kSilu) {
       const V inside = lanes.max(-largest, lanes.min(largest, z)), power = exponential(-inside);
