@@ -314,9 +314,9 @@ def limit(case: Case) -> str:
     return str(over_plain(case, BARE)) if BARE in case["samples"] else "-"
 
 
-def others(results: dict[str, Any]) -> list[str]:
-    """What ours is measured against beside plain fine-tuning."""
-    return [name for name in (UPSTREAM, COMPILED) if any(name in case["samples"] for case in results["cases"])]
+def measured(results: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the candidates that were timed beside any method."""
+    return [name for name in names if any(name in case["samples"] for case in results["cases"])]
 
 
 def place(case: Case) -> str:
@@ -347,7 +347,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """A row per method, layout and precision."""
-    against = others(results)
+    against = measured(results, (UPSTREAM, COMPILED))
     header = ["step", "layout", "dtype", f"time / {PLAIN}", f"{BARE} / {PLAIN}"]
     header += [f"{name} / talib_fast" for name in against]
     for what in ("peak", "kept"):
@@ -383,10 +383,11 @@ def draw(results: dict[str, Any]) -> Any:
     for case in results["cases"]:
         panels.setdefault(case["network"], []).append(case)
     most = max(map(len, panels.values()))
+    names = measured(results, (OURS, UPSTREAM, COMPILED, BARE))
     figure = Figure(figsize=(3.2 + 3.6 * len(panels), 1.7 + 0.32 * most), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, cases) in zip(grid.flat, panels.items(), strict=True):
-        for number, (name, (colour, marker)) in enumerate(zip((OURS, *others(results), BARE), LOOKS, strict=False)):
+        for number, (name, (colour, marker)) in enumerate(zip(names, LOOKS, strict=False)):
             rows = [row for row, case in enumerate(cases) if name in case["samples"]]
             spreads = [over_plain(cases[row], name) for row in rows]
             places = [row + 0.2 * (number - 0.5) for row in rows]
@@ -396,8 +397,8 @@ def draw(results: dict[str, Any]) -> Any:
         axes.set_title(title, fontsize=10)
         axes.set_xlim(left=0)
         report.label_rows(axes, [f"{case['way']}, {case['layout']}, {case['dtype']}" for case in cases])
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     report.entitle(figure, "A training step: time over plain fine-tuning's", results)
     return figure
 

@@ -24,10 +24,11 @@ INLINE Lanes<double>::type each_lane(const Lanes<double>::type& x, const F& f) {
   return y;
 }
 
-// e^x for |x| <= kLargest, where it is a normal number
+// Up to here e^x and its reciprocal are normal numbers.
 template <typename A>
 constexpr A kLargest = std::is_same_v<A, float> ? 87 : 700;
 
+// e^x for |x| <= kLargest
 INLINE Floats exponential(const Floats& x) {
   constexpr float kInteger = 0x1.8p23f;  // added to a small number it leaves an integer in the lowest bits
   const Floats shifted = x * 0x1.715476p0f + kInteger, n = shifted - kInteger;

@@ -72,8 +72,6 @@ struct Lanes<double> {
 template <typename T>
 using lanes_t = typename Lanes<acc_t<T>>::type;
 template <typename T>
-using mask_t = typename Lanes<acc_t<T>>::mask;
-template <typename T>
 using bits_t = typename Lanes<acc_t<T>>::bits;
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(acc_t<T>);
@@ -235,7 +233,6 @@ struct Registers<true> {
   typedef Lanes<double>::type Doubles;
   typedef int16_t Shorts __attribute__((vector_size(32)));
   typedef int16_t AllShorts __attribute__((vector_size(64)));
-  typedef uint16_t AllWords __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
   typedef long long Longs __attribute__((vector_size(64)));
   typedef long long HalfLongs __attribute__((vector_size(32)));
@@ -305,25 +302,22 @@ struct Registers<true> {
   }
   // Rounded to nearest, ties to even: upwards where the lower half, and the upper one's last bit, exceed a half. NaN, of
   // which arithmetic leaves a bit in the upper half, stays as it is.
-  static INLINE AllWords store(const Floats& a, const Floats& b, BFloat16) {
-    constexpr AllWords kLower = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                                 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    const AllWords first = bits_of<AllWords>(a), second = bits_of<AllWords>(b);
-    const AllWords lower = __builtin_shuffle(first, second, kLower);
-    const AllWords upper = __builtin_shuffle(first, second, kLower + 1);
-    const auto excess = bits_of<AllWords>(__builtin_ia32_paddusw512_mask(
-        bits_of<AllShorts>(lower), bits_of<AllShorts>(upper & 1), AllShorts{}, kAll));
-    const auto number = __builtin_ia32_ucmpw512_mask(
-        bits_of<AllShorts>(upper | 0x8000), bits_of<AllShorts>(AllWords{} + 0xff80), kLess, kAll);
-    const auto up = __builtin_ia32_ucmpw512_mask(
-        bits_of<AllShorts>(AllWords{} + 0x8000), bits_of<AllShorts>(excess), kLess, number);
-    return bits_of<AllWords>(__builtin_ia32_paddw512_mask(
-        bits_of<AllShorts>(upper), bits_of<AllShorts>(AllWords{} + 1), bits_of<AllShorts>(upper), up));
+  static INLINE AllShorts store(const Floats& a, const Floats& b, BFloat16) {
+    constexpr AllShorts kLower = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                  32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    constexpr int16_t kHalf = -0x8000, kSign = -0x8000, kInfinity = -0x80;  // the last one with the sign set
+    const AllShorts first = bits_of<AllShorts>(a), second = bits_of<AllShorts>(b);
+    const AllShorts lower = __builtin_shuffle(first, second, kLower);
+    const AllShorts upper = __builtin_shuffle(first, second, kLower + 1);
+    const AllShorts excess = __builtin_ia32_paddusw512_mask(lower, upper & 1, AllShorts{}, kAll);
+    const auto finite = __builtin_ia32_ucmpw512_mask(upper | kSign, AllShorts{} + kInfinity, kLess, kAll);
+    const auto up = __builtin_ia32_ucmpw512_mask(AllShorts{} + kHalf, excess, kLess, finite);
+    return __builtin_ia32_paddw512_mask(upper, AllShorts{} + 1, upper, up);
   }
   static INLINE Words store(const Floats& lanes, BFloat16) {
-    const AllWords words = store(lanes, lanes, BFloat16{});
+    const AllShorts both = store(lanes, lanes, BFloat16{});
     Words first;
-    __builtin_memcpy(&first, &words, sizeof(first));
+    __builtin_memcpy(&first, &both, sizeof(first));
     return first;
   }
   static INLINE Words store(const Floats& lanes, Half) {

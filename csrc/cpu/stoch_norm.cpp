@@ -40,7 +40,12 @@ INLINE void store(const ChannelVector& vector, int64_t c, double value) {
 // ---- Activations. A piecewise one is a straight line on each side of 0, a smooth one is z * g(z) with a gate g that
 // rises from 0 to 1. Conditions are made by `lanes`, see below.
 
-struct Identity {};
+struct Identity {
+  template <typename Access, typename V>
+  INLINE V operator()(const Access&, const V& z) const {
+    return z;
+  }
+};
 
 template <typename A>
 struct Piecewise {
@@ -206,8 +211,7 @@ struct Output {
         z += lanes.load(tensors.other + i);
         if (tensors.signs != nullptr) write_bits(tensors.signs, i, lanes.count(), lanes.bits(act.rises(lanes, z)));
       }
-      if constexpr (std::is_same_v<Act, Identity>) y[row][v] = z;
-      else y[row][v] = act(lanes, z);
+      y[row][v] = act(lanes, z);
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) lanes.store(tensors.out + at + row * distance, y[row]);
@@ -396,7 +400,8 @@ struct WriteRows {
           Constants<lanes_t<T>> c[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) c[v] = constants_at(constants + column + v * kLanes<T>, width);
-          if (kWide && count == kStreams) return step.template write<kStreams>(lanes, first, c, distance);
+          if constexpr (kWide)  // other registers do not hold so many rows
+            if (count == kStreams) return step.template write<kStreams>(lanes, first, c, distance);
           for (int64_t row = 0; row < count; ++row) step.write(lanes, first + row * distance, c);
         });
   }
