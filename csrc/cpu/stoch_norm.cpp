@@ -1,6 +1,7 @@
 #include "../stoch_norm.h"
 
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -694,7 +695,9 @@ class Rows {
         together_(last - first == op.call.view.channels ? together(op.call.view) : 1),
         row_((last - first) * op.call.view.inner),
         width_(ceil_div(together_ * row_, kLanes<T>) * kLanes<T>),
-        constants_(5 * width_) {
+        constants_(std::make_unique_for_overwrite<A[]>(5 * width_)) {
+    for (int which = 0; which < 5; ++which)
+      std::fill_n(constants_.get() + which * width_ + together_ * row_, width_ - together_ * row_, A(0));  // padding
     const std::vector<Constants<A>> constants = op.begin(first, last);
     for (int64_t c = first; c < last; ++c) spread(0, op.begun(), c, constants[c - first]);
     repeat(0, op.begun(), first, last);
@@ -702,16 +705,16 @@ class Rows {
 
   void sum(int64_t begin, int64_t end, double* totals) const {
     const int64_t most = 256 * together_;  // summed in the accumulation dtype before the sums go into doubles
-    std::vector<A> sums(2 * width_);
+    const auto sums = std::make_unique_for_overwrite<A[]>(2 * width_);
     for (int64_t row = begin; row < end; row += most) {
-      std::fill(sums.begin(), sums.end(), A(0));
+      std::fill_n(sums.get(), 2 * width_, A(0));
       for_each_height(row, std::min(end, row + most), [&](int64_t at, int64_t rows, int64_t count) {
         op_.summing([&](const auto& step) {
-          simd<SumRows>(step, at, rows, count * stride(), count * row_, constants_.data(), width_, sums.data());
+          simd<SumRows>(step, at, rows, count * stride(), count * row_, constants_.get(), width_, sums.get());
         });
       });
       for (int which = 0; which < 2; ++which)
-        add_columns<T>(sums.data() + which * width_, together_, last_ - first_, op_.call.view.inner,
+        add_columns<T>(sums.get() + which * width_, together_, last_ - first_, op_.call.view.inner,
                        totals + which * (last_ - first_));
     }
   }
@@ -730,7 +733,7 @@ class Rows {
       const int64_t distance = count * stride();
       const bool aligned = at * sizeof(T) % 64 == 0 && distance * sizeof(T) % 64 == 0;
       op_.writing([&](const auto& step) {
-        simd<WriteRows>(step, at, rows, distance, count * row_, constants_.data(), width_, stream_ && aligned);
+        simd<WriteRows>(step, at, rows, distance, count * row_, constants_.get(), width_, stream_ && aligned);
       });
     });
   }
@@ -743,14 +746,14 @@ class Rows {
     const int64_t inner = op_.call.view.inner;
     const A values[] = {constants.center, constants.scale, constants.bias, constants.slope, constants.offset};
     for (int which = from; which < to; ++which)
-      std::fill_n(constants_.begin() + which * width_ + (c - first_) * inner, inner, values[which]);
+      std::fill_n(constants_.get() + which * width_ + (c - first_) * inner, inner, values[which]);
   }
   // and for the copies of channels [begin, end)
   void repeat(int from, int to, int64_t begin, int64_t end) {
     const int64_t inner = op_.call.view.inner;
     for (int which = from; which < to; ++which)
       for (int64_t copy = 1; copy < together_; ++copy) {
-        const auto original = constants_.begin() + which * width_ + (begin - first_) * inner;
+        A* const original = constants_.get() + which * width_ + (begin - first_) * inner;
         std::copy_n(original, (end - begin) * inner, original + copy * row_);
       }
   }
@@ -766,7 +769,7 @@ class Rows {
   int64_t first_, last_;
   bool stream_;
   int64_t together_, row_, width_;
-  std::vector<A> constants_;  // [center, scale, bias, slope, offset] x columns, which are padded to whole vectors
+  std::unique_ptr<A[]> constants_;  // [center, scale, bias, slope, offset] x columns, which are padded to whole vectors
 };
 
 // A thread takes some channels through both passes where their values stay in its own cache between the two. Where no
