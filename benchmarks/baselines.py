@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talib_fast.finetune.bi_tuning import BiTuning
 from talib_fast.finetune.stochnorm import StochNorm2d
-from talib_fast.ops.draw import Draw
+from talib_fast.ops.draw import draw
 from talib_fast.ops.spectral_tail import _forward_by_gram as tail_forward
 from talib_fast.ops.spectral_tail import _gradient as tail_backward
 from talib_fast.ops.squared_distance import _backward as distance_backward
@@ -78,7 +78,7 @@ class PyTorchStochNorm2d(StochNorm2d):
     """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
 
     def _forward_training(self, input: Tensor, *followed_by: Any) -> Tensor:
-        drawn, (mean, variance), _ = self._draw(input)
+        drawn, (mean, variance), _ = draw(input, self.running_mean, self.running_var)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         operands = input, self.weight, self.bias, mean, variance, drawn < self.p
@@ -86,22 +86,28 @@ class PyTorchStochNorm2d(StochNorm2d):
 
 
 class RecordingStochNorm2d(StochNorm2d):
-    """The layer itself, which remembers its masks: the memory floor depends on them."""
+    """The layer itself, with its masks remembered, by the state of what drew them: the memory floor depends on them."""
 
     def __init__(self, num_features: int, p: float = 0.5, **options: Any) -> None:
         super().__init__(num_features, p=p, **options)
-        self.masks: list[Tensor] = []
+        self.states: list[Tensor] = []
 
-    def _draw(self, input: Tensor) -> Draw:
-        drawn = super()._draw(input)
-        self.masks.append(drawn[0] < self.p)
-        return drawn
+    def followed_by(self, input: Tensor, *follows: Any) -> Tensor:
+        cuda = input.device.type == "cuda"
+        generator = torch.cuda.default_generators[input.get_device()] if cuda else torch.default_generator
+        self.states.append(generator.get_state())
+        return super().followed_by(input, *follows)
 
     def batch_share(self) -> float:
         """The share of channels that took the batch's statistics since the last call."""
-        share = torch.stack(self.masks).float().mean().item()
-        self.masks.clear()
-        return share
+        device = self.running_mean.device
+        again = torch.Generator(device)
+        masks = [
+            torch.rand(self.num_features, device=device, generator=again.set_state(state)) < self.p
+            for state in self.states
+        ]
+        self.states.clear()
+        return torch.stack(masks).float().mean().item()
 
 
 def upstream_behavioral(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ def describe() -> str:
         *gpus(),
         f"kernels     {ops.compiled().status}",
         *built(ops.compiled().build),
+        f"autograd    {ops.compiled_nodes().status}",
         "",
     ]
     for operation, devices in ops.backends().items():

@@ -52,6 +52,32 @@ def may_be_in_function_transform() -> bool:
     return active is None or active()
 
 
+def only_autograd_looks_on() -> bool:
+    """Whether a call is one of the many of ordinary training, of which autograd takes note and nothing else.
+
+    It is not with gradients off, where a checkpoint may run a first pass, or in a backward pass, where it repeats one;
+    nor where hooks receive what autograd saves; nor in transforms of ``torch.func``, in forward mode, or in a trace. It
+    is asked for every layer, so it asks torch itself. Without one of torch's answers it may not be.
+    """
+    private = torch._C
+    try:
+        return (
+            torch.is_grad_enabled()
+            and private._current_graph_task_id() == -1
+            and private._autograd._top_saved_tensors_default_hooks(True) is None
+            and not private._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0
+            and not private._is_tracing()
+        )
+    except AttributeError:
+        return False
+
+
+def directly(overload: Any) -> Callable:
+    """What an operator's ``overload`` calls, past a Python function that costs half a microsecond."""
+    return getattr(overload, "_op", overload)
+
+
 def function_transforms() -> tuple[str, ...]:
     """The transforms of ``torch.func`` around this call, outermost first: "Vmap", "Grad", "Jvp", "Functionalize".
 

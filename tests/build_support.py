@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import packages
 import pytest
 
 LIBRARY = packages.LIBRARY
+NODES = f"talib_fast/_autograd{EXTENSION_SUFFIXES[0]}"
 
 
 def copy_of_the_tree(folder: Path) -> Path:
@@ -30,16 +32,23 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def build_wheel(source: Path, **settings: str) -> tuple[list[str], str]:
-    """The names in the wheel built from ``source``, which lies beside it then, and what the build said."""
-    wheel, said = packages.build_wheel(source, source.parent, **settings)
+    """The names in the wheel built from ``source``, which lies beside it then, and what the build said.
+
+    The library of autograd nodes, which takes long, is left out unless ``TALIB_FAST_NO_AUTOGRAD="0"`` is given.
+    """
+    wheel, said = packages.build_wheel(source, source.parent, **{"TALIB_FAST_NO_AUTOGRAD": "1", **settings})
     return zipfile.ZipFile(wheel).namelist(), said
+
+
+def wheel_of(source: Path) -> Path:
+    (wheel,) = source.parent.glob("*.whl")
+    return wheel
 
 
 def info(source: Path, **settings: str) -> str:
     """What ``python -m talib_fast info`` prints with the wheel built from ``source``."""
-    (wheel,) = source.parent.glob("*.whl")
     unpacked = source.parent / "unpacked"
-    zipfile.ZipFile(wheel).extractall(unpacked)
+    zipfile.ZipFile(wheel_of(source)).extractall(unpacked)
     done = subprocess.run(
         [sys.executable, "-m", "talib_fast", "info"],
         cwd=unpacked, capture_output=True, text=True, env={**os.environ, **settings},

@@ -1,10 +1,12 @@
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from build_support import LIBRARY, build_wheel, copy_of_the_tree, info
+from build_support import LIBRARY, NODES, build_wheel, copy_of_the_tree, info, wheel_of
 from compiler_support import needs_compiler
 from packages import Failed
 
@@ -12,6 +14,12 @@ from packages import Failed
 @pytest.fixture
 def source(tmp_path):
     return copy_of_the_tree(tmp_path)
+
+
+def remove_kernels(source: Path) -> None:
+    """Remove the package's own, which take long and are compiled by other tests."""
+    for kernels in (*(source / "csrc" / "cpu").glob("*.cpp"), *(source / "csrc" / "cuda").glob("*.cu")):
+        kernels.unlink()
 
 
 def needed(library: Path) -> set[str]:
@@ -79,15 +87,14 @@ class TestCuda:
 
     @pytest.fixture(autouse=True)
     def _one_kernel(self, source, toolkit):
-        """One small kernel in place of the package's own, which take long and are compiled by other tests."""
-        for kernels in (*(source / "csrc" / "cpu").glob("*.cpp"), *(source / "csrc" / "cuda").glob("*.cu")):
-            kernels.unlink()
+        """One small kernel in place of the package's own."""
+        remove_kernels(source)
         (source / "csrc" / "cuda" / "fill.cu").write_text(KERNEL)
 
     def test_they_are_built_on_request(self, source):
         plain = {"NVCC_APPEND_FLAGS": "--no-compress"}  # to find names in the machine code
         _, said = build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0", **plain)
-        assert not re.search(r"^ *talib_fast: ", said, re.M)
+        assert "the CUDA kernels are not built" not in said and "the compiled library is not built" not in said
         assert re.search(r"^  for cuda  fill, by nvcc \d+\.\d+ for 8\.0 9\.0$", info(source), re.M)
         library = source.parent / "unpacked" / LIBRARY
         assert b"sm_90" in library.read_bytes() and b"_Z4fillPf" in library.read_bytes()
@@ -123,3 +130,46 @@ class TestCuda:
         _, said = build_wheel(source, TORCH_CUDA_ARCH_LIST="9.0")
         assert re.search(f"^ *talib_fast: the CUDA kernels are not built: {sentence}", said, re.M)
         assert re.search(f"^  for cuda  not built: {sentence}", info(source), re.M)
+
+
+@needs_compiler
+class TestNodes:
+    """The library of autograd nodes."""
+
+    @pytest.fixture(autouse=True)
+    def _no_kernels(self, source):
+        remove_kernels(source)
+
+    def test_they_are_for_this_torch_and_this_python(self, source):
+        names, said = build_wheel(source, TALIB_FAST_NO_AUTOGRAD="0")
+        assert {LIBRARY, NODES} <= set(names) and "the library of autograd nodes is not built" not in said
+        python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        assert f"-{python}-{python}{sys.abiflags}-" in wheel_of(source).name
+        loaded = rf"^autograd +{re.escape(Path(NODES).name)} is loaded$"
+        assert re.search(loaded, info(source, TALIB_FAST_AUTOGRAD="auto"), re.M)
+        # a wheel for every Python holds none that an earlier build left
+        wheel_of(source).unlink()
+        names, _ = build_wheel(source, TALIB_FAST_NO_AUTOGRAD="1")
+        assert LIBRARY in names and NODES not in names and "-cp310-abi3-" in wheel_of(source).name
+
+    def test_when_they_fail_the_rest_is_built(self, source):
+        nodes = source / "csrc" / "autograd" / "stoch_norm.cpp"
+        nodes.write_text(nodes.read_text().replace("torch/csrc/utils/pybind.h", "torch/csrc/utils/missing.h"))
+        sentence = (
+            r"^ *talib_fast: the library of autograd nodes is not built \(csrc/autograd/stoch_norm\.cpp:\d+:\d+: "
+            r"fatal error: .*missing\.h.*\); the package works without it, but takes longer over small maps$"
+        )
+        (source / NODES).write_text("of an earlier build")
+        done = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, text=True, timeout=600, check=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "FORCE_CUDA": "0", "TALIB_FAST_NO_AUTOGRAD": "0"},
+        )  # fmt: skip
+        assert len(re.findall(sentence, done.stdout, re.M)) == 1
+        assert (source / LIBRARY).exists() and not (source / NODES).exists()
+
+        names, said = build_wheel(source, TALIB_FAST_NO_AUTOGRAD="0")
+        assert len(re.findall(sentence, said, re.M)) == 1
+        assert LIBRARY in names and NODES not in names
+        without = r"^autograd +talib_fast was installed without it$"
+        assert re.search(without, info(source, TALIB_FAST_AUTOGRAD="auto"), re.M)

@@ -12,6 +12,7 @@ def decide(environ=None, **changes):
     found = {
         **{"compiler": "/usr/bin/c++", "torch_version": "2.14.1+cu130", "torch_cuda": "13.0"},
         **{"toolkit": TOOLKIT, "cuda_sources": ["csrc/cuda/stoch_norm.cu"]},
+        "autograd_sources": ["csrc/autograd/stoch_norm.cpp"],
     }
     return build_parts.decide(environ or {}, **{**found, **changes})
 
@@ -72,6 +73,22 @@ def test_no_cuda_kernels_for_a_reason(changes, reason):
 def test_a_torch_without_cuda_gets_no_cuda_kernels_unasked():
     reason = "torch 2.13.0+cpu is built without CUDA (FORCE_CUDA=1 builds them all the same)"
     assert decide(**CPU_TORCH) == build_parts.Plan(without_cuda=reason)
+
+
+@pytest.mark.parametrize(
+    ("environ", "changes", "reason"),
+    [
+        ({"TALIB_FAST_NO_AUTOGRAD": "1"}, {}, "TALIB_FAST_NO_AUTOGRAD=1, so that any torch can load what is built"),
+        ({"TALIB_FAST_NO_AUTOGRAD": "0"}, {"autograd_sources": []}, "csrc/autograd holds no .cpp file"),
+    ],
+)
+def test_no_autograd_nodes_for_a_reason(environ, changes, reason):
+    assert decide(environ, **changes) == build_parts.Plan(without_autograd=reason)
+    assert decide({**environ, "FORCE_CUDA": "1"}, **changes) == build_parts.Plan(without_autograd=reason)
+    assert build_parts.autograd_failed(reason) == (
+        f"the library of autograd nodes is not built ({reason}); the package works without it, "
+        "but takes longer over small maps"
+    )
 
 
 class TestToolkit:
@@ -155,4 +172,5 @@ def test_the_first_error_is_found(line, found):
 def test_what_the_library_says_of_itself():
     text = build_parts.build_text("2.13.0+cpu", ["csrc/cpu/b.cpp", "csrc/cpu/a.cpp"], [], {"without_cuda": "why = not"})
     assert text == "torch=2.13.0\ncpu=a b\ncuda=\nwithout_cuda=why = not\n"
+    assert build_parts.autograd_macro("2.13.0+cpu") == ("TALIB_FAST_TORCH", '"2.13.0+cpu"')
     assert build_parts.c_string('say "$HOME" \\ é\n') == r'"say \"\044HOME\" \\ ?\n"'

@@ -252,6 +252,7 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert f"torch       {torch.__version__}" in out
+    assert f"\nkernels     {ops.compiled().status}\n" in out and f"\nautograd    {ops.compiled_nodes().status}\n" in out
     for operation in ("stoch_norm", "squared_distance", "spectral_tail"):
         assert re.search(rf"^{operation} +cpu +(compiled|PyTorch) +\w", out, re.M)
         assert re.search(rf"^{operation} +cuda +(compiled|PyTorch) +\w", out, re.M)

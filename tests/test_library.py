@@ -2,6 +2,8 @@ import os
 import re
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,14 +55,27 @@ def test_a_backend_can_be_chosen_by_name(choice, code, message):
     assert done.returncode == code and message in done.stdout + done.stderr
 
 
-class TestLoading:
-    @pytest.fixture
-    def package(self, tmp_path, monkeypatch):
-        """A folder that stands for the installed package, without a compiled library at first."""
-        (tmp_path / "ops").mkdir()
-        monkeypatch.setattr("talib_fast.ops.library.__file__", str(tmp_path / "ops" / "library.py"))
-        return tmp_path
+@pytest.mark.parametrize(
+    ("choice", "code", "message"),
+    [
+        ("python", 0, "TALIB_FAST_AUTOGRAD=python leaves it alone"),
+        ("fast", 1, "ValueError: TALIB_FAST_AUTOGRAD must be auto or python, got 'fast'"),
+    ],
+)
+def test_autograd_nodes_can_be_left_to_python(choice, code, message):
+    done = run("import talib_fast; print(talib_fast.ops.compiled_nodes().status)", TALIB_FAST_AUTOGRAD=choice)
+    assert done.returncode == code and message in done.stdout + done.stderr
 
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A folder that stands for the installed package, without a compiled library at first."""
+    (tmp_path / "ops").mkdir()
+    monkeypatch.setattr("talib_fast.ops.library.__file__", str(tmp_path / "ops" / "library.py"))
+    return tmp_path
+
+
+class TestLoading:
     def test_without_a_library_pytorch_serves(self, package, monkeypatch):
         assert ops.library._load_compiled() == Compiled(False, "talib_fast was installed without compiled kernels")
         monkeypatch.setenv("TALIB_FAST_BACKEND", "compiled")
@@ -83,6 +98,76 @@ class TestLoading:
         build = {"compiler": "hand", "cuda": ""}
         assert ops.library._load_compiled() == Compiled(True, "_C.abi3.so is loaded", build)
         assert loaded == [package / "_C.abi3.so"]
+
+
+class TestLoadingNodes:
+    NAME = f"_autograd{EXTENSION_SUFFIXES[0]}"
+    KERNELS = Compiled(True, "_C.abi3.so is loaded")
+
+    @pytest.fixture(autouse=True)
+    def _no_choice(self, monkeypatch):
+        monkeypatch.delenv("TALIB_FAST_AUTOGRAD", raising=False)
+
+    @pytest.fixture
+    def imported(self, monkeypatch):
+        """The names of the modules that were to be imported; none of them is."""
+        names = []
+        monkeypatch.setattr(ops.library, "importlib", SimpleNamespace(import_module=names.append))
+        return names
+
+    def text(self, version: str) -> bytes:
+        """The text that the library's file has among its other bytes."""
+        return b"\x7fELF\0talib_fast._autograd is built for torch=" + version.encode() + b"\0\xff"
+
+    def test_a_good_library_is_loaded(self, package, imported):
+        (package / self.NAME).write_bytes(self.text(torch.__version__))
+        _, came_of_it = ops.library._load_autograd(self.KERNELS)
+        assert came_of_it == Compiled(True, f"{self.NAME} is loaded")
+        assert imported == ["talib_fast._autograd"]
+
+    def test_a_choice_leaves_it_alone(self, package, imported, monkeypatch):
+        (package / self.NAME).write_bytes(self.text(torch.__version__))
+        monkeypatch.setenv("TALIB_FAST_AUTOGRAD", "python")
+        left = None, Compiled(False, "TALIB_FAST_AUTOGRAD=python leaves it alone")
+        assert ops.library._load_autograd(self.KERNELS) == left and not imported
+        monkeypatch.setenv("TALIB_FAST_AUTOGRAD", "compiled")
+        with pytest.raises(ValueError, match="TALIB_FAST_AUTOGRAD must be auto or python, got 'compiled'"):
+            ops.library._load_autograd(self.KERNELS)
+
+    def test_without_kernels_there_are_no_nodes(self, package, imported):
+        (package / self.NAME).write_bytes(self.text(torch.__version__))
+        kernels = Compiled(False, "_C.abi3.so does not load")
+        assert ops.library._load_autograd(kernels) == (None, kernels) and not imported
+
+    def test_without_a_library_python_serves(self, package, imported):
+        left = None, Compiled(False, "talib_fast was installed without it")
+        assert ops.library._load_autograd(self.KERNELS) == left
+        (package / "_autograd.cpython-39-x86_64-linux-gnu.so").write_bytes(self.text(torch.__version__))
+        reason = "_autograd.cpython-39-x86_64-linux-gnu.so is built for another Python: install talib_fast again"
+        assert ops.library._load_autograd(self.KERNELS) == (None, Compiled(False, reason)) and not imported
+
+    # the second is another build of the same version, the third a file that says nothing
+    @pytest.mark.parametrize("version", [f"{torch.__version__}0", f"{torch.__version__.partition('+')[0]}+other", None])
+    def test_under_another_torch_it_is_not_loaded(self, version, package, imported):
+        (package / self.NAME).write_bytes(self.text(version) if version else b"\x7fELF")
+        built_for = version or "an unknown version"
+        reason = f"{self.NAME} is built for torch {built_for}, not {torch.__version__}: install talib_fast again"
+        assert ops.library._load_autograd(self.KERNELS) == (None, Compiled(False, reason)) and not imported
+
+    def test_a_broken_library_is_named(self, package, monkeypatch):
+        (package / self.NAME).write_bytes(self.text(torch.__version__))
+        monkeypatch.setattr(talib_fast, "__path__", [str(package)])
+        monkeypatch.delitem(sys.modules, "talib_fast._autograd", raising=False)
+        module, came_of_it = ops.library._load_autograd(self.KERNELS)
+        assert module is None and not came_of_it.loaded
+        assert re.match(rf"{re.escape(self.NAME)} does not load: \S", came_of_it.status)
+
+    def test_python_serves_what_no_library_does(self, monkeypatch):
+        monkeypatch.setattr(ops.library, "_AUTOGRAD", None)
+        assert ops.library.node_function("stoch_norm_step") is None
+        monkeypatch.setattr(ops.library, "_AUTOGRAD", SimpleNamespace(stoch_norm_step=abs))
+        assert ops.library.node_function("stoch_norm_step") is abs
+        assert ops.library.node_function("another") is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import zipfile
 import packages
 import pytest
 import torch
-from build_support import LIBRARY, build_wheel, copy_of_the_tree, info
+from build_support import LIBRARY, build_wheel, copy_of_the_tree, info, wheel_of
 from compiler_support import needs_compiler
 
 
@@ -38,11 +38,6 @@ def compiled(sdist):
     return unpacked, build_wheel(unpacked, CUDA_HOME="/nonexistent")[1]
 
 
-def wheel_of(unpacked):
-    (wheel,) = unpacked.parent.glob("*.whl")
-    return wheel
-
-
 def test_the_sdist_holds_what_a_build_takes(source, sdist):
     assert packages.sdist_faults(sdist, source) == []
 
@@ -56,6 +51,8 @@ def test_the_wheel_holds_the_package_alone(source, compiled):
     unpacked, said = compiled
     assert packages.wheel_faults(wheel_of(unpacked), source) == []
     assert said.count("talib_fast: the CUDA kernels are not built: ") == 1
+    without_nodes = "(TALIB_FAST_NO_AUTOGRAD=1, so that any torch can load what is built); the package works without it"
+    assert said.count(f"talib_fast: the library of autograd nodes is not built {without_nodes}") == 1
     if torch.version.cuda is None:
         assert f"torch {torch.__version__} is built without CUDA (FORCE_CUDA=1 builds them all the same)" in said
     assert re.search(r"^  for cuda  not built: ", info(unpacked), re.M)
@@ -105,10 +102,11 @@ def test_what_should_not_be_in_a_wheel_is_named(source, pure):
         for name in old.namelist():
             if name != "talib_fast/py.typed":
                 new.writestr(name, old.read(name))
-        for name in ("tests/test_it.py", "talib_fast/cuda/it.cu"):
+        for name in ("tests/test_it.py", "talib_fast/cuda/it.cu", "talib_fast/_autograd.so"):
             new.writestr(name, "")
     assert packages.wheel_faults(changed, source, compiled=False) == [
         "the wheel lacks talib_fast/py.typed",
+        "the wheel holds talib_fast/_autograd.so",
         "the wheel holds talib_fast/cuda/it.cu",
         "the wheel holds tests/test_it.py",
     ]
@@ -151,6 +149,7 @@ python      3.13.0
 cuda        no GPU is usable
 kernels     _C.abi3.so is loaded
   for cpu   stoch_norm, by GCC 12.2.0
+autograd    talib_fast was installed without it
 
 stoch_norm        cpu   compiled  the compiled library holds a kernel for it
 stoch_norm        cuda  PyTorch   it does not load

@@ -353,7 +353,7 @@ def test_tables_are_what_the_benchmarks_make_of_the_results(folder, tmp_path, mo
 
 def public_modules() -> list[ModuleType]:
     names = [found.name for found in pkgutil.walk_packages(talib_fast.__path__, "talib_fast.")]
-    names = [name for name in names if not name.endswith(("__main__", "._C"))]
+    names = [name for name in names if not name.endswith(("__main__", "._C", "._autograd"))]
     return [importlib.import_module(name) for name in ("talib_fast", *names)]
 
 

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -541,15 +542,14 @@ class TestKernels:
 
 
 def record_draws(layer: nn.Module) -> list[Tensor]:
-    """The list that gets what the layer draws in each forward pass from now on."""
-    draws, original = [], layer._draw
+    """The list that gets what the layer draws in each forward pass from now on, by torch's generator on the CPU."""
+    draws, again = [], torch.Generator()
 
-    def recorded(input: Tensor) -> draw.Draw:
-        drawn = original(input)
-        draws.append(drawn[0].abs())
-        return drawn
+    def record(layer: nn.Module, _: Any) -> None:
+        again.set_state(torch.get_rng_state())
+        draws.append(torch.rand(layer.num_features, generator=again))
 
-    layer._draw = recorded
+    layer.register_forward_pre_hook(record)
     return draws
 
 
@@ -1191,8 +1191,8 @@ class TestUpstreamFaults:
 
         # the implementations in the operators' place, so that what they call is seen, too
         operation = sys.modules["talib_fast.ops.stoch_norm"]
-        monkeypatch.setattr(operation, "_forward_op", operation._forward)
-        monkeypatch.setattr(operation, "_backward_op", operation._backward)
+        monkeypatch.setattr(operation, "_forward_now", operation._forward)
+        monkeypatch.setattr(operation, "_backward_now", operation._backward)
         for momentum in (0.1, None):
             layer = StochNorm2d(8, momentum=momentum)
             x = torch.randn(4, 8, 2, 2, requires_grad=True)
@@ -1389,8 +1389,8 @@ class TestUpstreamFaults:
 def _train_a_rank(rank, folder, shares, track, momentum):
     torch.manual_seed(rank)
     layer = SyncStochNorm(6, momentum=momentum, track_running_stats=track).double()
-    draws = record_draws(layer)
-    outputs, grads = [], []
+    outputs, grads, states = [], [], []
+    layer.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
     for x, target in torch.load(f"{folder}/data.pt"):
         mine = x.split(shares)[rank].clone().requires_grad_()
 
@@ -1405,7 +1405,7 @@ def _train_a_rank(rank, folder, shares, track, momentum):
         loss.backward()
         outputs.append(loss.detach()), grads.append(mine.grad)
     torch.distributed.all_reduce(layer.weight.grad)
-    torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), draws), f"{folder}/{rank}.pt")
+    torch.save((outputs, grads, layer.weight.grad, dict(layer.state_dict()), states), f"{folder}/{rank}.pt")
 
 
 @needs_gloo
@@ -1420,8 +1420,8 @@ def test_ranks_equal_one_process_on_the_joined_batch(shares, track, momentum, tm
     spawn_ranks(len(shares), _train_a_rank, tmp_path, shares, track, momentum)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
     alone = StochNorm1d(6, momentum=momentum, track_running_stats=track).double()
-    draws = iter(ranks[0][4])
-    alone._draw = lambda _: (next(draws), (alone.running_mean, alone.running_var), False)
+    states = iter(ranks[0][4])
+    alone.register_forward_pre_hook(lambda *_: torch.set_rng_state(next(states)))
     for step, (x, target) in enumerate(data):
         x.requires_grad_()
         loss = (alone(x) * target).pow(2).sum()

@@ -18,6 +18,7 @@ STABLE_ABI = "0x020a000000000000"
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CUDA = 12  # the first whose nvcc knows C++20
 
+AUTOGRAD_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden", "-g0")
 CXX_FLAGS = ("-O3", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden")
 NVCC_FLAGS = (
     *("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"),
@@ -45,10 +46,17 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Why there is no library at all, and why there are no CUDA kernels in it; empty means that they are built."""
+    """Why a part is left out; empty means that it is built.
+
+    Attributes:
+        without_library: the library of kernels, and with it everything.
+        without_cuda: the CUDA kernels in it.
+        without_autograd: the library of autograd nodes.
+    """
 
     without_library: str = ""
     without_cuda: str = ""
+    without_autograd: str = ""
 
 
 def decide(
@@ -59,16 +67,19 @@ def decide(
     torch_cuda: str | None,
     toolkit: Toolkit | str,
     cuda_sources: Sequence[str],
+    autograd_sources: Sequence[str],
 ) -> Plan:
-    """What is built from ``cuda_sources`` and the C++ sources.
+    """What is built from ``cuda_sources``, ``autograd_sources`` and the other C++ sources.
 
     Args:
-        environ: ``TALIB_FAST_NO_EXT=1`` builds nothing, ``FORCE_CUDA=1`` asks for CUDA kernels by name.
+        environ: ``TALIB_FAST_NO_EXT=1`` builds nothing, ``TALIB_FAST_NO_AUTOGRAD=1`` leaves out the library that only
+            this torch and this Python can load, ``FORCE_CUDA=1`` asks for CUDA kernels by name.
         compiler: path of the C++ compiler, if there is one.
         torch_version: the version of the torch that is built against.
         torch_cuda: the CUDA version of that torch, None for a CPU build.
         toolkit: the toolkit that was found, or a sentence that says why none was.
         cuda_sources: the ``.cu`` files.
+        autograd_sources: the ``.cpp`` files of autograd nodes.
 
     Raises:
         Impossible: ``FORCE_CUDA=1`` asks for what cannot be built.
@@ -80,7 +91,10 @@ def decide(
         name = environ.get("CXX", "c++")
         plan = Plan(without_library=library_failed(f"there is no C++ compiler {name}"))
     else:
-        plan = Plan(without_cuda=_without_cuda(forced, torch_version, torch_cuda, toolkit, cuda_sources))
+        plan = Plan(
+            without_cuda=_without_cuda(forced, torch_version, torch_cuda, toolkit, cuda_sources),
+            without_autograd=_without_autograd(environ, autograd_sources),
+        )
     if forced and (plan.without_library or plan.without_cuda):
         raise Impossible(
             f"FORCE_CUDA=1 asks for CUDA kernels, which cannot be built: {plan.without_library or plan.without_cuda}"
@@ -107,11 +121,25 @@ def _without_cuda(
     return ""
 
 
+def _without_autograd(environ: Mapping[str, str], autograd_sources: Sequence[str]) -> str:
+    if environ.get("TALIB_FAST_NO_AUTOGRAD") == "1":
+        return "TALIB_FAST_NO_AUTOGRAD=1, so that any torch can load what is built"
+    return "" if autograd_sources else "csrc/autograd holds no .cpp file"
+
+
 def library_failed(why: str) -> str:
     """The sentence for a library that was not built."""
     return (
         f"the compiled library is not built ({why}); the package works without it. "
         "To get it, install g++ and ninja and install talib_fast again"
+    )
+
+
+def autograd_failed(why: str) -> str:
+    """The sentence for a library of autograd nodes that was not built."""
+    return (
+        f"the library of autograd nodes is not built ({why}); the package works without it, "
+        "but takes longer over small maps"
     )
 
 
@@ -189,6 +217,11 @@ def c_string(text: str) -> str:
     return json.dumps(text.encode("ascii", "replace").decode()).replace("$", "\\044")
 
 
+def autograd_macro(torch_version: str) -> tuple[str, str]:
+    """What the library of autograd nodes is told, to say for which torch it is built."""
+    return "TALIB_FAST_TORCH", c_string(torch_version)
+
+
 def build_text(torch_version: str, cpu: Iterable[str], cuda: Iterable[str], for_cuda: Mapping[str, str]) -> str:
     """What the library says of itself, a ``key=value`` a line: the operations with a kernel are the sources' names.
 
@@ -214,7 +247,9 @@ def cmake() -> str:
     says = {
         "ROOT": str(Path(torch.__file__).parent),
         "VERSION": torch.__version__.partition("+")[0],
+        "FULL_VERSION": torch.__version__,
         "STABLE_ABI": STABLE_ABI,
+        "AUTOGRAD_FLAGS": ";".join(AUTOGRAD_FLAGS),
         "CXX_FLAGS": ";".join(CXX_FLAGS),
         "NVCC_FLAGS": ";".join(NVCC_FLAGS),
     }

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,19 +15,13 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..checks import check_number, is_ordinary
+from ..checks import check_number
 from ..ops.activation import NO_ACTIVATION, Activation
-from ..ops.draw import Draw, draw, drawn_mask
-from ..ops.library import accumulation_dtype, is_empty, needs_pytorch_formula
-from ..ops.stoch_norm import (
-    check_count,
-    followed,
-    functional_stoch_norm,
-    moved,
-    stoch_norm_by_formula,
-    stoch_norm_in_place,
-)
-from ..torch_private import assign, have_global_hooks
+from ..ops.draw import draw, drawn_mask
+from ..ops.library import accumulation_dtype
+from ..ops.stoch_norm import check_channels, check_training, followed
+from ..ops.stoch_norm_step import Vectors, move, stoch_norm_step
+from ..torch_private import have_global_hooks
 
 _ACTIVATIONS: dict[type, Activation] = {
     nn.Identity: NO_ACTIVATION,
@@ -85,17 +79,6 @@ def watch_for_lost_methods() -> None:
     register_module_module_registration_hook(_warn_of_a_lost_method)
 
 
-def _takes_along(residual: Tensor, input: Tensor, activation: Activation) -> bool:
-    """Whether the operation adds that residual."""
-    return (
-        activation.takes_residual()
-        and is_ordinary(residual)
-        and residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-    )
-
-
 class _StochNorm(_BatchNorm):
     """What stochastic norms of all ranks have in common. They are batch norms, from which they inherit all else."""
 
@@ -132,20 +115,10 @@ class _StochNorm(_BatchNorm):
             "restore_batch_norm(copy.deepcopy(model)).eval(), which computes the same, or take torch.export"
         )
 
-    def _check_input(self, input: Tensor) -> None:
-        if not input.is_floating_point():
-            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {input.dtype}")
-        self._check_input_dim(input)
-        if not torch.jit.is_tracing() and input.size(1) != self.num_features:  # sizes are tensors while it traces
-            raise ValueError(
-                f"{type(self).__name__} expected {self.num_features} channels at dimension 1, "
-                f"got input of shape {list(input.shape)}"
-            )
-
     def _forward_symbolic(self, input: Any) -> Any:
         """What stands for the layer's output in a graph of torch.fx: the layer as a whole, as of batch norms."""
         if not isinstance(input, Proxy):
-            raise TypeError(f"{type(self).__name__} expected a floating-point tensor, got {type(input).__name__}")
+            raise TypeError(f"expected input to be a floating-point tensor, got {type(input).__name__}")
         tracer: Any = input.tracer
         path, symbol = tracer.path_of_module(self), cast("Tensor", input)
         if path:
@@ -176,99 +149,30 @@ class _StochNorm(_BatchNorm):
         """
         if not isinstance(input, Tensor):
             return followed(self._forward_symbolic(input), activation, residual() if residual else None)
-        self._check_input(input)
-        if not self.training:
-            return followed(_BatchNorm.forward(self, input), activation, residual() if residual else None)
-        if self.eps <= 0:
-            raise ValueError(f"{type(self).__name__} expected eps to be positive during training, got {self.eps}")
-        return self._forward_training(input, activation, residual)
-
-    def _draw(self, input: Tensor) -> Draw:
-        """See :func:`~talib_fast.ops.draw.draw`."""
-        buffers: Any = self._buffers  # an attribute takes a module longer than all else here
-        return draw(input, buffers["running_mean"], buffers["running_var"])
+        self._check_input_dim(input)
+        if self.training:
+            return self._forward_training(input, activation, residual)
+        check_channels(input, self.num_features)
+        return followed(_BatchNorm.forward(self, input), activation, residual() if residual else None)
 
     def _forward_training(self, input: Tensor, activation: Activation, residual: Callable[[], Tensor] | None) -> Tensor:
         if self._buffers["running_mean"] is None:
+            check_training(input, self.num_features, self.eps)
             return followed(_BatchNorm.forward(self, input), activation, residual() if residual else None)
-        check_count(input)
-        drawn, running, repeats = self._draw(input)
-        added = residual() if residual else None
-        if added is not None and not _takes_along(added, input, activation):
-            return followed(self._normalize(input, drawn, running, repeats), activation, added)
-        return self._normalize(input, drawn, running, repeats, activation, added)
-
-    def _normalize(
-        self,
-        input: Tensor,
-        drawn: Tensor,
-        running: Tensor | tuple[Tensor, Tensor],
-        repeats: bool | Tensor,
-        activation: Activation = NO_ACTIVATION,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        parameters: Any = self._parameters
-        try:  # an attribute takes a module longer
-            weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # parametrised
-            weight, bias = self.weight, self.bias
-        operands, epilogue = (drawn, weight, bias), (activation, residual)
-        counter, momentum = self._buffers["num_batches_tracked"], self.momentum
-        countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
-        if not isinstance(running, Tensor):
-            if needs_pytorch_formula():
-                share = 0.0 if repeats or is_empty(input) else self._count_and_share()
-                return stoch_norm_by_formula(input, *running, *operands, share, self.eps, self.p, *epilogue)[0]
-            if self.track_running_stats and momentum is not None and countable:
-                # a repetition moves what it read, which nobody keeps
-                counted = None if repeats else counter
-                options = momentum, self.eps, self.p
-                return stoch_norm_in_place(input, *running, *operands, *options, counted, *epilogue)
-        joined = running if isinstance(running, Tensor) else torch.stack(running)
-        output, _, batch = functional_stoch_norm(input, joined, *operands, self.eps, self.p, *epilogue)
-        if self.track_running_stats and input.numel():
-            self._move(running, batch, repeats)
-        return output
-
-    def _count_and_share(self) -> float:
-        """Count a batch, and the share that it has in the running statistics, on the host."""
-        if not self.track_running_stats:
-            return 0.0
-        if self.num_batches_tracked is not None:
-            assign([self.num_batches_tracked], [self.num_batches_tracked + 1])
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if self.num_batches_tracked is None else 1 / float(self.num_batches_tracked)
-
-    def _move(
-        self,
-        read: Tensor | Sequence[Tensor],
-        batch: Tensor | Sequence[Tensor],
-        repeats: bool | Tensor,
-        counted: Tensor | None = None,
-    ) -> None:
-        """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
-
-        Args:
-            read: the running mean and variance that the pass read.
-            batch: the batch's mean and unbiased variance.
-            repeats: as :func:`~talib_fast.ops.draw.draw` gave it.
-            counted: whether the batch counts as one, a bool tensor without dimensions; None: it does.
-        """
-        # A repetition calls what the first pass called, on what it read: selective checkpointing counts the calls.
-        targets = list(read) if repeats is True else [self.running_mean, self.running_var]
-        counter, share = self.num_batches_tracked, cast("float | Tensor | None", self.momentum)
-        if counter is not None:
-            counts = repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats)
-            assign([counter], [counter + (counts if counted is None else counts * counted)])
-        if share is None:
-            if counter is None:
-                return  # there is nothing to average by; batch norms leave their statistics, too
-            share = counter.clamp_min(1).reciprocal()
-        values = [moved(old, new, share) for old, new in zip(read, batch, strict=True)]
-        if isinstance(repeats, Tensor):
-            values = [torch.where(repeats, *pair) for pair in zip(targets, values, strict=True)]
-        assign(targets, values)
+        parameters: Vectors = self._parameters
+        if "weight" not in parameters or "bias" not in parameters:  # parametrised
+            parameters = {"weight": self.weight, "bias": self.bias}
+        return stoch_norm_step(
+            input,
+            parameters,
+            self._buffers,
+            self.momentum,
+            self.eps,
+            self.p,
+            self.track_running_stats,
+            activation,
+            residual,
+        )
 
 
 class StochNorm1d(_StochNorm, nn.BatchNorm1d):
@@ -388,18 +292,19 @@ class SyncStochNorm(_StochNorm):
         return mean, variance, total, masks[0].detach() > 0
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
+        check_training(input, self.num_features, self.eps)
         values = input.to(accumulation_dtype(input))
         if self.running_mean is None:
             mean, variance, *_ = self._joined(values, torch.empty(0, dtype=torch.bool, device=values.device))
         else:
-            drawn, running, repeats = self._draw(input)
+            drawn, running, repeats = draw(input, self.running_mean, self.running_var)
             mean, variance, count, mask = self._joined(values, drawn_mask(drawn, self.p))
             used = [statistic.to(mean.dtype, copy=True) for statistic in running]
             if self.track_running_stats:
                 unbiased = variance.detach() * (count / (count - 1).clamp_min(1))
                 some = count > 0  # a joined batch without values moves nothing, which only the device knows
                 batch = [torch.where(some, *pair) for pair in zip((mean.detach(), unbiased), running, strict=True)]
-                self._move(running, batch, repeats, some)
+                move(running, batch, repeats, self._buffers, self.momentum, some)
             mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])
         invstd = (variance + self.eps).rsqrt()
         shape = [-1] + [1] * (input.dim() - 2)

@@ -1,8 +1,15 @@
 """The three operations that carry the fine-tuning methods, each with autograd, on every device."""
 
-from .library import backends, compiled
+from .library import backends, compiled, compiled_nodes
 from .spectral_tail import spectral_tail
 from .squared_distance import squared_distance
 from .stoch_norm import stoch_norm
 
-__all__ = ["backends", "compiled", "spectral_tail", "squared_distance", "stoch_norm"]
+__all__ = [
+    "backends",
+    "compiled",
+    "compiled_nodes",
+    "spectral_tail",
+    "squared_distance",
+    "stoch_norm",
+]

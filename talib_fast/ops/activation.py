@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")  # a kernel knows them by their place
+NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
+_PLACES = {name: place for place, name in enumerate(NAMES)}  # by which a kernel knows them
+FIRST_SMOOTH = _PLACES["silu"]  # those before it are piecewise linear
 _BITS = 32
 
 
@@ -25,7 +27,7 @@ class Activation(NamedTuple):
     @property
     def arguments(self) -> tuple[int, float]:
         """What operators take."""
-        return NAMES.index(self.name), self.negative_slope if self.name == "leaky_relu" else 0.0
+        return _PLACES[self.name], self.negative_slope if self.name == "leaky_relu" else 0.0
 
     @property
     def slope(self) -> float:
@@ -34,7 +36,7 @@ class Activation(NamedTuple):
 
     def takes_residual(self) -> bool:
         """Whether the kernels add a residual before it: of the piecewise linear ones a bit an element is enough."""
-        return self.name in ("none", "relu", "relu6", "leaky_relu")
+        return _PLACES[self.name] < FIRST_SMOOTH
 
     def __call__(self, z: Tensor) -> Tensor:
         """By PyTorch's own operator."""

@@ -78,6 +78,11 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _numbers(running_mean: Tensor) -> Tensor:
+    """A number in [0, 1) for each channel."""
+    return torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+
+
 def _draw(
     input: Tensor,
     running_mean: Tensor,
@@ -93,7 +98,7 @@ def _draw(
             "a CUDA graph can't capture activation checkpointing of StochNorm, whose repetitions look for what the "
             "first pass drew: capture the step without checkpointing"
         )
-    drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+    drawn = _numbers(running_mean)
     if repeats:
         return -drawn, _recorded(drawn, running_mean)
     running = torch.stack((running_mean, running_var))
@@ -164,7 +169,7 @@ def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> Draw:
         if one_for_all and not is_mapped(input) and not is_mapped(running_mean):
             drawn, _ = draw_op(input, running_mean, running_var, False, False)
         else:
-            drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
+            drawn = _numbers(running_mean)
         return drawn, (running_mean, running_var), False
     if torch.compiler.is_compiling():
         drawn, running = draw_op(input, running_mean, running_var, not torch.is_grad_enabled())
@@ -173,8 +178,7 @@ def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> Draw:
     # Other passes are not recorded: it takes time, and small tensors that outlive their step break up a CPU's heap.
     may_be_repeated = not torch.is_grad_enabled() or saves_by_hooks()
     if not (repeats or may_be_repeated) or torch.jit.is_tracing():
-        drawn = torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
-        return drawn, (running_mean, running_var), False
+        return _numbers(running_mean), (running_mean, running_var), False
     # by an operator in both passes, as selective checkpointing asks for
     drawn, running = draw_op(input, running_mean, running_var, True, repeats)
     mean, variance = running.unbind()

@@ -1,11 +1,14 @@
 """The ``talib_fast`` operator library: how an operation is defined, and which backend serves it where."""
 
+import importlib
 import inspect
 import os
+import re
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +101,13 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of loading the compiled library.
+    """What came of loading a compiled library.
 
     Attributes:
         loaded: whether it is in use.
         status: the same in a sentence, with the reason.
-        build: what a loaded library says of its build: ``compiler``, ``torch`` (the version of its headers), ``cpu``
-            and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
+        build: what the library of kernels says of its build: ``compiler``, ``torch`` (the version of its headers),
+            ``cpu`` and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
             ``without_cuda``, the reason why there are no CUDA kernels; and where there is one the CUDA of the
             ``driver``.
     """
@@ -155,12 +158,61 @@ def _load_compiled() -> Compiled:
     return Compiled(False, reason)
 
 
+def _not_for_this_torch(library: Path) -> str:
+    """Why the library of autograd nodes can't be loaded, by what its file says; empty if it can.
+
+    Under another torch than the one whose headers it was built with it would load, and crash or worse.
+    """
+    found = re.search(rb"talib_fast\._autograd is built for torch=([^\0]*)\0", library.read_bytes())
+    built_for = found[1].decode() if found else "an unknown version"
+    if built_for == torch.__version__:
+        return ""
+    return f"{library.name} is built for torch {built_for}, not {torch.__version__}: install talib_fast again"
+
+
+def _load_autograd(kernels: Compiled) -> tuple[Any, Compiled]:
+    """The module of autograd nodes, if it can be had, beside what came of loading it.
+
+    ``TALIB_FAST_AUTOGRAD`` chooses: ``auto`` (the default) loads it where it is, ``python`` leaves it alone.
+    """
+    choice = os.environ.get("TALIB_FAST_AUTOGRAD", "auto")
+    if choice not in ("auto", "python"):
+        raise ValueError(f"TALIB_FAST_AUTOGRAD must be auto or python, got {choice!r}")
+    if choice == "python":
+        return None, Compiled(False, "TALIB_FAST_AUTOGRAD=python leaves it alone")
+    if not kernels.loaded:
+        return None, Compiled(False, kernels.status)
+    package = Path(__file__).parent.parent
+    library = package / f"_autograd{EXTENSION_SUFFIXES[0]}"
+    if not library.exists():
+        others = sorted(package.glob("_autograd*.so"))
+        reason = f"{others[0].name} is built for another Python: install talib_fast again" if others else ""
+        return None, Compiled(False, reason or "talib_fast was installed without it")
+    if reason := _not_for_this_torch(library):
+        return None, Compiled(False, reason)
+    try:
+        return importlib.import_module("talib_fast._autograd"), Compiled(True, f"{library.name} is loaded")
+    except ImportError as error:
+        return None, Compiled(False, f"{library.name} does not load: {error}")
+
+
 _COMPILED = _load_compiled()
+_AUTOGRAD, _AUTOGRAD_STATUS = _load_autograd(_COMPILED)
 
 
 def compiled() -> Compiled:
-    """What came of loading the compiled library."""
+    """What came of loading the compiled library of kernels."""
     return _COMPILED
+
+
+def compiled_nodes() -> Compiled:
+    """What came of loading the compiled library of autograd nodes."""
+    return _AUTOGRAD_STATUS
+
+
+def node_function(name: str) -> Callable | None:
+    """A function of the library of autograd nodes; None without one. It returns None where Python has to serve."""
+    return getattr(_AUTOGRAD, name, None)
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floats, check_number
-from ..torch_private import assign, keep_in_compiled_checkpoints, may_be_in_function_transform
+from ..torch_private import assign, directly, keep_in_compiled_checkpoints, may_be_in_function_transform
 from .activation import (
     NAMES,
     NO_ACTIVATION,
@@ -260,67 +260,83 @@ _backward_op = define(
     _backward_fake,
 )
 keep_in_compiled_checkpoints(draw_op, "stoch_norm_functional", 4)
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # even a call that changes nothing takes microseconds
+_forward_now, _backward_now = directly(_forward_op), directly(_backward_op)
 
 
 def _keep(
-    ctx: Any, operands: Sequence[Any], constants: tuple[float, float, int, float], results: Sequence[Tensor]
+    ctx: Any,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor,
+    constants: tuple[float, float, int, float],
+    results: Sequence[Tensor],
 ) -> None:
-    """What the backward pass needs.
-
-    Args:
-        operands: input, weight, bias, residual and mask.
-        constants: p, eps, and the activation as operators take it.
-    """
-    input, weight, bias, residual, mask = operands
-    output, statistics, signs, *_ = results
-    keeps_signs = constants[2] != 0 and residual is not None
-    if not constants[2]:
-        ctx.save_for_backward(input, weight, mask, statistics)
-    elif not keeps_signs:
-        ctx.save_for_backward(input, weight, mask, statistics, bias, None)
-    else:
-        ctx.save_for_backward(input, weight, mask, statistics, None, signs)
+    """What the backward pass needs; ``constants`` are p, eps, and the activation as operators take it."""
     ctx.constants = constants
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.strides = output.stride() if keeps_signs else None
+    if not constants[2]:
+        ctx.save_for_backward(input, weight, mask, results[1])
+    elif residual is None:
+        ctx.save_for_backward(input, weight, mask, results[1], bias, None)
+    else:
+        ctx.save_for_backward(input, weight, mask, results[1], None, results[2])
+        ctx.strides = results[0].stride()
+
+
+def differentiable_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    statistics: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    p: float,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the backward operator computes, for ``create_graph``: the statistics are seen as functions of the input."""
+    batch_mean, batch_variance = _batch_statistics(input)
+    mask = chosen(mask, p)
+    mean = torch.where(mask, batch_mean, statistics[0])
+    invstd = torch.where(mask, (batch_variance + eps).rsqrt(), statistics[1])
+    function = activation_by_arguments(activation, negative_slope)
+    return _gradients(grad_output, input, (mean, invstd), weight, bias, mask, signs, function)
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of a function's arguments, of which only the first four, up to the residual, have any."""
-    input, weight, mask, statistics, *of_activation = ctx.saved_tensors
-    bias, signs = of_activation or (None, None)
-    p, eps, *activation = ctx.constants
-    if ctx.strides is not None and input.stride() != ctx.strides:
-        # the signs are in the output's order, and hooks of what autograd saves may have changed that of the input
-        input = torch.empty_strided(input.shape, ctx.strides, dtype=input.dtype, device=input.device).copy_(input)
-    if torch.is_grad_enabled():  # create_graph: the statistics have to be seen as functions of the input
-        batch_mean, batch_variance = _batch_statistics(input)
-        mask = chosen(mask, p)
-        mean = torch.where(mask, batch_mean, statistics[0])
-        invstd = torch.where(mask, (batch_variance + eps).rsqrt(), statistics[1])
-        function = activation_by_arguments(*activation)
-        operands = grad_output, input, (mean, invstd), weight, bias, mask, signs, function
-        dx, dweight, dbias, dresidual = _gradients(*operands)
-        dx, dresidual = dx.to(input.dtype), dresidual.to(input.dtype)
+    """The gradients of input, weight, bias and residual, which autograd brings into their dtypes."""
+    constants, bias, signs = ctx.constants, None, None
+    if constants[2]:
+        input, weight, mask, statistics, bias, signs = ctx.saved_tensors
     else:
-        follows = (bias, signs, *activation) if of_activation else ()  # what is left out takes no time
-        dx, dweight, dbias, dresidual = _backward_op(grad_output, input, statistics, weight, mask, p, *follows)
-    of_input, of_weight, of_bias, of_residual, *others = ctx.needs_input_grad
+        input, weight, mask, statistics = ctx.saved_tensors
+    if signs is not None and input.stride() != ctx.strides:
+        # they are in the output's order, and hooks of what autograd saves may have changed that of the input
+        input = torch.empty_strided(input.shape, ctx.strides, dtype=input.dtype, device=input.device).copy_(input)
+    if torch.is_grad_enabled():
+        gradients = differentiable_gradients(grad_output, input, weight, mask, statistics, bias, signs, *constants)
+    else:
+        backward = _backward_op if torch.compiler.is_compiling() else _backward_now
+        p, _, activation, slope = constants
+        if activation:
+            gradients = backward(grad_output, input, statistics, weight, mask, p, bias, signs, activation, slope)
+        else:  # what is left out takes no time
+            gradients = backward(grad_output, input, statistics, weight, mask, p)
+    dx, dweight, dbias, dresidual = gradients
+    of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
     return (
         dx if of_input else None,
-        _in_dtype(dweight, weight.dtype) if of_weight else None,
-        _in_dtype(dbias, ctx.bias_dtype) if of_bias else None,
+        dweight if of_weight else None,
+        dbias if of_bias else None,
         (grad_output if signs is None else dresidual) if of_residual else None,
-        *[None] * len(others),
     )
 
 
 class _InPlace(torch.autograd.Function):
-    """The operator in place, where nothing but autograd looks on: a result more takes some microseconds."""
+    """The operator in place, where nothing but autograd looks on: every argument and result takes its time."""
 
     @staticmethod
     def forward(
@@ -329,23 +345,24 @@ class _InPlace(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        mask: Tensor,
-        constants: tuple[float, float, int, float],
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        num_batches_tracked: Tensor | None,
+        state: tuple[Any, ...],
+        activation: tuple[int, float],
     ) -> Tensor:
-        p, eps, *activation = constants
-        state = running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
-        follows = (residual, *activation) if activation[0] or residual is not None else ()
-        results = _forward_op(input, weight, bias, *state, *follows)
-        _keep(ctx, (input, weight, bias, residual, mask), constants, results)
+        """``state`` are the operator's arguments from ``running_mean`` to ``num_batches_tracked``."""
+        if activation[0] or residual is not None:
+            results = _forward_now(input, weight, bias, *state, residual, *activation)
+        else:
+            results = _forward_now(input, weight, bias, *state)
+        _keep(ctx, input, weight, bias, residual, state[2], (state[5], state[4], *activation), results)
         return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad_output)
+        return _differentiate(ctx, grad_output) + (None, None)  # noqa: RUF005, which is slower
+
+
+# past Function's own apply, which asks for functions that are transformed
+apply_in_place = super(torch.autograd.Function, _InPlace).apply
 
 
 class _StochNorm(Function):
@@ -378,13 +395,14 @@ class _StochNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         args = _Arguments(*inputs)
         constants = args.p, args.eps, args.activation, args.negative_slope
-        _keep(ctx, (args.input, args.weight, args.bias, args.residual, args.mask), constants, output)
+        _keep(ctx, args.input, args.weight, args.bias, args.residual, args.mask, constants, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of the statistics, which have none
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return (None,) * len(_Arguments._fields) if grad_output is None else _differentiate(ctx, grad_output)
+        others = len(_Arguments._fields) - 4
+        return *((None,) * 4 if grad_output is None else _differentiate(ctx, grad_output)), *[None] * others
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -415,6 +433,21 @@ class _StochNorm(Function):
 
 
 _Arguments = argument_names(_StochNorm)
+
+
+def check_channels(input: Tensor, channels: int) -> None:
+    """Raise TypeError unless ``input`` is of floating-point numbers, ValueError unless it has so many channels."""
+    if not input.is_floating_point():
+        raise TypeError(f"expected input to be a floating-point tensor, got {input.dtype}")
+    if not torch.jit.is_tracing() and input.size(1) != channels:  # sizes are tensors while it traces
+        raise ValueError(f"expected {channels} channels at dimension 1, got input of shape {list(input.shape)}")
+
+
+def check_training(input: Tensor, channels: int, eps: float) -> None:
+    """As :func:`check_channels`, and raise ValueError unless ``eps`` is positive."""
+    check_channels(input, channels)
+    if eps <= 0:
+        raise ValueError(f"expected eps to be positive during training, got {eps}")
 
 
 def check_count(input: Tensor) -> None:
@@ -570,10 +603,11 @@ def stoch_norm_in_place(
     below ``p`` stand for True, whatever their sign, and ``num_batches_tracked``, one int64, is counted up unless the
     input is empty.
     """
-    state = running_mean, running_var, momentum, num_batches_tracked
     if may_be_in_function_transform():
-        return _with_statistics(input, weight, bias, mask, eps, p, activation, residual, None, *state)[0]
-    return _InPlace.apply(input, weight, bias, residual, mask, (p, eps, *activation.arguments), *state)
+        others = running_mean, running_var, momentum, num_batches_tracked
+        return _with_statistics(input, weight, bias, mask, eps, p, activation, residual, None, *others)[0]
+    state = running_mean, running_var, mask, momentum, eps, p, num_batches_tracked
+    return apply_in_place(input, weight, bias, residual, state, activation.arguments)
 
 
 def functional_stoch_norm(

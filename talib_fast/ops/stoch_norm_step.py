@@ -1,0 +1,177 @@
+"""What a layer of stochastic normalisation does in training: it draws a mask, normalises, and counts and averages.
+
+A layer hands down what it has, once, and gets its output.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..checks import is_ordinary
+from ..torch_private import assign, only_autograd_looks_on
+from .activation import FIRST_SMOOTH, NO_ACTIVATION, Activation
+from .draw import draw
+from .library import is_empty, needs_pytorch_formula, node_function
+from .stoch_norm import (
+    apply_in_place,
+    check_count,
+    check_training,
+    followed,
+    functional_stoch_norm,
+    moved,
+    stoch_norm_by_formula,
+    stoch_norm_in_place,
+)
+
+Vectors = Mapping[str, Any]  # a layer's parameters or buffers, by name
+
+
+def _quick_step(
+    input: Tensor,
+    parameters: Vectors,
+    buffers: Vectors,
+    momentum: float | None,
+    eps: float,
+    p: float,
+    tracks: bool,
+    activation: int,
+    negative_slope: float,
+    residual: Callable[[], Tensor] | None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """:func:`stoch_norm_step` in ordinary training, in as few calls as it takes.
+
+    Returns:
+        The output; with what ``residual`` gave, where the operation does not take that along; or None: something is not
+        as in ordinary training, and nothing has happened.
+    """
+    if not tracks or type(momentum) is not float or not eps > 0 or not only_autograd_looks_on():
+        return None
+    mean, counter = buffers["running_mean"], buffers["num_batches_tracked"]
+    if not (input.numel() > mean.numel() == input.size(1) and input.is_floating_point()):
+        return None
+    if counter is not None and counter.dtype is not torch.int64:
+        return None
+    drawn = torch.rand_like(mean, dtype=torch.float32)
+    added = None if residual is None else residual()
+    weight, bias = parameters["weight"], parameters["bias"]
+    state = mean, buffers["running_var"], drawn, momentum, eps, p, counter
+    if added is None or _takes_along(added, input, activation):
+        return apply_in_place(input, weight, bias, added, state, (activation, negative_slope))
+    return apply_in_place(input, weight, bias, None, state, (0, 0.0)), added
+
+
+# by the library of autograd nodes the same takes half the time
+_ordinary_step = node_function("stoch_norm_step") or _quick_step
+
+
+def stoch_norm_step(
+    input: Tensor,
+    parameters: Vectors,
+    buffers: Vectors,
+    momentum: float | None,
+    eps: float,
+    p: float,
+    tracks: bool,
+    activation: Activation = NO_ACTIVATION,
+    residual: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """A layer's output in training, after which its running statistics have moved: act(norm(input) + residual()).
+
+    Args:
+        input: ``[N, C, *]``, float16, bfloat16, float32 or float64.
+        parameters: ``weight`` and ``bias``, ``[C]`` or None.
+        buffers: ``running_mean`` and ``running_var``, ``[C]``, and ``num_batches_tracked``, a number or None.
+        momentum: share of the batch in the new running statistics; None averages over all batches.
+        eps: added to the variance, above 0.
+        p: probability of the batch's statistics.
+        tracks: whether the running statistics move.
+        residual: is called when all is drawn. What it returns may be one that the operation does not take along.
+
+    Raises:
+        ValueError: a channel has only one value.
+        RuntimeError: see :func:`~talib_fast.ops.draw.draw`.
+    """
+    if not torch.compiler.is_compiling():
+        place, slope = activation.arguments
+        outcome: Any = _ordinary_step(input, parameters, buffers, momentum, eps, p, tracks, place, slope, residual)
+        if outcome is not None:
+            return followed(outcome[0], activation, outcome[1]) if type(outcome) is tuple else outcome
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    check_training(input, mean.size(0), eps)
+    check_count(input)
+    drawn, running, repeats = draw(input, mean, var)
+    added = None if residual is None else residual()
+    along: tuple[Activation, Tensor | None] = activation, added
+    if added is not None and not _takes_along(added, input, activation.arguments[0]):
+        along = NO_ACTIVATION, None
+    operands, counter = (drawn, parameters["weight"], parameters["bias"]), buffers["num_batches_tracked"]
+    countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
+    formula = needs_pytorch_formula()
+    if isinstance(running, Tensor) or not (formula or (tracks and momentum is not None and countable)):
+        joined = running if isinstance(running, Tensor) else torch.stack(running)
+        output, _, batch = functional_stoch_norm(input, joined, *operands, eps, p, *along)
+        if tracks and input.numel():
+            move(running, batch, repeats, buffers, momentum)
+    elif formula:
+        share = _count_and_share(counter, momentum) if tracks and not repeats and not is_empty(input) else 0.0
+        output, _ = stoch_norm_by_formula(input, *running, *operands, share, eps, p, *along)
+    else:
+        counted = None if repeats else counter  # a repetition moves what it read, which nobody keeps
+        output = stoch_norm_in_place(input, *running, *operands, cast("float", momentum), eps, p, counted, *along)
+    return output if along[1] is added else followed(output, activation, added)
+
+
+def _takes_along(residual: Tensor, input: Tensor, activation: int) -> bool:
+    """Whether the operation adds that residual."""
+    return (
+        activation < FIRST_SMOOTH
+        and is_ordinary(residual)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+
+
+def _count_and_share(counter: Tensor | None, momentum: float | None) -> float:
+    """Count a batch, and the share that it has in the running statistics, on the host."""
+    if counter is not None:
+        assign([counter], [counter + 1])
+    if momentum is not None:
+        return momentum
+    return 0.0 if counter is None else 1 / float(counter)
+
+
+def move(
+    read: Tensor | Sequence[Tensor],
+    batch: Tensor | Sequence[Tensor],
+    repeats: bool | Tensor,
+    buffers: Vectors,
+    momentum: float | None,
+    counted: Tensor | None = None,
+) -> None:
+    """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
+
+    Args:
+        read: the running mean and variance that the pass read.
+        batch: the batch's mean and unbiased variance.
+        repeats: as :func:`~talib_fast.ops.draw.draw` gave it.
+        buffers: the layer's, which move.
+        momentum: see :func:`stoch_norm_step`.
+        counted: whether the batch counts as one, a bool tensor without dimensions; None: it does.
+    """
+    # A repetition calls what the first pass called, on what it read: selective checkpointing counts the calls.
+    targets = list(read) if repeats is True else [buffers["running_mean"], buffers["running_var"]]
+    counter, share = buffers["num_batches_tracked"], cast("float | Tensor | None", momentum)
+    if counter is not None:
+        counts = repeats[0].logical_not() if isinstance(repeats, Tensor) else int(not repeats)
+        assign([counter], [counter + (counts if counted is None else counts * counted)])
+    if share is None:
+        if counter is None:
+            return  # there is nothing to average by; batch norms leave their statistics, too
+        share = counter.clamp_min(1).reciprocal()
+    values = [moved(old, new, share) for old, new in zip(read, batch, strict=True)]
+    if isinstance(repeats, Tensor):
+        values = [torch.where(repeats, *pair) for pair in zip(targets, values, strict=True)]
+    assign(targets, values)
