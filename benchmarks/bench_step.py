@@ -7,7 +7,8 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 ``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
 
 The networks are torchvision's ResNet-50 at 224 pixels and, on a CPU, at 128 pixels the main job's MobileNetV2 and
-timm's EfficientNet-B0, with random weights, in channels_last unless other layouts are asked for. All methods train in
+timm's EfficientNet-B0, and at 32 pixels MobileNetV2 again, where what the host does for a layer counts; with random
+weights, in channels_last unless other layouts are asked for. All methods train in
 float32, those with StochNorm in bfloat16 too, EfficientNet with StochNorm alone. A method's step is the main job's;
 upstream's is the same with its parts composed as the Transfer-Learning-Library does. Beside StochNorm a plain step
 without batch norms and activations is timed: what it takes is out of StochNorm's reach. ``--compile`` adds plain
@@ -86,6 +87,9 @@ def of_library(library: str, name: str) -> Network:
 WORKLOADS = {
     "mobilenet_v2": Workload(
         mobilenet_v2, size=128, classes=10, rounds=MANY, keys=8, time={"float32": 0.8, "bfloat16": 0.8}, kept=0.75
+    ),
+    "mobilenet_v2_32": Workload(
+        mobilenet_v2, size=32, classes=10, rounds=MANY, ways=(STOCHNORM,), time={"float32": 1.0},
     ),
     "efficientnet_b0": Workload(
         functools.partial(of_library, "timm", "efficientnet_b0"), size=128, classes=10, rounds=MANY,

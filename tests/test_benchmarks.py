@@ -122,7 +122,7 @@ class TestBaselines:
         for p in (0.0, 1.0):
             layer = baselines.RecordingStochNorm2d(5, p=p)
             layer(torch.randn(2, 5, 3, 3))
-            assert layer.batch_share() == p and not layer.masks
+            assert layer.batch_share() == p and not layer.states
 
 
 class TestHarness:
@@ -688,24 +688,43 @@ class TestBiTuning:
 
 
 class TestHostOverhead:
-    def test_goal(self):
-        def verdict(ours, device="cpu"):
+    def test_goals(self):
+        def verdicts(what, ours, in_python=None, device="cpu"):
             measures = ("forward", "backward", "wall")
             times = {overhead.OURS: ours, overhead.BATCH_NORM: 1.0, overhead.COMPOSITION: 4.0}
+            times |= {overhead.IN_PYTHON: in_python} if in_python else {}
             samples = {name: {measure: [time] for measure in measures} for name, time in times.items()}
-            (goal,) = overhead.goals(results({"label": "", "samples": samples}, device=device))
-            return goal.passed
+            case = {"label": "", "what": what, "samples": samples}
+            return [goal.passed for goal in overhead.goals(results(case, device=device))]
 
-        assert verdict(1.3) and not verdict(1.31) and verdict(1.3, "cuda")
+        assert verdicts(overhead.ALONE, 0.95) == verdicts(overhead.CHAIN, 0.9, device="cuda") == [True]
+        assert verdicts(overhead.ALONE, 0.96, 1.15) == [False, True]
+        assert verdicts(overhead.CHAIN, 0.95, 1.31) == [True, False]
+        assert verdicts(overhead.WITH_ACTIVATION, 0.86, 9.0) == [False]
+
+    def test_all_candidates_compute_what_their_names_say(self, device):
+        x = torch.randn(6, 3, 4, 4, device=device)
+        for what in (overhead.ALONE, overhead.CHAIN, overhead.WITH_ACTIVATION):
+            outputs = {}
+            for candidate in overhead.candidates(what, 3, device):
+                torch.manual_seed(0)
+                outputs[candidate.name] = candidate.forward(x)
+            if overhead.IN_PYTHON in outputs:
+                assert outputs[overhead.OURS].grad_fn.name() == "StochNormBackward"
+                assert outputs[overhead.IN_PYTHON].grad_fn.name() == "_InPlaceBackward"
+                torch.testing.assert_close(outputs[overhead.IN_PYTHON], outputs[overhead.OURS], rtol=0, atol=0)
+            assert bool((outputs[overhead.BATCH_NORM] >= 0).all()) == (what == overhead.WITH_ACTIVATION)
 
     def test_runs_end_to_end(self, tmp_path, capsys, device):
         overhead.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
         written = json.loads((tmp_path / "results.json").read_text())
-        assert [case["label"] for case in written["cases"]] == ["2×4×2×2", "4×16×4×4", "8×64×4×4"]
+        alone = [f"one layer, {shape}" for shape in ("2×4×2×2", "4×16×4×4", "8×64×4×4")]
+        others = ["chain of 53, 4×16×4×4", "norm and ReLU, 4×16×4×4"]
+        assert [case["label"] for case in written["cases"]] == alone + others
         for case in written["cases"]:
             assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
-        assert "| 2×4×2×2 |" in (tmp_path / "table.md").read_text()
-        assert "at most 1.3× BatchNorm" in capsys.readouterr().out
+        assert "| one layer, 2×4×2×2 |" in (tmp_path / "table.md").read_text()
+        assert "at most 0.95× BatchNorm" in capsys.readouterr().out
         pytest.importorskip("matplotlib")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
