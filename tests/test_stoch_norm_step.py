@@ -431,11 +431,15 @@ class TestResidual:
         old = layer.running_mean
 
         def exchange():
-            layer.running_mean = torch.full((4,), 7.0)
+            layer.running_mean, layer.running_var = torch.full((4,), 7.0), torch.full((4,), 8.0)
             return x
 
-        layer.followed_by(x, NO_ACTIVATION, exchange)
-        assert served == [True] and layer.running_mean.eq(7).all() and not old.eq(0).any()
+        for way in (contextlib.nullcontext, in_python):
+            layer.running_mean = old.zero_()
+            with way():
+                layer.followed_by(x, NO_ACTIVATION, exchange)
+            assert layer.running_mean.eq(7).all() and layer.running_var.eq(8).all() and not old.eq(0).any()
+        assert served == [True]
 
 
 @needs_node

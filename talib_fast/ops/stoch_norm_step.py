@@ -53,10 +53,9 @@ def _quick_step(
         return None
     if counter is not None and counter.dtype is not torch.int64:
         return None
-    drawn = torch.rand_like(mean, dtype=torch.float32)
-    added = None if residual is None else residual()
     weight, bias = parameters["weight"], parameters["bias"]
-    state = mean, buffers["running_var"], drawn, momentum, eps, p, counter
+    state = mean, buffers["running_var"], torch.rand_like(mean, dtype=torch.float32), momentum, eps, p, counter
+    added = None if residual is None else residual()
     if added is None or _takes_along(added, input, activation):
         return apply_in_place(input, weight, bias, added, state, (activation, negative_slope))
     return apply_in_place(input, weight, bias, None, state, (0, 0.0)), added
@@ -90,7 +89,9 @@ def stoch_norm_step(
         residual: is called when all is drawn. What it returns may be one that the operation does not take along.
 
     Raises:
-        ValueError: a channel has only one value.
+        TypeError: the input is not floating point.
+        ValueError: its channels are not as many as the vectors have, a channel has only one value, or eps is not
+            positive.
         RuntimeError: see :func:`~talib_fast.ops.draw.draw`.
     """
     if not torch.compiler.is_compiling():
@@ -102,11 +103,11 @@ def stoch_norm_step(
     check_training(input, mean.size(0), eps)
     check_count(input)
     drawn, running, repeats = draw(input, mean, var)
+    operands, counter = (drawn, parameters["weight"], parameters["bias"]), buffers["num_batches_tracked"]
     added = None if residual is None else residual()
     along: tuple[Activation, Tensor | None] = activation, added
     if added is not None and not _takes_along(added, input, activation.arguments[0]):
         along = NO_ACTIVATION, None
-    operands, counter = (drawn, parameters["weight"], parameters["bias"]), buffers["num_batches_tracked"]
     countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
     formula = needs_pytorch_formula()
     if isinstance(running, Tensor) or not (formula or (tracks and momentum is not None and countable)):
