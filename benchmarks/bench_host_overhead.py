@@ -6,13 +6,14 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 
 ``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``. On a GPU the host's clock decides.
 
-A layer alone, in a chain of 53 as in a ResNet-50, and with its activation, as timm has them. Where the library of
-autograd nodes is loaded, what Python does without it is timed beside it.
+A layer alone, in a chain of 53 as in a ResNet-50, and, where timm is installed, with its activation, as timm has them.
+Where the library of autograd nodes is loaded, what Python does without it is timed beside it.
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ MOST = {
     OURS: {ALONE: 0.95, CHAIN: 0.95, WITH_ACTIVATION: 0.85},
     IN_PYTHON: {ALONE: 1.15, CHAIN: 1.3},
 }
+
+
+def together() -> list[str]:
+    """What is timed beside single layers."""
+    return [CHAIN, *([WITH_ACTIVATION] if find_spec("timm") else [])]
 
 
 def layer(what: str, candidate: str, channels: int) -> nn.Module:
@@ -166,7 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     cases = []
     middle = SHAPES[len(SHAPES) // 2]
-    for what, shape in (*((ALONE, shape) for shape in SHAPES), (CHAIN, middle), (WITH_ACTIVATION, middle)):
+    for what, shape in (*((ALONE, shape) for shape in SHAPES), *((what, middle) for what in together())):
         progress(f"{what}, {shape}")
         cases.append(timed(what, shape, options.rounds, device))
     progress("")

@@ -22,7 +22,7 @@ small_cases+=" and not gradcheck and not opcheck and not elements"
 small_tests=("${operations[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}" tests/test_activation.py)  # what stoch_norm takes along has a file of its own
 host_only=(architectures batch_norm_tools build build_parts distributed fusion kernels_on_host norm_act packages pages)
-host_only+=(recipes simt torch_private)  # reach no GPU
+host_only+=(autograd_versions recipes simt torch_private)  # reach no GPU
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 ignored=("${ignored[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)

@@ -704,7 +704,7 @@ class TestHostOverhead:
 
     def test_all_candidates_compute_what_their_names_say(self, device):
         x = torch.randn(6, 3, 4, 4, device=device)
-        for what in (overhead.ALONE, overhead.CHAIN, overhead.WITH_ACTIVATION):
+        for what in (overhead.ALONE, *overhead.together()):
             outputs = {}
             for candidate in overhead.candidates(what, 3, device):
                 torch.manual_seed(0)
@@ -719,7 +719,7 @@ class TestHostOverhead:
         overhead.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
         written = json.loads((tmp_path / "results.json").read_text())
         alone = [f"one layer, {shape}" for shape in ("2×4×2×2", "4×16×4×4", "8×64×4×4")]
-        others = ["chain of 53, 4×16×4×4", "norm and ReLU, 4×16×4×4"]
+        others = [f"{what}, 4×16×4×4" for what in overhead.together()]
         assert [case["label"] for case in written["cases"]] == alone + others
         for case in written["cases"]:
             assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
