@@ -84,10 +84,17 @@ struct StochNormBackward final : torch::autograd::Node {
         .cast<Four>();
   }
 
+  template <typename F>
+  void for_each_kept(const F& f) {
+    for (SavedVariable* saved : {&input, &weight, &bias}) f(*saved);
+    for (Tensor* own : {&mask, &statistics, &signs}) f(*own);
+  }
+
+  static void release(SavedVariable& saved) { saved.reset_data(); }
+  static void release(Tensor& own) { own.reset(); }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&input, &weight, &bias}) saved->reset_data();
-    for (Tensor* own : {&mask, &statistics, &signs}) own->reset();
+    for_each_kept([](auto& kept) { release(kept); });
   }
 
   std::string name() const override { return "StochNormBackward"; }
@@ -102,11 +109,9 @@ struct StochNormBackward final : torch::autograd::Node {
 
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (SavedVariable* saved : {&input, &weight, &bias}) swap.before(*saved);
-    for (Tensor* own : {&mask, &statistics, &signs}) swap.before(*own);
+    for_each_kept([&](auto& kept) { swap.before(kept); });
     variable_list result = apply(variable_list(grads));
-    for (SavedVariable* saved : {&input, &weight, &bias}) swap.after(*saved);
-    for (Tensor* own : {&mask, &statistics, &signs}) swap.after(*own);
+    for_each_kept([&](auto& kept) { swap.after(kept); });
     return result;
   }
 };
@@ -164,6 +169,7 @@ bool takes_along(const Tensor& residual, const Tensor& input, Activation activat
 py::object stoch_norm_step(py::handle given, const py::dict& parameters, const py::dict& buffers, py::handle momentum,
                            double eps, double p, bool tracks, int64_t activation, double negative_slope,
                            py::handle residual) {
+  // never freed, since Python may be gone by then
   static const auto& kWeight = *new py::str("weight");
   static const auto& kBias = *new py::str("bias");
   static const auto& kMean = *new py::str("running_mean");
