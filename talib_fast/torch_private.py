@@ -74,7 +74,7 @@ def only_autograd_looks_on() -> bool:
 
 
 def directly(overload: Any) -> Callable:
-    """What an operator's ``overload`` calls, past a Python function that costs half a microsecond."""
+    """What an operator's ``overload`` calls, past a function of Python's that every call would pay for."""
     return getattr(overload, "_op", overload)
 
 

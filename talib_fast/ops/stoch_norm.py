@@ -336,7 +336,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _InPlace(torch.autograd.Function):
-    """The operator in place, where nothing but autograd looks on: every argument and result takes its time."""
+    """The operator in place, outside of transforms of torch.func: every argument and result takes its time."""
 
     @staticmethod
     def forward(
@@ -597,9 +597,9 @@ def stoch_norm_in_place(
     activation: Activation = NO_ACTIVATION,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The output of :func:`stoch_norm` for a layer, whose time on small maps is that of Python and of launches.
+    """The output of :func:`stoch_norm` for a layer, which knows its vectors, so that nothing is checked.
 
-    A layer knows its vectors, so nothing is checked. ``mask`` may be the float32 numbers that it drew, of which those
+    ``mask`` may be the float32 numbers that it drew, of which those
     below ``p`` stand for True, whatever their sign, and ``num_batches_tracked``, one int64, is counted up unless the
     input is empty.
     """

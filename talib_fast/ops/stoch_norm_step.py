@@ -61,7 +61,7 @@ def _quick_step(
     return apply_in_place(input, weight, bias, None, state, (0, 0.0)), added
 
 
-# by the library of autograd nodes the same takes half the time
+# the library of autograd nodes does the same in less time
 _ordinary_step = node_function("stoch_norm_step") or _quick_step
 
 
