@@ -6,6 +6,7 @@ something slower or an error, never another result.
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -150,6 +151,36 @@ def assign(targets: list[Tensor], values: list[Tensor]) -> None:
         return
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
+
+
+def watching_operators(look: Callable[[Any], None]) -> AbstractContextManager | None:
+    """Within it ``look(arguments)`` is called for every operator that this thread runs.
+
+    None without torch's class for it: what follows what in a network can't be told then, and no batch norm is folded.
+    """
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+
+    class Watching(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            look((args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    return Watching()
+
+
+def runs_uncompiled(function: Callable) -> Callable:
+    """``function``, which torch.compile leaves alone, and says why where it must not.
+
+    What ``torch.compiler.disable`` does, but without importing the compiler.
+    """
+    marked: Any = function
+    marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, function.__doc__
+    return function
 
 
 def keep_in_order(operator: str) -> None:

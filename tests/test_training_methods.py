@@ -95,15 +95,17 @@ def test_head_is_drawn_to_zero_where_the_rest_is_tied(data):
 
 def test_source_of_delta_stays_as_it_was_pretrained(data):
     method = prepared("delta", data)
-    before = {name: value.clone() for name, value in method.source.state_dict().items()}
+    images = data.batch(0).images
+    before = method.source(images)
     optimizer = torch.optim.SGD(method.classifier.get_parameters(0.1))
     for step in range(3):
         loss, _ = method(data.batch(step))
         loss.backward()
         optimizer.step()
     assert not method.source.training and method.classifier.training
-    assert all(value.equal(before[name]) for name, value in method.source.state_dict().items())
-    assert not method.classifier.backbone.block1[0].weight.equal(before["backbone.block1.0.weight"])
+    assert all(value.equal(before[name]) for name, value in method.source(images).items())
+    assert not method.target_outputs(images)[0]["backbone.block1"].equal(before["backbone.block1"])
+    assert not any("source" in name for name in method.state_dict())
 
 
 def test_attention_comes_from_a_head_that_knows_the_task(data):
@@ -113,9 +115,9 @@ def test_attention_comes_from_a_head_that_knows_the_task(data):
     for attention in method.knowledge.values():
         assert attention.sum().item() == pytest.approx(1) and attention.std() > 0
     images = torch.cat([images for images, _ in data.train])
-    right = (method.source(images).argmax(1) == data.train.labels).float().mean()
+    methods.fit_head(method.classifier, data.train)
+    right = (method.classifier.eval()(images).argmax(1) == data.train.labels).float().mean()
     assert right > 0.8
-    assert not any(parameter.requires_grad for parameter in method.source.parameters())
 
 
 def test_stochnorm_replaces_every_batch_norm(data):

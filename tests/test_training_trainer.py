@@ -83,6 +83,17 @@ def test_mixed_precision_resumes_exactly(data, checkpoint, monkeypatch):
     assert outcome(plain)["losses"] != outcome(whole)["losses"]
 
 
+@pytest.mark.parametrize("method", ["delta", "delta_attention"])
+def test_the_pretrained_network_computes_in_another_dtype(method, data, checkpoint):
+    runs = [make_run(method, data, checkpoint, *words) for words in ([], ["--source-dtype", "bfloat16"])]
+    for run in runs:
+        run.finish()
+    losses = [torch.tensor(run.record.losses) for run in runs]
+    assert not losses[0].equal(losses[1])
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)
+    assert [run.method.source.dtype for run in runs] == [None, torch.bfloat16]
+
+
 def test_interrupt_in_the_last_step_keeps_the_run(data, checkpoint, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, "plain", step=11)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..checks import check_positive_integer
 from ..progress import progress as progress_bar
 from ..storage import write_atomically
 from .fingerprint import Unknown, fingerprint, model_parts
+from .folding import folded
 from .layers import (
     check_channel_dim,
     check_output,
@@ -65,8 +66,9 @@ def channel_attention(
     softmax(z / temperature). With ``method="exact"`` the numbers are those of a full forward pass per channel, but what
     precedes the layer is not computed again and ``channels_per_pass`` channels share a pass. ``method="taylor"`` is an
     estimate from one backward pass per batch: the first-order increase −Σ t·∂L/∂t over a channel's values t. It ranks
-    channels much as the exact increases do where these are small, but is not them. The model is left as it was, also
-    when something raises.
+    channels much as the exact increases do where these are small, but is not them. Either way batch norms are folded
+    meanwhile, as by :func:`~talib_fast.finetune.frozen.frozen`, and the model is left as it was, also when something
+    raises.
 
     A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
     later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
@@ -125,13 +127,17 @@ def channel_attention(
     if not known.complete:
         # a DataLoader of an IterableDataset looks as if it had a len()
         total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
-        batches = itertools.islice(data_loader, max_batches)
-        with evaluating(model), uncompiled(), _outside_inference_mode():
+        batches, first = itertools.islice(data_loader, max_batches), True
+        with evaluating(model), uncompiled(), _outside_inference_mode(), folded(model, layers.values()) as run:
             for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):
                 wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
                 if not wanted:
                     continue
                 x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_on_device(labels_of(batch), device))
+                if first:
+                    first = False
+                    with torch.no_grad(), suppress(Exception):  # of the model's own errors the first says more below
+                        run(x)
                 if method == "taylor":
                     estimated = _estimated_increases(model, wanted, x, labels, criterion, channel_dim)
                     for name, increase in estimated.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import check_module, is_dtensor
 from ..ops import squared_distance
 from .attention import channel_attention
+from .kept import KeptTensors
 from .layers import IntermediateLayerGetter, check_channel_dim, get_attribute
 from .names import FLATTENED, by_plain_name, parameters_by_name, plain_name
 from .parameters import check_parameter, check_start, half_squared_distance, is_flattened, is_of_integers
@@ -37,35 +38,7 @@ __all__ = [
 ]
 
 
-class _Keeping(nn.Module):
-    """Keeps tensors that move with the module, but are no buffers.
-
-    So they are in no state dict, and DistributedDataParallel does not send them at every step.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: list[Tensor] = []
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Keeping":
-        super()._apply(fn, recurse)
-        with torch.inference_mode(False), torch.no_grad():  # what was made in inference mode could not be trained with
-            self._kept = [fn(tensor) for tensor in self._kept]
-        return self
-
-    def _on(self, device: torch.device, j: int) -> Tensor:
-        """The kept tensor ``j``, from now on on that device."""
-        if self._kept[j].device != device:
-            with torch.inference_mode(False), torch.no_grad():
-                self._keep(j, self._kept[j].to(device))
-        return self._kept[j]
-
-    def _keep(self, j: int, tensor: Tensor) -> None:
-        # in a list of its own: replicas of DataParallel share the old one
-        self._kept = [*self._kept[:j], tensor, *self._kept[j + 1 :]]
-
-
-class _ModelRegularization(_Keeping):
+class _ModelRegularization(KeptTensors):
     """Looks at a model's parameters without owning them: they are in nobody's state dict twice."""
 
     _watched: str
@@ -315,7 +288,7 @@ class BehavioralRegularization(nn.Module):
         return squared_distance(targets, sources)[0]
 
 
-class AttentionBehavioralRegularization(_Keeping):
+class AttentionBehavioralRegularization(KeptTensors):
     """Sum over layers of ½·C·a_c/P·‖t_bc − s_bc‖², with P positions per channel (H·W of an image): DELTA.
 
     Args:

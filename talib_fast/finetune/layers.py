@@ -4,7 +4,7 @@ import difflib
 import functools
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -16,15 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_module, is_integer
 from ..torch_private import may_be_in_function_transform
+from .kept import KeptModule
 from .names import WRAPPED, plain_name
 from .structures import clone, tensors_in
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, KeptModule)
 _WHY = "TorchScript runs no hooks, by which layers are seen"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
+    """The module inside DataParallel, DistributedDataParallel, torch.compile and a frozen network."""
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -165,16 +166,34 @@ _registering = threading.Lock()  # PyTorch may give two threads that register ho
 _thread = threading.local()  # its passes: the forward passes that are under way in this thread
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within it no getter takes note of what this thread runs."""
+    around = getattr(_thread, "passes", ())
+    _thread.passes = ()
+    try:
+        yield
+    finally:
+        _thread.passes = around
+
+
+class _Complete(BaseException):
+    """Ends a forward pass that has run all layers that it was asked for; what runs is not to take it for an error."""
+
+
 class _Pass:
     """One forward pass of a model, with what some of its layers return in it.
 
     A hook is called for what any thread runs; what is not part of this pass is left alone.
     """
 
-    def __init__(self, model: nn.Module, survives: dict[tuple, bool]) -> None:
-        """``survives`` says of a layer in a mode whether its output is left as it is; what this pass sees is added."""
+    def __init__(self, model: nn.Module, survives: dict[tuple, bool], missing: Counter[str] | None) -> None:
+        """``survives`` says of a layer in a mode whether its output is left as it is; what this pass sees is added.
+
+        ``missing``: how many outputs are waited for, by layer. The pass ends with the last of them.
+        """
         self.outputs: dict[str, list[Any]] = {}
-        self._model, self._survives = model, survives
+        self._model, self._survives, self._missing = model, survives, missing
         self._gradients = torch.is_grad_enabled()
         self._mode = (self._gradients, _modes(model))
         self._handles: list[RemovableHandle] = []
@@ -192,6 +211,8 @@ class _Pass:
                 self._register(layer.register_forward_hook, functools.partial(self._keep, name=name))
             with uncompiled():
                 output = self._model(*args, **kwargs)
+        except _Complete:
+            output = None
         finally:
             _thread.passes = around
             for handle in self._handles:
@@ -220,6 +241,10 @@ class _Pass:
                 self._handed_out.add(name)
                 kept = output
         self.outputs.setdefault(name, []).append(clone(output) if kept is None else kept)
+        if self._missing is not None:
+            self._missing -= Counter((name,))
+            if not self._missing:
+                raise _Complete
 
     def _look_at_versions(self) -> None:
         overwritten = None
@@ -378,11 +403,22 @@ class IntermediateLayerGetter:
         self._survives: dict[tuple, bool] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
+        return self.collect(args, kwargs)
+
+    def collect(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], runs: Mapping[str, int] | None = None
+    ) -> tuple[OrderedDict[str, Any], Any]:
+        """What a call with these arguments returns.
+
+        Args:
+            runs: how often each layer runs. The model runs no further than the last of these times, and has no output.
+                Compiled code leaves out what nothing is made of anyway.
+        """
         layers = {name: find_layer(self._model, name) for name in self._aliases}
         if torch.compiler.is_compiling():
             collected, output = _traced(self._model, layers, args, kwargs)
         else:
-            forward_pass = _Pass(self._model, self._survives)
+            forward_pass = _Pass(self._model, self._survives, None if runs is None else Counter(runs))
             output = forward_pass.run(layers, args, kwargs)
             collected = forward_pass.outputs
         outputs: OrderedDict[str, Any] = OrderedDict()

@@ -30,7 +30,9 @@ def collect_pretrain_labels(
 ) -> Tensor:
     """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
 
-    From a GPU they come through pinned memory, each batch while the next one is computed.
+    From a GPU they come through pinned memory, each batch while the next one is computed. From the second batch on the
+    classifier's batch norms are folded into the layers before them, as in :func:`~talib_fast.finetune.frozen.frozen`,
+    which gives the same logits to rounding; afterwards it is as it was.
 
     Args:
         data_loader: batches ``x`` or ``(x, ...)``, where x is a tensor or moves by its ``to(device)``; without

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..progress import progress
+from .folding import folded
 from .labels import integer_labels
 from .loader import Share
 from .ranks import gathered, gathered_rows, together
@@ -65,14 +66,14 @@ def predictions(
 ) -> Generator[tuple[Any, Tensor], None, None]:
     """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode.
 
-    With ``maps`` they may be of any shape ``[b, ...]``.
+    With ``maps`` they may be of any shape ``[b, ...]``. Meanwhile its batch norms are folded, from the second batch on.
     """
-    with evaluating(classifier):
+    with evaluating(classifier), folded(classifier) as classify:
         for batch in progress(data_loader, description, show=show):
             x = inputs_of(batch)
             # the mode spans the loop, but no_grad must not leak into the caller's code between two batches
             with torch.no_grad():
-                logits = classifier(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
+                logits = classify(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
             fits = isinstance(logits, Tensor) and logits.dim() == 2
             if maps and isinstance(logits, Tensor) and logits.dim():
                 fits = fits or not isinstance(x, Tensor) or logits.shape[:1] == x.shape[:1]

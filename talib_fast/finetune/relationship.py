@@ -82,7 +82,8 @@ class Relationship:
 
     Args:
         data_loader: batches ``(x, labels, ...)`` of the target data; x is a tensor or moves by its ``to(device)``.
-        classifier: gives source logits ``[b, N_p]`` in evaluation mode; its modes are restored afterwards.
+        classifier: gives source logits ``[b, N_p]`` in evaluation mode, from the second batch on with batch norms
+            folded as by :func:`~talib_fast.finetune.frozen.frozen`; afterwards it is as it was.
         device: where the classifier is.
         cache: file to keep the relationship in.
         num_classes: number of target classes N_t; by default the largest label + 1.

@@ -22,6 +22,7 @@ from ..finetune.delta import (
     SPRegularization,
     channel_attention,
 )
+from ..finetune.frozen import frozen
 from ..finetune.fusion import fuse
 from ..finetune.knowledge_distillation import KnowledgeDistillationLoss
 from ..finetune.norms import _StochNorm
@@ -45,6 +46,7 @@ class Method(nn.Module):
         network: the method's own copy, which it trains.
         num_classes: number of classes of the new task.
         trade_off: weight of what the method adds to the cross-entropy.
+        source_dtype: what delta's pretrained network computes in; None: as the network does.
 
     Raises:
         UserError: the network lacks something that the method needs.
@@ -53,9 +55,11 @@ class Method(nn.Module):
     views = 1  # how many augmentations of its images a batch must hold
     classifier: Any
 
-    def __init__(self, network: Network, num_classes: int, trade_off: float) -> None:
+    def __init__(
+        self, network: Network, num_classes: int, trade_off: float, source_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.trade_off = trade_off
+        self.trade_off, self.source_dtype = trade_off, source_dtype
         self.knowledge: dict[str, Tensor] = {}
         self.classifier = self.build(network, num_classes)
 
@@ -114,21 +118,14 @@ class Delta(Method):
             )
         built = super().build(network, num_classes)
         self.layers = [f"backbone.{name}" for name in network.delta_layers]
-        self.source: Any = copy.deepcopy(built).requires_grad_(False)
-        self.source_outputs = IntermediateLayerGetter(self.source, self.layers, keep_output=False)
+        self.source = frozen(built, self.layers, self.source_dtype)
         self.target_outputs = IntermediateLayerGetter(built, self.layers)
         self.distance: Callable[..., Tensor] = BehavioralRegularization()
         self.head_norm = L2Regularization(built.head)
         return built
 
-    def train(self, mode: bool = True) -> "Delta":
-        super().train(mode)
-        self.source.eval()
-        return self
-
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            source, _ = self.source_outputs(batch.images)
+        source = self.source(batch.images)
         target, (logits, _) = self.target_outputs(batch.images)
         # the distance is summed over the batch, and its sum over the ranks is their mean times their number
         distance = parallel.world_size() * self.distance(source, target)
@@ -139,8 +136,9 @@ class Delta(Method):
 class DeltaAttention(Delta):
     def prepare(self, images: InOrder) -> dict[str, Tensor]:
         # How much a channel matters is what the loss of the new task says when it is missing, which takes a head.
-        fit_head(self.source, images)
-        return dict(channel_attention(self.source, images, self.layers, device=images.device, progress=False))
+        probe = copy.deepcopy(self.classifier).requires_grad_(False)
+        fit_head(probe, images)
+        return dict(channel_attention(probe, images, self.layers, device=images.device, progress=False))
 
     def use(self, knowledge: dict[str, Tensor]) -> None:
         super().use(knowledge)
@@ -234,9 +232,8 @@ class BiTuning(Method):
 
 def fit_head(model: Any, images: InOrder) -> None:
     """Train the head alone, on the features that the rest of the model gives for the unchanged images."""
-    model.eval()
-    with torch.no_grad():
-        features = torch.cat([model.pooled(batch) for batch, _ in images])
+    pooled = nn.Sequential(model.backbone, model.pool_layer, model.bottleneck)
+    features = lwf.collect_pretrain_labels(images, pooled, images.device, progress=False).to(images.device)
     labels = images.labels.to(features.device)
     head = model.head.requires_grad_()
     optimizer = torch.optim.Adam(head.parameters(), HEAD_LR)

@@ -9,6 +9,7 @@ from typing import Any
 from .common import UserError
 
 AUGMENTATIONS = ("none", "shift", "shift_flip")
+SOURCE_DTYPES = ("network", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Options:
     image_size: int
     lr: float
     trade_offs: dict[str, float]
+    source_dtype: str
     augment: str
     test_images: int
     device: str
@@ -92,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="METHOD=X",
         help="weight of what the method adds; may be repeated",
+    )
+    add(
+        "--source-dtype",
+        choices=SOURCE_DTYPES,
+        default="network",
+        help="what delta's and delta_attention's pretrained network computes in; network: as it was (%(default)s)",
     )
     add("--augment", choices=AUGMENTATIONS, default="shift", help="change of the training images (%(default)s)")
     add("--test-images", type=whole(1), default=1000, metavar="N", help="test on so many at most (%(default)s)")

@@ -96,7 +96,8 @@ class Run:
         self.data, self.options, self.device = data, options, device
         self.settings, self.checkpoint = {**settings, "method": method, "seed": seed}, checkpoint
         torch.manual_seed(mixed_seed(seed, "build"))
-        self.method = METHODS[method](network.clone(), data.num_classes, options.trade_offs[method])
+        source_dtype = None if options.source_dtype == "network" else getattr(torch, options.source_dtype)
+        self.method = METHODS[method](network.clone(), data.num_classes, options.trade_offs[method], source_dtype)
         self.method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = self.method.classifier.get_parameters(options.lr)
         self.rates = [group["lr"] for group in groups]
