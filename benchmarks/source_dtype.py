@@ -1,0 +1,181 @@
+"""What DELTA loses when its pretrained network computes in half precision: distances on real maps, and accuracy.
+
+    python benchmarks/source_dtype.py [--dtype float16] [--seeds N] [-- FINETUNE OPTIONS]
+
+trains delta and delta_attention by ``python -m talib_fast finetune``, with the pretrained network as it is and in
+that dtype, at five labels per class, and writes ``results.json`` and ``table.md``. In between it trains delta once
+more and compares, as the network drifts from the pretrained one, the distance between their maps, and its gradient,
+with those of the pretrained network's own precision. A quarter of an hour on two CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import command
+import report
+import torch
+from report import align, markdown
+from torch import Tensor
+
+from talib_fast.finetune.frozen import frozen
+from talib_fast.ops import squared_distance
+from talib_fast.storage import write_atomically
+from talib_fast.training import networks
+from talib_fast.training.data import TaskData, load_sample
+from talib_fast.training.methods import Delta
+from talib_fast.training.options import RECIPES
+from talib_fast.training.trainer import MOMENTUM
+
+METHODS = ("delta", "delta_attention")
+LABELS, SEEDS = 5, 5
+STEPS = (0, 10, 30, 60, 120)  # after which distances are compared
+LR, BATCH, SIZE = 0.02, 24, 64  # the main job's
+
+
+def finetune(source_dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The main job's results with the pretrained network in that dtype."""
+    folder = options.runs / source_dtype
+    arguments = ["--method", ",".join(METHODS), "--seeds", str(options.seeds), "--labels-per-class", str(LABELS)]
+    arguments += ["--source-dtype", source_dtype, "--out", str(folder), *options.finetune]
+    if subprocess.run([sys.executable, "-m", "talib_fast", "finetune", *arguments]).returncode:
+        sys.exit(f"source_dtype.py: no results with the pretrained network in {source_dtype}: see above")
+    return json.loads((folder / "results.json").read_text())
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+def distances(dtype: torch.dtype) -> list[dict[str, float]]:
+    """How far distance and gradient are from those of the network's own precision, as delta trains."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = TaskData(
+        load_sample(),
+        labels_per_class=LABELS,
+        test_images=10,
+        size=SIZE,
+        seed=0,
+        batch_size=BATCH,
+        augmentation="shift",
+        device=device,
+    )
+    torch.manual_seed(0)
+    delta = Delta(networks.build("mobilenet_v2", SIZE), data.num_classes, RECIPES["delta"].trade_off)
+    delta.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reduced = frozen(delta.source.module, delta.layers, dtype)  # of a copy that has not been called yet
+    optimizer = torch.optim.SGD(delta.classifier.get_parameters(LR), momentum=MOMENTUM, nesterov=True)
+    found = []
+    for step in range(max(STEPS) + 1):
+        batch = data.batch(step)
+        if step in STEPS:
+            delta.train()
+            target, _ = delta.target_outputs(batch.images)
+            maps = [map_.detach().requires_grad_() for map_ in target.values()]
+            sides = []
+            for source in (reduced, delta.source):
+                distance = squared_distance(maps, list(source(batch.images).values()))[0]
+                gradients = torch.autograd.grad(distance, maps)
+                sides.append((distance.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+            (distance, gradient), (exact, right) = sides
+            found.append({"step": step, "distance": relative(distance, exact), "gradient": relative(gradient, right)})
+        loss, _ = delta.train()(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return found
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    compared = distances(command.DTYPES[options.dtype])
+    found = {dtype: finetune(dtype, options) for dtype in ("network", options.dtype)}
+    settings = found["network"]["settings"]
+    del settings["source_dtype"]
+    return {
+        "environment": report.environment(torch.device(settings["device"])),
+        "settings": settings,
+        "dtype": options.dtype,
+        "distances": compared,
+        "runs": [
+            {"source_dtype": dtype, **{name: run[name] for name in ("method", "seed", "accuracy")}}
+            for dtype, results in found.items()
+            for run in results["runs"]
+        ],
+    }
+
+
+def accuracies(results: dict[str, Any], method: str, dtype: str) -> list[float]:
+    """One for each seed, in the seeds' order."""
+    runs = [run for run in results["runs"] if (run["method"], run["source_dtype"]) == (method, dtype)]
+    return [run["accuracy"] for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
+    """Two tables with their captions: errors by step, and accuracies."""
+    dtype, settings = results["dtype"], results["settings"]
+    errors = [["step", "distance", "gradient"]]
+    errors += [[str(row["step"]), f"{row['distance']:.1e}", f"{row['gradient']:.1e}"] for row in results["distances"]]
+    rows = [["method", "as the network is", dtype, "difference"]]
+    for method in METHODS:
+        own, other = (accuracies(results, method, name) for name in ("network", dtype))
+        cells = [f"{statistics.fmean(a):.1f} ± {statistics.stdev(a):.1f}" for a in (own, other)]
+        differences = [b - a for a, b in zip(own, other, strict=True)]
+        change = f"{statistics.fmean(differences):+.1f} ± {accuracy.interval(differences):.1f}"
+        rows.append([method, *cells, change])
+    seeds = len(accuracies(results, "delta", "network"))
+    return [
+        (
+            errors,
+            f"Relative error of delta's distance, and of its gradient, with the pretrained MobileNetV2 in {dtype}, after "
+            "that many steps on MNIST digits.",
+        ),
+        (
+            rows,
+            f"Accuracy on {settings['test_images']} test images, %, mean ± sample standard deviation over {seeds} seeds, "
+            f"{LABELS} labels per class, and the mean difference of one seed's, ± half its 95 % confidence interval.",
+        ),
+    ]
+
+
+def publish(results: dict[str, Any], folder: Path) -> None:
+    """Print both tables, and write them and the results."""
+    write_atomically(folder / "results.json", lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+    parts = []
+    for lines, caption in tables(results):
+        print(align(lines), caption, sep="\n\n", end="\n\n")
+        parts += [markdown(lines), caption]
+    page = "\n\n".join([*parts, report.origin(results["environment"])]) + "\n"
+    write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    made.add_argument("--seeds", type=int, default=SEEDS, help="from 2 to 10 (%(default)s)")
+    made.add_argument("--runs", type=Path, default=Path("runs/source_dtype"), metavar="DIR", help="%(default)s")
+    made.add_argument("--out", type=Path, help="folder; results/ beside this file")
+    made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write the tables anew")
+    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
+    options = made.parse_args(arguments)
+    if not 2 <= options.seeds <= len(accuracy.T95) + 1:
+        made.error(f"expected 2 to {len(accuracy.T95) + 1} seeds, got {options.seeds}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.from_json:
+        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
+        return
+    results = collect(options)
+    publish(results, options.out or command.RESULTS / results["settings"]["device"] / "source_dtype")
+
+
+if __name__ == "__main__":
+    main()
