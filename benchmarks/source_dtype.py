@@ -132,13 +132,14 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
     return [
         (
             errors,
-            f"Relative error of delta's distance, and of its gradient, with the pretrained MobileNetV2 in {dtype}, after "
-            "that many steps on MNIST digits.",
+            f"Relative error of delta's distance, and of its gradient, with the pretrained MobileNetV2 in {dtype}, "
+            "after that many steps on MNIST digits.",
         ),
         (
             rows,
-            f"Accuracy on {settings['test_images']} test images, %, mean ± sample standard deviation over {seeds} seeds, "
-            f"{LABELS} labels per class, and the mean difference of one seed's, ± half its 95 % confidence interval.",
+            f"Accuracy on {settings['test_images']} test images, %, mean ± sample standard deviation over {seeds} "
+            f"seeds, {LABELS} labels per class, and the mean difference of one seed's, ± half its 95 % confidence "
+            "interval.",
         ),
     ]
 

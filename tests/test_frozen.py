@@ -358,7 +358,7 @@ def test_it_is_nobodys_and_moves_along():
             self.source = frozen(trained(Net()), ["conv2"])
 
     module = Module()
-    assert not list(module.parameters()) and not list(module.buffers()) and not module.state_dict()
+    assert not list(module.parameters()) and not list(module.buffers())
     weights = list(module.source.module.parameters())
     assert weights and not any(weight.requires_grad for weight in weights)
     for _ in range(2):
@@ -371,6 +371,33 @@ def test_it_is_nobodys_and_moves_along():
     assert "2 batch norms" not in repr(module) and "1 batch norms folded" in repr(module)
     meta = copy.deepcopy(module).to("meta")
     assert meta.source(x.to("meta"))["conv2"].device.type == "meta"
+
+
+def test_a_state_is_loaded_beside_the_network_that_it_was_saved_with():
+    network = trained(Net())
+    saved = nn.ModuleDict({"source": frozen(network, ["conv2"]), "head": nn.Linear(2, 2)})
+    saved["source"](x)
+    state = saved.state_dict()
+    assert [(name, value.shape) for name, value in state.items() if "source" in name] == [
+        ("source._extra_state", (32,))
+    ]
+    again = nn.ModuleDict({"source": frozen(network.to(memory_format=torch.channels_last)), "head": nn.Linear(2, 2)})
+    again.load_state_dict(state)
+    assert again["head"].weight.equal(saved["head"].weight)
+    other = nn.ModuleDict({"source": frozen(Net()), "head": nn.Linear(2, 2)})
+    with pytest.raises(RuntimeError, match=r"saved with another frozen network.*of the same pretrained weights"):
+        other.load_state_dict(state)
+
+
+def test_replicas_of_data_parallel_have_a_network_on_their_device():
+    source = frozen(trained(Net()), {"conv2": "maps"})
+    for _ in range(2):
+        here, there = source._replicate_for_data_parallel(), source._replicate_for_data_parallel()
+        assert here(x)["maps"].equal(source(x)["maps"])
+        assert there(x.to("meta"))["maps"].device.type == "meta"
+    assert len(source._folded) == 1 and source._replicas[x.device] is source and len(source._replicas) == 2
+    copied = copy.deepcopy(source).double()
+    assert copied(x.double())["maps"].dtype == torch.float64 and not copied._replicas
 
 
 def test_another_dtype_stays():

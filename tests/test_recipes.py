@@ -61,13 +61,19 @@ assert all(len(each.source_weight) == len(list(pretrained.parameters())) for eac
 for each in every:
     torch.testing.assert_close(each(), torch.tensor(0.5 * (64 * 32 + 2)))
 """,
+    "A plain loop": """
+assert loss.isfinite() and model[0][1].num_batches_tracked == 2
+assert source(images)["1"].shape == maps["1"].shape and behavior(source(images), maps) > 0
+assert isinstance(source.module[0][1], nn.Identity) and isinstance(model[0][1], nn.BatchNorm2d)
+""",
     "Lightning": """
 assert loss.isfinite() and trainer.global_step == 2
-assert not module.source.training and module.source[0][1].num_batches_tracked == 0
+assert not module.source.training and isinstance(module.source.module[0][1], nn.Identity)
 assert module.model[0][1].num_batches_tracked == 2
 x = images.tensors[0]
-expected, outputs = module.source_layers(x)[0], module.layers(x)[0]
-assert list(outputs) == ["0", "1"] and module.behavior(expected, outputs) > 0
+expected, outputs = module.source(x), module.layers(x)[0]
+assert list(expected) == list(outputs) == ["0", "1"] and module.behavior(expected, outputs) > 0
+assert [name for name in module.state_dict() if "source" in name] == ["source._extra_state"]
 """,
     "Transfer-Learning-Library": """
 from talib_fast.finetune import delta, stochnorm
@@ -115,6 +121,7 @@ def recipe(key):
         ("timm", ["timm"]),
         ("Hugging Face", ["transformers", "accelerate"]),
         ("PEFT", ["peft"]),
+        ("A plain loop", []),
         ("Lightning", ["lightning"]),
     ],
 )

@@ -4,15 +4,18 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import accuracy
+import bench_frozen as frozen
 import bench_step as step
 import command
 import compare
 import kernels
 import pytest
 import report
+import source_dtype
 import suite
 import summary
 import torch
@@ -229,14 +232,20 @@ class TestStep:
                 "dtype": "float32", "samples": samples, "kept_bytes": {step.OURS: kept, step.PLAIN: 100},
             }  # fmt: skip
 
-        def verdicts(device, *cases):
-            found = step.goals({"settings": {"device": device}, "cases": cases})
+        def verdicts(device, *cases, amx=False):
+            found = step.goals({"settings": {"device": device, "amx": amx}, "cases": cases})
             return [goal.passed for goal in found if goal.passed is not None]
 
         mobilenet = "mobilenet_v2", "stochnorm"
         assert verdicts("cpu", case(*mobilenet, 0.8), case("mobilenet_v2", "bss", 2.0)) == [True, True, True]
         assert verdicts("cpu", case(*mobilenet, 0.81, kept=76)) == [False, False, True]
         assert verdicts("cpu", case("resnet50", "stochnorm", 1.01)) == [False, False]
+        assert verdicts("cpu", case("mobilenet_v2", "delta", 1.19), case("mobilenet_v2", step.WITH_DELTA, 1.1)) == [
+            False,
+            True,
+        ]
+        assert verdicts("cpu", case("resnet50", step.REDUCED, 1.2)) == []
+        assert verdicts("cpu", case("resnet50", step.REDUCED, 1.2), amx=True) == [False]
         assert verdicts("cuda", case("resnet50", step.BOTH, 1.02), case("resnet50", "stochnorm", 2.0)) == [True]
         assert verdicts("cuda", case("resnet50", step.BOTH, 1.03)) == [False]
 
@@ -261,6 +270,86 @@ class TestStep:
             ways.setdefault((setting.network, setting.dtype), []).append(setting.way)
         assert ways["resnet50", "float32"] == list(step.WAYS)
         assert ways["resnet50", "bfloat16"] == ways["efficientnet_b0", "float32"] == list(step.WITH_STOCHNORM)
+
+
+class TestFrozen:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(frozen, "NETWORKS", ("mobilenet_v2",))
+        monkeypatch.setattr(frozen, "SIZE", 8)
+        work = replace(step.WORKLOADS["mobilenet_v2"], build=tiny_network, size=8)
+        monkeypatch.setitem(step.WORKLOADS, "mobilenet_v2", work)
+
+    def test_all_candidates_find_the_same(self, device):
+        images = torch.randn(4, 3, 8, 8, device=device)
+        for kind, sides in frozen.work("mobilenet_v2", device.type):
+            if kind == frozen.PASS:
+                assert frozen.error(sides, images, frozen.OURS) < 1e-5
+                assert 1e-5 < frozen.error(sides, images, "bfloat16") < 0.02
+            elif kind == frozen.LABELS:
+                torch.testing.assert_close(sides[frozen.OURS](images), sides[frozen.EVALUATION](images))
+            else:
+                found, right = sides[frozen.OURS](images).relationship, sides[frozen.EVALUATION](images)
+                torch.testing.assert_close(torch.from_numpy(found), torch.as_tensor(right).float())
+
+    def test_runs_end_to_end(self, tmp_path, device):
+        frozen.main(["--quick", "--device", device.type, "--out", str(tmp_path)])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert [case["work"] for case in written["cases"]] == [frozen.PASS, frozen.LABELS, frozen.RELATIONSHIP]
+        assert "| DELTA's maps, mobilenet_v2 |" in (tmp_path / "table.md").read_text()
+        assert [goal["passed"] is None for goal in written["goals"]] == [False, not written["settings"]["amx"], False]
+
+
+class TestSourceDtype:
+    def results(self):
+        runs = [
+            {"source_dtype": dtype, "method": method, "seed": seed, "accuracy": 60.0 + seed + more}
+            for dtype, more in (("network", 0), ("bfloat16", 1))
+            for method in source_dtype.METHODS
+            for seed in range(3)
+        ]
+        return {
+            "environment": report.environment(torch.device("cpu")),
+            "settings": {"device": "cpu", "test_images": 10},
+            "dtype": "bfloat16",
+            "distances": [{"step": 0, "distance": 0.01, "gradient": 0.05}],
+            "runs": runs,
+        }
+
+    def test_tables(self, tmp_path):
+        errors, rows = (lines for lines, _ in source_dtype.tables(self.results()))
+        assert errors[1:] == [["0", "1.0e-02", "5.0e-02"]]
+        assert rows[1] == ["delta", "61.0 ± 1.0", "62.0 ± 1.0", "+1.0 ± 0.0"]
+        source_dtype.publish(self.results(), tmp_path)
+        before = (tmp_path / "table.md").read_text()
+        source_dtype.main(["--from-json", str(tmp_path)])
+        assert (tmp_path / "table.md").read_text() == before
+
+    def test_runs_the_main_job_in_both_dtypes(self, tmp_path, monkeypatch):
+        commands = []
+
+        def run(command):
+            commands.append(command)
+            folder = Path(command[command.index("--out") + 1])
+            dtype = command[command.index("--source-dtype") + 1]
+            runs = [run for run in self.results()["runs"] if run["source_dtype"] == dtype]
+            folder.mkdir(parents=True)
+            settings = {"device": "cpu", "test_images": 10, "source_dtype": dtype}
+            (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": runs}))
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(source_dtype, "subprocess", SimpleNamespace(run=run))
+        monkeypatch.setattr(source_dtype, "distances", lambda dtype: self.results()["distances"])
+        source_dtype.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds", "3", "--", "--amp"])
+        assert json.loads((tmp_path / "results.json").read_text())["runs"] == self.results()["runs"]
+        assert len(commands) == 2 and all(command[-1] == "--amp" for command in commands)
+        with pytest.raises(SystemExit):
+            source_dtype.parse(["--seeds", "1"])
+        monkeypatch.setattr(
+            source_dtype, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2))
+        )
+        with pytest.raises(SystemExit, match="no results with the pretrained network in network"):
+            source_dtype.main(["--runs", str(tmp_path)])
 
 
 KERNEL = "void talib_fast::stoch_norm::(anonymous namespace)::forward_kernel<float, 4>(Map, float (*)(int))"

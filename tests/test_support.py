@@ -27,6 +27,7 @@ from talib_fast.finetune.delta import (
     L2Regularization,
     SPRegularization,
 )
+from talib_fast.finetune.frozen import frozen
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
 from talib_fast.finetune.stochnorm import (
     StochNorm1d,
@@ -72,24 +73,25 @@ class Distance(nn.Module):
     def __init__(self, regularization):
         super().__init__()
         self.target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3))
-        self.source = copy.deepcopy(self.target).requires_grad_(False)
+        norm = nn.BatchNorm2d(4).requires_grad_(False)
+        pretrained = nn.Sequential(self.target[0], norm, *self.target[1:])
+        self.source = frozen(pretrained, {"3": "2", "1": "0"})
         self.regularization = regularization
         self.target_maps = IntermediateLayerGetter(self.target, ["2", "0"])
-        self.source_maps = IntermediateLayerGetter(self.source, ["2", "0"], keep_output=False)
         self.register_buffer(
             "shown", images()
         )  # to the source: a constant, so that derivatives are those of the target
+        self.source(self.shown)  # a first call that is not compiled
 
     def __deepcopy__(self, memo):
         copied = Distance(copy.deepcopy(self.regularization, memo))
+        copied.source = copy.deepcopy(self.source, memo)
         copied.to(self.shown).load_state_dict(self.state_dict())
         return copied.train(self.training)
 
     def forward(self, x):
         maps, output = self.target_maps(x)
-        with torch.no_grad():
-            source_maps, _ = self.source_maps(self.shown[: len(x)])
-        return output, self.regularization(source_maps, maps)
+        return output, self.regularization(self.source(self.shown[: len(x)]), maps)
 
 
 def start_of(network):
@@ -313,6 +315,8 @@ def test_copies_pickles_and_loads(make, inputs):
     if not isinstance(model, (Regularized, Distance)):  # these look at a model of somebody else's
         copied.append(pickle.loads(pickle.dumps(model)))
     loaded = make()
+    if isinstance(model, Distance):  # a state has the pretrained network's fingerprint, not its weights
+        loaded.source = copy.deepcopy(model.source)
     saved = io.BytesIO()
     torch.save(model.state_dict(), saved)
     saved.seek(0)
@@ -407,6 +411,8 @@ def test_compiled_models_copy_and_load(make, inputs):
     step(model, call, inputs())
     arguments = inputs()
     copied, loaded = copy.deepcopy(model), make()
+    if isinstance(model, Distance):
+        loaded.source = copy.deepcopy(model.source)
     loaded.load_state_dict(copied.state_dict())
     others = [copied] if isinstance(model, (Regularized, Distance)) else [copied, loaded]  # a start is no state
     expected = step(model, call, arguments)

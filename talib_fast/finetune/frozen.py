@@ -12,11 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import FLOATS, check_module
 from ..torch_private import may_be_in_function_transform, runs_uncompiled
+from .fingerprint import fingerprint
 from .folding import fold, watch
 from .fusion import separate
 from .kept import KeptModule
 from .layers import IntermediateLayerGetter, find_layer, uncompiled, unseen, unwrap
-from .structures import map_tensors
+from .structures import map_tensors, tensors_in
 
 __all__ = ["Frozen", "frozen"]
 
@@ -27,7 +28,8 @@ class Frozen(KeptModule):
     """What :func:`frozen` makes of a network.
 
     It moves with the module that has it, but none of its weights are that module's: they are in no state dict and no
-    optimizer, and :class:`~torch.nn.parallel.DistributedDataParallel` does not send them. It stays in evaluation mode.
+    optimizer, and :class:`~torch.nn.parallel.DistributedDataParallel` does not send them. A state dict keeps a
+    fingerprint of the network instead, so that one of another network is not loaded. It stays in evaluation mode.
 
     Attributes:
         module: the copy of the network.
@@ -43,7 +45,8 @@ class Frozen(KeptModule):
 
     Raises:
         RuntimeError: the first call is compiled with ``fullgraph=True``, captured in a CUDA graph or inside a transform
-            of ``torch.func``, or a layer that wasn't asked for is looked at by a hook although its output has changed.
+            of ``torch.func``; a layer that wasn't asked for is looked at by a hook although its output has changed; or
+            a state dict is loaded that was saved with another network.
     """
 
     def __init__(self, module: nn.Module, layers: Iterable[str] | Mapping[str, str], dtype: torch.dtype | None) -> None:
@@ -52,6 +55,8 @@ class Frozen(KeptModule):
         self.layers, self.dtype = self._getter.return_layers, dtype
         self._runs: dict[str, int] | None = None  # how often each layer runs; None before the first call
         self._folded: dict[str, nn.Module] = {}  # into which a batch norm is folded
+        self._fingerprint = fingerprint(dict(module.state_dict()))
+        self._replicas: dict[torch.device, Frozen] = {}  # DataParallel's, by their device, this one among them
         self.eval()
 
     def extra_repr(self) -> str:
@@ -64,11 +69,41 @@ class Frozen(KeptModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frozen":
         super()._apply(fn, recurse)
+        self._replicas = {}
         if self._runs is not None:
             self._cast_module()
         return self
 
+    def get_extra_state(self) -> Tensor:
+        """What the network was made from, as bytes; what state dicts keep of it."""
+        return torch.tensor(list(bytes.fromhex(self._fingerprint)), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raise RuntimeError unless the state dict was saved with the same network."""
+        if not self.get_extra_state().equal(torch.as_tensor(state, device="cpu")):
+            raise RuntimeError(
+                "the state dict was saved with another frozen network, of which it keeps no weights: make "
+                "frozen(model) of the same pretrained weights before it is loaded"
+            )
+
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+
+    def _replicate_for_data_parallel(self) -> "Frozen":
+        self._replicas.setdefault(self._device(), self)
+        return super()._replicate_for_data_parallel()  # which shares all that is no parameter, buffer or submodule
+
+    def _on_device_of(self, inputs: Any) -> "Frozen":
+        device = next((tensor.device for tensor in tensors_in(inputs)), self._device())
+        with _learning:
+            if device not in self._replicas:
+                module = copy.deepcopy(self.module).to(device)
+                self._replicas[device] = Frozen(module, self._getter.aliases, self.dtype)
+        return self._replicas[device]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "_is_replica" in vars(self):
+            return self._on_device_of((args, kwargs)).forward(*args, **kwargs)
         with torch.no_grad(), self._without_autocast():
             if self._runs is None:
                 self._learn(args, kwargs)
@@ -107,7 +142,7 @@ class Frozen(KeptModule):
 
     def _without_autocast(self) -> AbstractContextManager:
         """Autocast has a dtype of its own, in which it would compute."""
-        device = next((parameter.device.type for parameter in self.module.parameters()), "cpu")
+        device = self._device().type
         if self.dtype is None or not torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast(device, enabled=False)

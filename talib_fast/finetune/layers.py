@@ -391,13 +391,13 @@ class IntermediateLayerGetter:
     def __init__(
         self, model: nn.Module, return_layers: Iterable[str] | Mapping[str, str], keep_output: bool = True
     ) -> None:
-        self._aliases = layer_names(model, return_layers)
+        self.aliases = layer_names(model, return_layers)
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
                 f"expected DataParallel with one device, whose layers run once, got {len(model.device_ids)}: "
                 "use DistributedDataParallel"
             )
-        self.return_layers = list(self._aliases)
+        self.return_layers = list(self.aliases)
         self.keep_output = keep_output
         self._model = model
         self._survives: dict[tuple, bool] = {}
@@ -414,7 +414,7 @@ class IntermediateLayerGetter:
             runs: how often each layer runs. The model runs no further than the last of these times, and has no output.
                 Compiled code leaves out what nothing is made of anyway.
         """
-        layers = {name: find_layer(self._model, name) for name in self._aliases}
+        layers = {name: find_layer(self._model, name) for name in self.aliases}
         if torch.compiler.is_compiling():
             collected, output = _traced(self._model, layers, args, kwargs)
         else:
@@ -422,7 +422,7 @@ class IntermediateLayerGetter:
             output = forward_pass.run(layers, args, kwargs)
             collected = forward_pass.outputs
         outputs: OrderedDict[str, Any] = OrderedDict()
-        for name, alias in self._aliases.items():
+        for name, alias in self.aliases.items():
             if name not in collected:
                 raise RuntimeError(f"layer {name!r} did not run in this forward pass")
             outputs[alias] = collected[name][0] if len(collected[name]) == 1 else collected[name]
