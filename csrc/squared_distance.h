@@ -2,6 +2,9 @@
 // walk.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "operands.h"
 
 namespace talib_fast {
@@ -10,7 +13,7 @@ namespace talib_fast {
 struct Term {
   ChannelView view;                // without a weight one channel of all elements
   Tensor target;
-  std::optional<Tensor> source;    // of the target's dtype or its accumulation dtype
+  std::optional<Tensor> source;    // of a dtype that makes a pair with the target's
   Exchange exchange;               // how the source's order in memory differs from the target's
   std::optional<Tensor> weight;    // [channels], contiguous, of the accumulation dtype
   std::optional<Tensor> gradient;  // of the target's dtype; the forward pass has none
@@ -19,6 +22,12 @@ struct Term {
 // `tensor` in that dtype, itself if it has it
 inline Tensor of_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// What a source is read as beside that target: its own dtype where they are a pair, else the accumulation dtype.
+inline ScalarType source_type(const Tensor& target, const Tensor& source) {
+  const bool is_pair = with_pair<c10::Half, c10::BFloat16>(float_type(target), float_type(source), [](auto, auto) {});
+  return is_pair ? source.scalar_type() : accumulation_type(target.scalar_type());
 }
 
 inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* weight, int64_t channel_dim,
@@ -34,8 +43,7 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
     STD_TORCH_CHECK(source->dim() == target.dim(), "expected a source of its target's shape");
     const auto sizes = target.sizes(), others = source->sizes();
     STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), others.begin()), "expected a source of its target's shape");
-    float_type(*source);
-    const ScalarType type = source->scalar_type() == target.scalar_type() ? target.scalar_type() : sums;
+    const ScalarType type = source_type(target, *source);
     const auto found = empty ? Exchange{} : exchange(term.target, *source);
     if (found) term.exchange = *found, term.source = of_type(*source, type);  // which keeps the order
     else term.source = laid_out_as(*source, term.target, type);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace talib_fast {
 
@@ -16,6 +17,21 @@ constexpr void with_float(FloatType type, const F& f) {
     case FloatType::kHalf: return f(Half{});
     case FloatType::kBFloat16: return f(BFloat16{});
   }
+}
+
+// f(a zero of the target's type, one of the source's) where they are a pair that squared_distance's kernels read as it
+// is: one type twice, or float and one of 16 bits. Says whether they are.
+template <typename Half, typename BFloat16, typename F>
+constexpr bool with_pair(FloatType target, FloatType source, const F& f) {
+  bool is_pair = false;
+  with_float<Half, BFloat16>(target, [&](auto t) {
+    using T = decltype(t);
+    with_float<Half, BFloat16>(source, [&](auto s) {
+      using S = decltype(s);
+      if constexpr (std::is_same_v<T, S> || sizeof(T) + sizeof(S) == 6) f(T{}, S{}), is_pair = true;
+    });
+  });
+  return is_pair;
 }
 
 // What follows a normalisation, by the numbers that Python has for them.

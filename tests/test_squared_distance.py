@@ -5,7 +5,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from talib_fast.ops import squared_distance
+from talib_fast.ops import backends, squared_distance
 
 OP = torch.ops.talib_fast
 SHAPES = [(2, 3, 4, 5), (3, 6), (1, 1), (2, 0, 3), (2, 4, 3)]
@@ -145,15 +145,22 @@ def test_fault_constants_of_inference_mode_could_not_be_saved():
     torch.testing.assert_close(*found)
 
 
+def off_by(elements):
+    return lambda x: torch.cat([x.new_zeros(elements), x.flatten()])[elements:].view(x.shape)
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous(),
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "channels_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "with_gaps": lambda x: torch.stack([x, x], -1)[..., 0],
-    "off_by_one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "off_by_one": off_by(1),
 }
+# by the 8 bytes that 16-bit numbers take beside a vector of float32
+NARROW_LAYOUTS = {**LAYOUTS, "off_by_four": off_by(4)}
 ODD_SHAPES = [
     (2, 3, 4, 5),
     (4, 5, 7, 7),
@@ -218,6 +225,50 @@ class TestKernels:
             weights if with_weights else None,
         )
 
+    @pytest.mark.parametrize("with_weights", [True, False])
+    @pytest.mark.parametrize("source_layout", NARROW_LAYOUTS)
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("source_dtype", NARROW)
+    def test_narrow_sources(self, source_dtype, layout, source_layout, with_weights, device):
+        targets, sources, weights = lists(torch.float32, device, [*ODD_SHAPES, (2, 0, 3)])
+        self.check(
+            [LAYOUTS[layout](target) for target in targets],
+            [NARROW_LAYOUTS[source_layout](source.to(source_dtype)) for source in sources],
+            weights if with_weights else None,
+        )
+
+    @pytest.mark.parametrize("dtype", NARROW)
+    def test_every_number_of_a_narrow_source(self, dtype, device):
+        source = torch.arange(-(2**15), 2**15).short().view(dtype)
+        source = source[source.isfinite()].to(device)
+        target = torch.zeros(source.shape, device=device, requires_grad=True)
+        (gradient,) = torch.autograd.grad(squared_distance([target], [source])[0], target)
+        assert torch.equal(gradient, -source.float())
+
+    @pytest.mark.parametrize(
+        ("dtype", "source_dtype", "copies"),
+        [
+            *((dtype, dtype, False) for dtype in DTYPES),
+            *((torch.float32, dtype, False) for dtype in NARROW),
+            *((dtype, torch.float32, False) for dtype in NARROW),
+            (torch.float32, torch.float64, True),
+            (torch.float64, torch.float32, True),
+            (torch.float16, torch.bfloat16, True),
+        ],
+    )
+    def test_which_sources_are_converted_first(self, dtype, source_dtype, copies, device):
+        if backends()["squared_distance"][device.type][0] != "compiled":
+            pytest.skip("PyTorch's implementation copies")
+        targets, sources, weights = lists(dtype, device, [(2, 3, 4, 5), (2, 3, 4, 5)])
+        targets = [target.requires_grad_() for target in targets]
+        sources = [sources[0].to(source_dtype), LAYOUTS["channels_last"](sources[1].to(source_dtype))]
+        weights = [weight.to(torch.float64 if dtype == torch.float64 else torch.float32) for weight in weights]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(squared_distance(targets, sources, weights)[0], targets)
+        names = [event.name for event in profile.events()]
+        assert any("squared_distance_backward" in name for name in names)
+        assert any("copy" in name for name in names) == copies, names
+
     def test_a_dtype_for_each_of_the_list(self, device):
         targets, sources, weights = lists(torch.float32, device, [(3, 5)] * len(DTYPES))
         targets = [target.to(dtype) for target, dtype in zip(targets, DTYPES, strict=True)]
@@ -236,10 +287,13 @@ class TestKernels:
         self.check(*lists(torch.float32, device, [(0, 3), (4, 0, 2)]))
 
     @pytest.mark.parametrize("with_weights", [True, False])
+    @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(100_003,), (3, 40, 1001), (2000, 67), (5, 300, 49)], ids=str)
-    def test_larger_than_one_block(self, shape, with_weights, device):
+    def test_larger_than_one_block(self, shape, source_dtype, with_weights, device):
         channel_dim = min(1, len(shape) - 1)
-        target, source = (torch.randn(shape, dtype=torch.float64).float().to(device) for _ in range(2))
+        target, source = (
+            torch.randn(shape, dtype=torch.float64).to(device, dtype) for dtype in (torch.float32, source_dtype)
+        )
         weights = [torch.rand(shape[channel_dim], dtype=torch.float64).float().to(device)] if with_weights else None
         self.check([target], [source], weights, channel_dim)
 
@@ -261,8 +315,9 @@ class TestKernels:
         assert torch.equal(squared_distance(targets, sources)[0], one)
 
     @pytest.mark.parametrize("with_weights", [True, False])
-    def test_gradients_larger_than_the_caches(self, with_weights):
-        target, source = torch.randn(8, 5, 1024, 257), torch.randn(8, 5, 1024, 257)
+    @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_larger_than_the_caches(self, source_dtype, with_weights):
+        target, source = torch.randn(8, 5, 1024, 257), torch.randn(8, 5, 1024, 257).to(source_dtype)
         weight = torch.rand(5)
         for layout in (lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)):
             t = layout(target).detach().requires_grad_()

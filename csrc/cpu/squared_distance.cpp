@@ -205,12 +205,13 @@ class Walk {
 // f(a Walk over the term)
 template <typename F>
 void with_walk(const Term& term, const F& f) {
-  dispatch(float_type(term.target), [&](auto zero) {
-    using T = decltype(zero);
-    if (!term.source) f(Walk<T, T, false>(term));
-    else if (term.source->scalar_type() == term.target.scalar_type()) f(Walk<T, T, true>(term));
-    else f(Walk<T, acc_t<T>, true>(term));
-  });
+  const FloatType type = float_type(term.target);
+  if (!term.source) {
+    dispatch(type, [&](auto zero) { f(Walk<decltype(zero), decltype(zero), false>(term)); });
+  } else {
+    with_pair<Half, BFloat16>(type, float_type(*term.source),
+                              [&](auto t, auto s) { f(Walk<decltype(t), decltype(s), true>(term)); });
+  }
 }
 
 struct Piece {
@@ -277,7 +278,8 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
   std::vector<std::function<void(int64_t, int64_t)>> write;
   write.reserve(terms.size());
   int64_t bytes = 0;
-  for (const Term& term : terms) bytes += (term.source ? 3 : 2) * term.target.numel() * term.target.element_size();
+  for (const Term& term : terms)
+    bytes += term.target.numel() * (2 * term.target.element_size() + (term.source ? term.source->element_size() : 0));
   for (const Term& term : terms) {
     advise_huge_pages(term.gradient->mutable_data_ptr(), term.target.numel() * term.target.element_size());
     with_walk(term, [&, stream = bytes > kSharedCache](auto walk) {

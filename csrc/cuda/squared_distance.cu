@@ -15,17 +15,22 @@ using namespace squared_distance;
 Operand make_operand(const Term& term) {
   Operand operand{};
   operand.target = term.target.const_data_ptr();
-  if (term.source) operand.source = term.source->const_data_ptr();
   if (term.weight) operand.weight = term.weight->const_data_ptr();
   if (term.gradient) operand.gradient = term.gradient->mutable_data_ptr();
   operand.elements = term.target.numel();
   operand.channels = term.view.channels, operand.inner = term.view.inner;
   operand.exchange = term.exchange;
   operand.type = static_cast<uint8_t>(float_type(term.target));
-  operand.wide_source = term.source && term.source->scalar_type() != term.target.scalar_type();
   constexpr uintptr_t kVectorBytes = 16;
-  operand.vectors = (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.source) |
-                     reinterpret_cast<uintptr_t>(operand.gradient)) % kVectorBytes == 0;
+  operand.vectors = (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.gradient)) %
+                        kVectorBytes == 0;
+  if (term.source) {
+    operand.source = term.source->const_data_ptr();
+    operand.source_type = static_cast<uint8_t>(float_type(*term.source));
+    // a narrower source's vectors have fewer bytes
+    const uintptr_t bytes = kVectorBytes * term.source->element_size() / term.target.element_size();
+    operand.vectors &= reinterpret_cast<uintptr_t>(operand.source) % std::min(bytes, kVectorBytes) == 0;
+  }
   return operand;
 }
 

@@ -26,7 +26,7 @@ struct Operand {
   Exchange exchange;         // how the source's order in memory differs from the target's
   unsigned first_block;
   uint8_t type;              // FloatType
-  bool wide_source;          // the source has the accumulation dtype, which is not the target's
+  uint8_t source_type;       // the source's, which makes a pair with it
   bool vectors;              // all addresses suit vectors of 16 bytes of target
 };
 
@@ -190,30 +190,26 @@ __device__ __forceinline__ void split(const Operand& operand, int64_t begin, int
   if (middle < end) f(Worker<T, S, kSource, kWeights, 1>(operand), middle, end);
 }
 
-template <typename T, typename F>
-__device__ __forceinline__ void with_operands(const Operand& operand, int64_t begin, int64_t end, const F& f) {
-  const bool weights = operand.weight != nullptr;
-  const auto with_source = [&](auto zero) {
-    using S = decltype(zero);
-    if (operand.exchange.rows != 0) f(Worker<T, S, Source::kExchanged, true, 1>(operand), begin, end);
-    else if (weights) split<T, S, Source::kAlike, true>(operand, begin, end, f);
-    else split<T, S, Source::kAlike, false>(operand, begin, end, f);
-  };
-  if (operand.source == nullptr) {
-    if (weights) split<T, T, Source::kNone, true>(operand, begin, end, f);
-    else split<T, T, Source::kNone, false>(operand, begin, end, f);
-    return;
-  }
-  if constexpr (!std::is_same_v<T, acc_t<T>>)
-    if (operand.wide_source) return with_source(acc_t<T>{});
-  with_source(T{});
-}
-
 // f(Worker, first element, last) for [begin, end) of the operand, with the dtypes that it has.
 template <typename F>
 __device__ __forceinline__ void with_types(const Operand& operand, int64_t begin, int64_t end, const F& f) {
-  with_type(static_cast<FloatType>(operand.type),
-            [&](auto zero) { with_operands<decltype(zero)>(operand, begin, end, f); });
+  const bool weights = operand.weight != nullptr;
+  const FloatType type = static_cast<FloatType>(operand.type);
+  if (operand.source == nullptr) {
+    with_type(type, [&](auto zero) {
+      using T = decltype(zero);
+      if (weights) split<T, T, Source::kNone, true>(operand, begin, end, f);
+      else split<T, T, Source::kNone, false>(operand, begin, end, f);
+    });
+    return;
+  }
+  with_pair<__half, __nv_bfloat16>(type, static_cast<FloatType>(operand.source_type), [&](auto t, auto s) {
+    using T = decltype(t);
+    using S = decltype(s);
+    if (operand.exchange.rows != 0) f(Worker<T, S, Source::kExchanged, true, 1>(operand), begin, end);
+    else if (weights) split<T, S, Source::kAlike, true>(operand, begin, end, f);
+    else split<T, S, Source::kAlike, false>(operand, begin, end, f);
+  });
 }
 
 template <typename Worker>
@@ -251,13 +247,18 @@ __device__ __forceinline__ void write_chunk(const Operand& operand, int64_t begi
   });
 }
 
-// f(operand, begin, end) for this block's chunk.
-template <int kOperands, typename F>
-__device__ __forceinline__ void with_chunk(const List<kOperands>& list, const F& f) {
+struct Chunk {
+  const Operand& operand;
+  int64_t begin, end;
+};
+
+// What this block takes. It is returned because a lambda that got it would be too long for nvcc to inline.
+template <int kOperands>
+__device__ __forceinline__ Chunk find_chunk(const List<kOperands>& list) {
   const Operand& operand = find_operand(list);
   const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
   const int64_t rest = operand.elements - begin;
-  f(operand, begin, begin + (rest < list.chunk ? rest : list.chunk));
+  return {operand, begin, begin + (rest < list.chunk ? rest : list.chunk)};
 }
 
 // What the blocks of the forward pass found, and where the results go.
@@ -288,9 +289,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
   if (blockIdx.x < list.blocks) {
-    double sum = 0;
-    with_chunk(list, [&](const Operand& operand, int64_t begin, int64_t end) { sum = sum_chunk(operand, begin, end); });
-    sum = block_sum<kThreads>(sum, warp_sums);
+    const auto [operand, begin, end] = find_chunk(list);
+    const double sum = block_sum<kThreads>(sum_chunk(operand, begin, end), warp_sums);
     if (threadIdx.x == 0) results.chunks[blockIdx.x] = sum;
   }
   if (threadIdx.x == 0) ticket[0] = add_acquire_release(results.arrived, 1);
@@ -316,9 +316,8 @@ template <int kOperands>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const __grid_constant__ List<kOperands> list, const void* __restrict__ grad, bool wide_grad) {
   const double factor = read(grad, wide_grad, 0);
-  with_chunk(list, [&](const Operand& operand, int64_t begin, int64_t end) {
-    write_chunk(operand, begin, end, factor);
-  });
+  const auto [operand, begin, end] = find_chunk(list);
+  write_chunk(operand, begin, end, factor);
 }
 
 // ---- Launch

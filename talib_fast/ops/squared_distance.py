@@ -168,8 +168,9 @@ def squared_distance(
     :func:`torch.inference_mode` (in compiled code clone these before, as PyTorch's error says). The compiled
     kernels read every tensor once and store no difference; they copy a target that is not dense, and a source whose
     order in memory differs from its target's by more than the exchange of two neighbouring groups of dimensions (NCHW
-    and NHWC differ by one). Under :func:`torch.vmap`, in forward mode and under ``functionalize`` PyTorch's
-    implementation serves.
+    and NHWC differ by one). They read a source in its own dtype where that is the target's, or where one of the two is
+    float32 and the other float16 or bfloat16; any other they convert first. Under :func:`torch.vmap`, in forward mode
+    and under ``functionalize`` PyTorch's implementation serves.
 
     Args:
         targets: J tensors.
