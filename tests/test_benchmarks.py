@@ -444,7 +444,9 @@ class TestSquaredDistance:
         shapes = distances.resnet50_parameters()
         assert len(shapes) == 159 and sum(map(math.prod, shapes)) == 23_508_032
 
-    @pytest.mark.parametrize("label", [distances.DELTA, distances.ATTENTION, distances.L2_SP, distances.L2])
+    @pytest.mark.parametrize(
+        "label", [distances.DELTA, distances.NARROW, distances.ATTENTION, distances.L2_SP, distances.L2]
+    )
     def test_all_candidates_compute_the_same(self, label, device, monkeypatch):
         monkeypatch.setattr(distances, "MAPS", ((4, 6), (8, 3)))
         monkeypatch.setattr(distances, "resnet50_parameters", lambda: [(4, 3, 2, 2), (4,)])
@@ -473,6 +475,7 @@ class TestSquaredDistance:
 
         case = measured(distances.DELTA, 1.0)
         assert [distances.floor_bytes(case, part) for part in distances.PARTS] == [2 * 10**8, 3 * 10**8, 5 * 10**8]
+        assert distances.floor_bytes(measured(distances.NARROW, 1.0), "both") == 4 * 10**8
         assert distances.floor_bytes(measured(distances.L2, 1.0), "both") == 3 * 10**8
         assert distances.bandwidth_share(case, "forward").median == 1.0
         assert distances.limit(case, "backward").median == 16 / 1.5
