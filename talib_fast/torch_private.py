@@ -173,6 +173,34 @@ def watching_operators(look: Callable[[Any], None]) -> AbstractContextManager | 
     return Watching()
 
 
+def pack_convolution_weight(
+    weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, input_size: Any
+) -> Tensor | None:
+    """A convolution's weight in the order in which oneDNN computes with it, on a CPU, for inputs of that size.
+
+    None where torch has no such order, for that dtype and processor, or no oneDNN: it takes the weight as it is then.
+    """
+    onednn: Any = torch.backends.mkldnn
+    if not onednn.is_available() or not onednn.enabled or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        operators = torch.ops.mkldnn
+        if weight.dtype == torch.bfloat16 and not operators._is_mkldnn_bf16_supported():
+            return None
+        return operators._reorder_convolution_weight(weight.detach(), padding, stride, dilation, groups, input_size)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def convolve_packed(
+    input: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The convolution with a weight of :func:`pack_convolution_weight`."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        input, packed, bias, padding, stride, dilation, groups, "none", [], ""
+    )
+
+
 def runs_uncompiled(function: Callable) -> Callable:
     """``function``, which torch.compile leaves alone, and says why where it must not.
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
 
 from talib_fast import torch_private
-from talib_fast.finetune import folding
+from talib_fast.finetune import folding, packing
 from talib_fast.finetune.co_tuning import Relationship
 from talib_fast.finetune.delta import BehavioralRegularization, IntermediateLayerGetter, channel_attention
 from talib_fast.finetune.folding import folded
@@ -639,6 +639,133 @@ def test_transforms_of_functions_need_an_ordinary_call_before():
         torch.vmap(source)(x[:, None])
     right = source(x)["conv2"]
     torch.testing.assert_close(torch.vmap(source)(x[:, None])["conv2"][:, 0], right)
+
+
+class TestPacked:
+    """Convolutions with their weights in oneDNN's order."""
+
+    @pytest.fixture(autouse=True)
+    def counted(self, monkeypatch):
+        self.packed, self.calls = [], []
+        monkeypatch.setattr(packing, "pack_convolution_weight", _counting(packing.pack_convolution_weight, self.packed))
+        monkeypatch.setattr(packing, "convolve_packed", _counting(packing.convolve_packed, self.calls))
+
+    @staticmethod
+    def convolution(dtype=torch.float32, **options):
+        torch.manual_seed(2)
+        convolution = nn.Conv2d(8, 16, 3, **options).to(dtype)
+        packed = copy.deepcopy(convolution)
+        undo = packing.pack(packed)
+        assert type(packed) is packing.PackedConv2d
+        return convolution, packed, undo
+
+    @staticmethod
+    def maps():
+        return torch.randn(4, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"bias": False}, {"stride": 2, "padding": (1, 2)}, {"groups": 8}, {"groups": 4, "dilation": 2}],
+        ids=str,
+    )
+    def test_computes_what_the_plain_one_does(self, options, dtype, weights, layout):
+        plain, packed, _ = self.convolution(dtype, **options)
+        for size in (4, 1, 6):  # packed for the first
+            y = torch.randn(size, 8, 12, 11, dtype=dtype).contiguous(memory_format=layout)
+            with torch.no_grad():
+                found, right = packed.to(memory_format=weights)(y), plain.to(memory_format=weights)(y)
+            torch.testing.assert_close(found, right)
+            assert found.is_contiguous(memory_format=torch.channels_last) == right.is_contiguous(
+                memory_format=torch.channels_last
+            )
+        contiguous = torch.contiguous_format
+        assert not self.calls or (layout, weights) != (contiguous, contiguous)
+
+    def test_packs_once_and_anew_when_the_weight_is_another(self):
+        plain, packed, undo = self.convolution()
+        y = self.maps()
+        with torch.no_grad():
+            packed(y), packed(y)
+            assert len(self.packed) == 1 and len(self.calls) == (2 if packed._packed[1] is not None else 0)
+            for change in (
+                lambda module: module.weight.mul_(2),
+                lambda module: setattr(module, "weight", nn.Parameter(module.weight * 2)),
+                lambda module: module.double().float(),
+            ):
+                change(plain), change(packed)
+                torch.testing.assert_close(packed(y), plain(y))
+            assert len(self.packed) == 4
+            for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+                assert "_packed" not in vars(other)
+                torch.testing.assert_close(other(y), plain(y))
+        undo()
+        assert type(packed) is nn.Conv2d and "_packed" not in vars(packed)
+        torch.testing.assert_close(packed(y), plain(y))
+
+    def test_whatever_looks_closer_meets_the_plain_one(self):
+        plain, packed, _ = self.convolution()
+        y = self.maps()
+        ways = {
+            "gradients": lambda module: module(y.clone().requires_grad_()),
+            "autocast": lambda module: torch.autocast("cpu", torch.bfloat16)(torch.no_grad()(module))(y),
+            "vmap": lambda module: torch.no_grad()(torch.vmap(module))(y[:, None]),
+            "compiled": lambda module: torch.compile(torch.no_grad()(module), backend="eager", fullgraph=True)(y),
+            "traced": lambda module: torch.no_grad()(torch.jit.trace)(
+                copy.deepcopy(module).requires_grad_(False), y, check_trace=False
+            )(y),
+            "without a batch": lambda module: torch.no_grad()(module)(y[0]),
+            "empty": lambda module: torch.no_grad()(module)(y[:0]),
+            "on another device": lambda module: torch.no_grad()(copy.deepcopy(module).to("meta"))(y.to("meta")).shape,
+        }
+        for name, way in ways.items():
+            found, right = way(packed), way(plain)
+            assert not self.calls, name
+            if isinstance(found, torch.Tensor):
+                torch.testing.assert_close(found, right)
+                assert found.requires_grad == right.requires_grad
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_other_dtypes_are_left_alone(self, dtype):
+        plain, packed, _ = self.convolution(dtype)
+        y = self.maps().to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(y), plain(y))
+        assert self.packed and not self.calls
+
+    def test_without_torchs_order_the_plain_one_serves(self, monkeypatch):
+        y = self.maps()
+        plain, packed, _ = self.convolution()
+        enabled = torch.backends.mkldnn.enabled
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            with torch.no_grad():
+                torch.testing.assert_close(packed(y), plain(y))
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+        monkeypatch.setattr(torch_private, "torch", _Without(torch, "ops"))
+        with torch.no_grad():
+            plain, packed, _ = self.convolution()
+            torch.testing.assert_close(packed(y), plain(y))
+        assert len(self.packed) == 2 and not self.calls
+
+    def test_convolutions_that_do_more_are_left_alone(self):
+        model = nn.Sequential(Scaled(3, 6, 3), nn.Conv2d(6, 6, 3, padding="same"))
+        model.append(nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"))
+        packing.pack(model)
+        assert [type(module) for module in model] == [Scaled, nn.Conv2d, nn.Conv2d]
+
+
+class _Without:
+    """A module whose parts by that name have none."""
+
+    def __init__(self, module, name):
+        self._module, self._name = module, name
+
+    def __getattr__(self, name):
+        return object() if name == self._name else getattr(self._module, name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -20,6 +20,7 @@ from ..checks import is_ordinary
 from ..torch_private import may_be_in_function_transform, watching_operators
 from .norm_act import TIMMS_NORMS, StochNormAct2d, SyncStochNormAct
 from .norms import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm
+from .packing import pack
 from .structures import tensors_in
 
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -221,7 +222,7 @@ def _can_be_watched(model: nn.Module) -> bool:
 
 @contextmanager
 def folded(model: nn.Module, looked_at: Iterable[nn.Module] = ()) -> Iterator[Callable[..., Any]]:
-    """Within it a model in evaluation mode has its batch norms folded, from its second call on.
+    """Within it a model in evaluation mode has its batch norms folded, and weights packed, from its second call on.
 
     Args:
         looked_at: modules whose output has to stay what it is.
@@ -242,10 +243,11 @@ def folded(model: nn.Module, looked_at: Iterable[nn.Module] = ()) -> Iterator[Ca
         except Exception:  # an error of the model's own comes again
             return model(*args, **kwargs)
         undone.extend(map(fold, pairs))
+        undone.append(pack(model))
         return output
 
     try:
         yield call
     finally:
-        for undo in undone:
+        for undo in reversed(undone):
             undo()

@@ -17,6 +17,7 @@ from .folding import fold, watch
 from .fusion import separate
 from .kept import KeptModule
 from .layers import IntermediateLayerGetter, find_layer, uncompiled, unseen, unwrap
+from .packing import pack
 from .structures import map_tensors, tensors_in
 
 __all__ = ["Frozen", "frozen"]
@@ -138,6 +139,7 @@ class Frozen(KeptModule):
                 fold(pair)
             self._folded = {names[layer]: layer for layer, _ in pairs}
             self._cast_module()
+            pack(self.module)
             self._runs = {name: runs[layer] for name, layer in asked.items()}
 
     def _without_autocast(self) -> AbstractContextManager:
@@ -182,7 +184,8 @@ def frozen(
     shows, by what really follows what, for which it runs the network as it was, too. What can't be folded without a
     change is left alone: norms that follow something else or take the batch's statistics, layers that run several
     times, that have hooks or whose weights are parametrised, shared or used elsewhere. What follows the last of the
-    layers asked for doesn't run.
+    layers asked for doesn't run. On a CPU convolutions in channels_last have their weights in the order besides that
+    oneDNN computes with, which takes as much memory again.
 
     The layers asked for give what they gave before, to rounding; in another dtype, to that dtype's. Their names are the
     network's, so that an :class:`~talib_fast.finetune.delta.IntermediateLayerGetter` with the same names takes it, too.
