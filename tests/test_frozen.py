@@ -415,6 +415,17 @@ def test_inputs_of_the_first_call_may_have_that_dtype():
     assert error(source(x.bfloat16()), expected(network, ["conv2"], x)) < 0.02
 
 
+def test_inputs_may_be_changed_in_place():
+    network = trained(Parts(lambda m, x: m.norm(m.conv(x.mul_(2).add_(1))), **CONV, **NORM))
+    right = copy.deepcopy(network).eval()(x.clone()).detach()
+    source = frozen(network)
+    given = x.clone()
+    torch.testing.assert_close(source(given), right)
+    assert given.equal(2 * x + 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(network)(x.clone()), right)
+
+
 def test_structures_and_keywords_come_through():
     network = trained(Parts(lambda m, batch, scale=1: m.norm(m.conv(batch["x"])) * scale, **CONV, **NORM))
     network.forward = lambda batch, scale=1: network.function(network, batch, scale)

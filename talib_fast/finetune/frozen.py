@@ -18,7 +18,7 @@ from .fusion import separate
 from .kept import KeptModule
 from .layers import IntermediateLayerGetter, find_layer, uncompiled, unseen, unwrap
 from .packing import pack
-from .structures import map_tensors, tensors_in
+from .structures import clone, map_tensors, tensors_in
 
 __all__ = ["Frozen", "frozen"]
 
@@ -131,6 +131,7 @@ class Frozen(KeptModule):
             if self.dtype is not None:
                 own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), self.dtype)
                 args, kwargs = _cast(args, own), _cast(kwargs, own)
+            args, kwargs = clone((args, kwargs))  # which the network may change
             asked = {name: find_layer(self.module, name) for name in self.layers}
             with unseen(), uncompiled():
                 _, pairs, runs = watch(self.module, args, kwargs, asked.values())
