@@ -120,7 +120,8 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
     """Two tables with their captions: errors by step, and accuracies."""
     dtype, settings = results["dtype"], results["settings"]
     errors = [["step", "distance", "gradient"]]
-    errors += [[str(row["step"]), f"{row['distance']:.1e}", f"{row['gradient']:.1e}"] for row in results["distances"]]
+    for row in results["distances"]:
+        errors.append([str(row["step"]), *(f"{100 * row[name]:.2g} %" for name in ("distance", "gradient"))])
     rows = [["method", "as the network is", dtype, "difference"]]
     for method in METHODS:
         own, other = (accuracies(results, method, name) for name in ("network", dtype))

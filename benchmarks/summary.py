@@ -18,6 +18,7 @@ from typing import Any
 import bench_bi_tuning as bi_tuning
 import bench_channel_attention as attention
 import bench_co_tuning as co_tuning
+import bench_frozen as frozen
 import bench_spectral_tail as tail
 import bench_squared_distance as distance
 import bench_step as step
@@ -61,6 +62,13 @@ def channel_attention_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def frozen_rows(results: dict[str, Any]) -> list[Row]:
+    return [
+        (f"the pretrained network, {case['label']}", speedup(case, frozen.EVALUATION, frozen.OURS, "forward"))
+        for case in results["cases"]
+    ]
+
+
 def spectral_tail_rows(results: dict[str, Any]) -> list[Row]:
     return [
         (f"BSS, {case['b']} × {case['f']} features, {case['dtype']}", speedup(case, tail.UPSTREAM, tail.OURS, "both"))
@@ -100,6 +108,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "stoch_norm": stoch_norm_rows,
     "squared_distance": squared_distance_rows,
     "channel_attention": channel_attention_rows,
+    "frozen": frozen_rows,
     "spectral_tail": spectral_tail_rows,
     "bi_tuning": bi_tuning_rows,
     "co_tuning": co_tuning_rows,

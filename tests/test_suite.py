@@ -318,7 +318,7 @@ class TestSourceDtype:
 
     def test_tables(self, tmp_path):
         errors, rows = (lines for lines, _ in source_dtype.tables(self.results()))
-        assert errors[1:] == [["0", "1.0e-02", "5.0e-02"]]
+        assert errors[1:] == [["0", "1 %", "5 %"]]
         assert rows[1] == ["delta", "61.0 ± 1.0", "62.0 ± 1.0", "+1.0 ± 0.0"]
         source_dtype.publish(self.results(), tmp_path)
         before = (tmp_path / "table.md").read_text()
