@@ -1,6 +1,7 @@
 """The frozen network: batch norms folded away, other dtypes, no further than the last layer asked for."""
 
 import copy
+import importlib
 import importlib.util
 import pickle
 import threading
@@ -19,6 +20,7 @@ from talib_fast import torch_private
 from talib_fast.finetune import folding, packing
 from talib_fast.finetune.co_tuning import Relationship
 from talib_fast.finetune.delta import BehavioralRegularization, IntermediateLayerGetter, channel_attention
+from talib_fast.finetune.fingerprint import Unknown, fingerprint
 from talib_fast.finetune.folding import folded
 from talib_fast.finetune.frozen import frozen
 from talib_fast.finetune.lwf import collect_pretrain_labels
@@ -387,6 +389,28 @@ def test_a_state_is_loaded_beside_the_network_that_it_was_saved_with():
     other = nn.ModuleDict({"source": frozen(Net()), "head": nn.Linear(2, 2)})
     with pytest.raises(RuntimeError, match=r"saved with another frozen network.*of the same pretrained weights"):
         other.load_state_dict(state)
+
+
+def test_networks_whose_state_is_more_than_numbers(monkeypatch):
+    class Counting(nn.Module):
+        def get_extra_state(self):
+            return (number for number in range(3))
+
+        def forward(self, x):
+            return x
+
+    network = trained(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), Counting()))
+    first, second = frozen(network), frozen(network)
+    torch.testing.assert_close(first(x), network.eval()(x).detach())
+    assert first.get_extra_state().equal(second.get_extra_state())
+
+    def unknown(value):
+        if isinstance(value, dict):
+            raise Unknown("a tensor of another class")
+        return fingerprint(value)
+
+    monkeypatch.setattr(importlib.import_module("talib_fast.finetune.frozen"), "fingerprint", unknown)
+    assert frozen(network).get_extra_state().equal(frozen(network[:2]).get_extra_state())
 
 
 def test_replicas_of_data_parallel_have_a_network_on_their_device():

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import FLOATS, check_module
 from ..torch_private import may_be_in_function_transform, runs_uncompiled
-from .fingerprint import fingerprint
+from .fingerprint import Unknown, fingerprint
 from .folding import fold, watch
 from .fusion import separate
 from .kept import KeptModule
@@ -56,7 +56,7 @@ class Frozen(KeptModule):
         self.layers, self.dtype = self._getter.return_layers, dtype
         self._runs: dict[str, int] | None = None  # how often each layer runs; None before the first call
         self._folded: dict[str, nn.Module] = {}  # into which a batch norm is folded
-        self._fingerprint = fingerprint(dict(module.state_dict()))
+        self._fingerprint = _fingerprint(module)
         self._replicas: dict[torch.device, Frozen] = {}  # DataParallel's, by their device, this one among them
         self.eval()
 
@@ -166,6 +166,14 @@ class Frozen(KeptModule):
                     f"the output of {name!r} is not the network's, since the batch norm behind it was folded into it: "
                     "name a layer that is looked at among the layers of frozen(model, layers)"
                 )
+
+
+def _fingerprint(module: nn.Module) -> str:
+    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        return fingerprint(tensors)
+    except Unknown:  # of a tensor of a class that does not say what it holds
+        return fingerprint(list(tensors))
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
