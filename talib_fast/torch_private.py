@@ -4,6 +4,8 @@ Each stands behind a function that says what it is for and what happens where a 
 something slower or an error, never another result.
 """
 
+import functools
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -202,13 +204,20 @@ def convolve_packed(
 
 
 def runs_uncompiled(function: Callable) -> Callable:
-    """``function``, which torch.compile leaves alone, and says why where it must not.
+    """``function``, which torch.compile leaves alone with what it calls; its docstring is why it can't be in one graph.
 
-    What ``torch.compiler.disable`` does, but without importing the compiler.
+    That is ``torch.compiler.disable``, but the compiler is not imported where nothing is compiled.
     """
-    marked: Any = function
+
+    @functools.wraps(function)
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    marked: Any = uncompiled
     marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, function.__doc__
-    return function
+    return uncompiled
 
 
 def keep_in_order(operator: str) -> None:
