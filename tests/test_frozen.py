@@ -812,13 +812,14 @@ def test_cuda_graph(dtype):
         pytest.raises(RuntimeError, match="expected the first call of a frozen network"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
+        images.add(1)  # of an empty graph torch warns
         source(images)
     source(images)
     graph, filled = capture(lambda: source(images))
     images.copy_(torch.randn_like(images))
     graph.replay()
     right = source(images)
-    assert error(filled, right) < 1e-6
+    assert error(filled, right) < (1e-5 if dtype is None else 0.01)
     with no_synchronisation():
         source(images)
 
