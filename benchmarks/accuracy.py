@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,35 @@ LABELS, SEEDS = (2, 5, 10, 20), 5
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
+def main_job(failure: str, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """What ``finetune`` with these arguments writes into ``folder``; ``failure`` is said where it fails."""
+    command = [sys.executable, "-m", "talib_fast", "finetune", *arguments]
+    if subprocess.run(command).returncode:
+        sys.exit(f"{failure}: see above")
+    return json.loads((folder / "results.json").read_text())
+
+
 def finetune(labels: int, options: argparse.Namespace) -> dict[str, Any]:
     """The main job's results with that many labels per class."""
     folder = options.runs / f"labels-{labels}"
     arguments = ["--method", "all", "--seeds", str(options.seeds), "--labels-per-class", str(labels)]
-    command = [sys.executable, "-m", "talib_fast", "finetune", *arguments, "--out", str(folder), *options.finetune]
-    if subprocess.run(command).returncode:
-        sys.exit(f"accuracy.py: no results for {labels} labels per class: see above")
-    return json.loads((folder / "results.json").read_text())
+    failure = f"accuracy.py: no results for {labels} labels per class"
+    return main_job(failure, folder, [*arguments, "--out", str(folder), *options.finetune])
+
+
+def runs(name: str, found: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is kept of the runs of several main jobs, which differ in the setting of that name."""
+    return [
+        {name: value, **{kept: run[kept] for kept in ("method", "seed", "accuracy")}}
+        for value, results in found.items()
+        for run in results["runs"]
+    ]
+
+
+def by_seed(results: dict[str, Any], **settings: Any) -> list[float]:
+    """The accuracies of the runs with these settings, in the seeds' order."""
+    own = [run for run in results["runs"] if settings.items() <= run.items()]
+    return [run["accuracy"] for run in sorted(own, key=lambda run: run["seed"])]
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -48,18 +69,13 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "environment": report.environment(torch.device(settings["device"])),
         "settings": {name: value for name, value in settings.items() if name != "labels_per_class"},
-        "runs": [
-            {"labels_per_class": labels, **{name: run[name] for name in ("method", "seed", "accuracy")}}
-            for labels, results in found.items()
-            for run in results["runs"]
-        ],
+        "runs": runs("labels_per_class", found),
     }
 
 
 def accuracies(results: dict[str, Any], method: str, labels: int) -> list[float]:
     """One for each seed, in the seeds' order."""
-    runs = [run for run in results["runs"] if (run["method"], run["labels_per_class"]) == (method, labels)]
-    return [run["accuracy"] for run in sorted(runs, key=lambda run: run["seed"])]
+    return by_seed(results, method=method, labels_per_class=labels)
 
 
 def gains(results: dict[str, Any], method: str, labels: int) -> list[float]:
@@ -139,8 +155,8 @@ def draw(results: dict[str, Any]) -> Any:
 def publish(results: dict[str, Any], folder: Path) -> None:
     """Print both tables, and write them, the plot and the accuracies."""
     text = json.dumps({**results, "runs": []}, indent=1).removesuffix("[]\n}")
-    runs = ",\n".join(json.dumps(run) for run in results["runs"])
-    content = f"{text}[\n{runs}\n]}}\n"
+    kept = ",\n".join(json.dumps(run) for run in results["runs"])
+    content = f"{text}[\n{kept}\n]}}\n"
     write_atomically(folder / "results.json", lambda file: file.write(content.encode()))
     parts = []
     for lines, caption in zip(tables(results), captions(results), strict=True):
@@ -149,6 +165,12 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     page = "\n\n".join([*parts, report.origin(results["environment"])]) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
     report.write_plot(folder / "plot.png", partial(draw, results))
+
+
+def check_seeds(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """End with the parser's error unless there is an interval for so many seeds."""
+    if not 2 <= seeds <= len(T95) + 1:
+        parser.error(f"expected 2 to {len(T95) + 1} seeds, got {seeds}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -160,8 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write tables and plot anew")
     made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
     options = made.parse_args(arguments)
-    if not 2 <= options.seeds <= len(T95) + 1:
-        made.error(f"expected 2 to {len(T95) + 1} seeds, got {options.seeds}")
+    check_seeds(made, options.seeds)
     return options
 
 

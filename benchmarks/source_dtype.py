@@ -11,8 +11,6 @@ with those of the pretrained network's own precision. A quarter of an hour on tw
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +42,8 @@ def finetune(source_dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.runs / source_dtype
     arguments = ["--method", ",".join(METHODS), "--seeds", str(options.seeds), "--labels-per-class", str(LABELS)]
     arguments += ["--source-dtype", source_dtype, "--out", str(folder), *options.finetune]
-    if subprocess.run([sys.executable, "-m", "talib_fast", "finetune", *arguments]).returncode:
-        sys.exit(f"source_dtype.py: no results with the pretrained network in {source_dtype}: see above")
-    return json.loads((folder / "results.json").read_text())
+    failure = f"source_dtype.py: no results with the pretrained network in {source_dtype}"
+    return accuracy.main_job(failure, folder, arguments)
 
 
 def relative(found: Tensor, right: Tensor) -> float:
@@ -102,18 +99,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "settings": settings,
         "dtype": options.dtype,
         "distances": compared,
-        "runs": [
-            {"source_dtype": dtype, **{name: run[name] for name in ("method", "seed", "accuracy")}}
-            for dtype, results in found.items()
-            for run in results["runs"]
-        ],
+        "runs": accuracy.runs("source_dtype", found),
     }
-
-
-def accuracies(results: dict[str, Any], method: str, dtype: str) -> list[float]:
-    """One for each seed, in the seeds' order."""
-    runs = [run for run in results["runs"] if (run["method"], run["source_dtype"]) == (method, dtype)]
-    return [run["accuracy"] for run in sorted(runs, key=lambda run: run["seed"])]
 
 
 def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
@@ -124,12 +111,12 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
         errors.append([str(row["step"]), *(f"{100 * row[name]:.2g} %" for name in ("distance", "gradient"))])
     rows = [["method", "as the network is", dtype, "difference"]]
     for method in METHODS:
-        own, other = (accuracies(results, method, name) for name in ("network", dtype))
+        own, other = (accuracy.by_seed(results, method=method, source_dtype=name) for name in ("network", dtype))
         cells = [f"{statistics.fmean(a):.1f} ± {statistics.stdev(a):.1f}" for a in (own, other)]
         differences = [b - a for a, b in zip(own, other, strict=True)]
         change = f"{statistics.fmean(differences):+.1f} ± {accuracy.interval(differences):.1f}"
         rows.append([method, *cells, change])
-    seeds = len(accuracies(results, "delta", "network"))
+    seeds = len(accuracy.by_seed(results, method="delta", source_dtype="network"))
     return [
         (
             errors,
@@ -165,8 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write the tables anew")
     made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
     options = made.parse_args(arguments)
-    if not 2 <= options.seeds <= len(accuracy.T95) + 1:
-        made.error(f"expected 2 to {len(accuracy.T95) + 1} seeds, got {options.seeds}")
+    accuracy.check_seeds(made, options.seeds)
     return options
 
 

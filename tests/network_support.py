@@ -1,8 +1,12 @@
-"""Small networks whose layers are looked at."""
+"""Networks of other packages, and small ones whose layers are looked at."""
 
+import importlib.util
 from collections import OrderedDict
 
+import pytest
 from torch import nn
+
+from talib_fast.training.networks import import_library
 
 
 def small_net(classes=4):
@@ -30,3 +34,10 @@ class Branching(nn.Module):
 
     def forward(self, x, scale=1.0):
         return self.late(self.twice(self.twice(self.early(x)))) * scale
+
+
+def library(name):
+    """A package that the tests can do without; those that look for torchvision fail where it lacks its operators."""
+    if importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec("torchvision"):
+        import_library("torchvision")
+    return pytest.importorskip(name)

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib.util
 import pickle
 import threading
 
@@ -10,6 +9,8 @@ import pytest
 import torch
 from compiler_support import needs_inductor
 from cuda_support import capture, no_synchronisation
+from network_support import library
+from private_support import Lacking
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn import functional as F
@@ -33,16 +34,9 @@ from talib_fast.finetune.stochnorm import (
     convert_model,
     fuse_activations,
 )
-from talib_fast.training.networks import MobileNetV2, import_library
+from talib_fast.training.networks import MobileNetV2
 
 RESNET_LAYERS = ["layer1.2.conv3", "layer2.3.conv3", "layer3.5.conv3", "layer4.2.conv3"]
-
-
-def library(name):
-    """A package that the tests can do without, and torchvision where it lacks its operators."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    return import_library(name)
 
 
 def of_torchvision(name, **options):
@@ -780,7 +774,7 @@ class TestPacked:
                 torch.testing.assert_close(packed(y), plain(y))
         finally:
             torch._C._set_mkldnn_enabled(enabled)
-        monkeypatch.setattr(torch_private, "torch", _Without(torch, "ops"))
+        monkeypatch.setattr(torch_private, "torch", Lacking(torch, "ops.mkldnn"))
         with torch.no_grad():
             plain, packed, _ = self.convolution()
             torch.testing.assert_close(packed(y), plain(y))
@@ -791,16 +785,6 @@ class TestPacked:
         model.append(nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"))
         packing.pack(model)
         assert [type(module) for module in model] == [Scaled, nn.Conv2d, nn.Conv2d]
-
-
-class _Without:
-    """A module whose parts by that name have none."""
-
-    def __init__(self, module, name):
-        self._module, self._name = module, name
-
-    def __getattr__(self, name):
-        return object() if name == self._name else getattr(self._module, name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
+from network_support import library
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +25,7 @@ from talib_fast.finetune.stochnorm import (
     restore_batch_norm,
 )
 from talib_fast.ops.activation import NAMES
-from talib_fast.training.networks import InvertedResidual, MobileNetV2, conv_bn_relu, import_library
-
-
-def library(name):
-    """A package that the tests can do without; those that look for torchvision fail where it lacks its operators."""
-    if importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec("torchvision"):
-        import_library("torchvision")
-    return pytest.importorskip(name)
+from talib_fast.training.networks import InvertedResidual, MobileNetV2, conv_bn_relu
 
 
 class Operations(TorchDispatchMode):

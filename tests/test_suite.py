@@ -338,16 +338,14 @@ class TestSourceDtype:
             (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": runs}))
             return SimpleNamespace(returncode=0)
 
-        monkeypatch.setattr(source_dtype, "subprocess", SimpleNamespace(run=run))
+        monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=run))
         monkeypatch.setattr(source_dtype, "distances", lambda dtype: self.results()["distances"])
         source_dtype.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds", "3", "--", "--amp"])
         assert json.loads((tmp_path / "results.json").read_text())["runs"] == self.results()["runs"]
         assert len(commands) == 2 and all(command[-1] == "--amp" for command in commands)
         with pytest.raises(SystemExit):
             source_dtype.parse(["--seeds", "1"])
-        monkeypatch.setattr(
-            source_dtype, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2))
-        )
+        monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2)))
         with pytest.raises(SystemExit, match="no results with the pretrained network in network"):
             source_dtype.main(["--runs", str(tmp_path)])
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from private_support import Lacking
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -23,20 +24,6 @@ HOOKS = [
     "_foreach_copy_",
     "autograd.forward_ad._current_level",
 ]
-
-
-class Lacking:
-    """A module without one of the names in it, at a path."""
-
-    def __init__(self, module, path):
-        self._module, (self._name, _, self._path) = module, path.partition(".")
-
-    def __getattr__(self, name):
-        if name != self._name:
-            return getattr(self._module, name)
-        if not self._path:
-            raise AttributeError(name)
-        return Lacking(getattr(self._module, name), self._path)
 
 
 @pytest.fixture

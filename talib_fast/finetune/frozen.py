@@ -145,10 +145,10 @@ class Frozen(KeptModule):
 
     def _without_autocast(self) -> AbstractContextManager:
         """Autocast has a dtype of its own, in which it would compute."""
-        device = self._device().type
-        if self.dtype is None or not torch.is_autocast_enabled(device):
+        if self.dtype is None:
             return nullcontext()
-        return torch.autocast(device, enabled=False)
+        device = self._device().type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def _cast_module(self) -> None:
         if self.dtype is None:

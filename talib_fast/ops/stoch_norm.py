@@ -599,9 +599,8 @@ def stoch_norm_in_place(
 ) -> Tensor:
     """The output of :func:`stoch_norm` for a layer, which knows its vectors, so that nothing is checked.
 
-    ``mask`` may be the float32 numbers that it drew, of which those
-    below ``p`` stand for True, whatever their sign, and ``num_batches_tracked``, one int64, is counted up unless the
-    input is empty.
+    ``mask`` may be the float32 numbers that it drew, of which those below ``p`` stand for True, whatever their sign,
+    and ``num_batches_tracked``, one int64, is counted up unless the input is empty.
     """
     if may_be_in_function_transform():
         others = running_mean, running_var, momentum, num_batches_tracked

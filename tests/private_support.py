@@ -1,0 +1,15 @@
+"""What tests of torch's private parts share."""
+
+
+class Lacking:
+    """A module without one of the names in it, at a path."""
+
+    def __init__(self, module, path):
+        self._module, (self._name, _, self._path) = module, path.partition(".")
+
+    def __getattr__(self, name):
+        if name != self._name:
+            return getattr(self._module, name)
+        if not self._path:
+            raise AttributeError(name)
+        return Lacking(getattr(self._module, name), self._path)
