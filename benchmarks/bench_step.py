@@ -8,8 +8,9 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 
 The networks are torchvision's ResNet-50 at 224 pixels and, on a CPU, at 128 pixels the main job's MobileNetV2 and
 timm's EfficientNet-B0, and at 32 pixels MobileNetV2 again, where what the host does for a layer counts; with random
-weights, in channels_last unless other layouts are asked for. All methods train in
-float32, those with StochNorm in bfloat16 too, EfficientNet with StochNorm alone. A method's step is the main job's;
+weights, in channels_last unless other layouts are asked for. All methods train in float32, StochNorm alone and with BSS
+in bfloat16 too, EfficientNet with these two only; DELTA also with its pretrained network in bfloat16, and together with
+StochNorm. A method's step is the main job's;
 upstream's is the same with its parts composed as the Transfer-Learning-Library does. Beside StochNorm a plain step
 without batch norms and activations is timed: what it takes is out of StochNorm's reach. ``--compile`` adds plain
 fine-tuning compiled by inductor. Peak memory is what a step takes beyond weights, gradients and optimizer state; kept

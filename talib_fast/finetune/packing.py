@@ -1,7 +1,7 @@
 """Convolutions whose weights lie in the order that oneDNN computes with on a CPU.
 
-PyTorch brings them into it at every call, which for the small maps of a network's later layers takes as long as a tenth
-of the convolution.
+PyTorch brings them into it at every call, which counts where maps are small and weights are large, as in a network's
+later layers.
 """
 
 from collections.abc import Callable
