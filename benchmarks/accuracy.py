@@ -23,8 +23,8 @@ import torch
 from report import align, markdown
 
 from talib_fast.storage import write_atomically
-from talib_fast.training.options import RECIPES
-from talib_fast.training.report import method_colour
+from talib_fast.training.recipes import RECIPES
+from talib_fast.training.report import method_colours
 
 LABELS, SEEDS = (2, 5, 10, 20), 5
 # the two-sided 95 % quantile of Student's t by degrees of freedom
@@ -65,7 +65,8 @@ def by_seed(results: dict[str, Any], **settings: Any) -> list[float]:
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """All runs' accuracies, and what they share."""
     found = {labels: finetune(labels, options) for labels in options.labels}
-    settings = next(iter(found.values()))["settings"]
+    first = next(iter(found.values()))
+    settings = first["settings"] | {"data": first["data"]["name"].removeprefix("the built-in sample of ")}
     return {
         "environment": report.environment(torch.device(settings["device"])),
         "settings": {name: value for name, value in settings.items() if name != "labels_per_class"},
@@ -93,11 +94,16 @@ def counts(results: dict[str, Any]) -> list[int]:
     return sorted({run["labels_per_class"] for run in results["runs"]})
 
 
+def methods(results: dict[str, Any]) -> list[str]:
+    """Those that have runs, in their usual order."""
+    return [name for name in RECIPES if any(run["method"] == name for run in results["runs"])]
+
+
 def tables(results: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     """Accuracy, and what is gained over plain fine-tuning: bold where the interval is on one side of zero."""
     header = ["method", *(f"{labels} labels per class" for labels in counts(results))]
     absolute, gained = [header], [header]
-    for method in RECIPES:
+    for method in methods(results):
         own = [accuracies(results, method, labels) for labels in counts(results)]
         absolute.append([method, *(f"{statistics.fmean(a):.1f} ± {statistics.stdev(a):.1f}" for a in own)])
         if method != "plain":
@@ -129,11 +135,14 @@ def draw(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    methods, labels = [name for name in RECIPES if name != "plain"], counts(results)
-    figure = Figure(figsize=(8.4, 6.6), layout="constrained")
-    grid = figure.subplots(3, 3, sharex=True, sharey=True)
-    for axes, method in zip(grid.flat, methods, strict=True):
-        colour = method_colour(method)
+    shown, labels = [name for name in methods(results) if name != "plain"], counts(results)
+    colours, rows = method_colours(shown), -(-len(shown) // 3)
+    figure = Figure(figsize=(8.4, 2.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    for axes, method in zip(grid.flat, shown, strict=False):
+        colour = colours[method]
         points = [gains(results, method, count) for count in labels]
         for count, own in zip(labels, points, strict=True):
             axes.plot([count] * len(own), own, "o", color=colour, alpha=0.35, ms=4, mew=0)

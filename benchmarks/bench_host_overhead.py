@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from talib_fast import ops
 from talib_fast.finetune.stochnorm import StochNorm2d, StochNormAct2d
+from talib_fast.libraries import import_library
 from talib_fast.ops import stoch_norm_step as step
-from talib_fast.training.networks import import_library
 
 OPERATION = "host_overhead"
 SHAPES = ((2, 4, 2, 2), (4, 16, 4, 4), (8, 64, 4, 4))

@@ -37,15 +37,16 @@ from harness import Candidate, Feed
 from report import LOOKS, Case, Goal, Spread, error_bars, progress, speedup
 from torch import Tensor, nn
 
+from talib_fast import networks
 from talib_fast.finetune.bi_tuning import BiTuning
 from talib_fast.finetune.delta import IntermediateLayerGetter
 from talib_fast.finetune.stochnorm import convert_model, fuse_activations
-from talib_fast.training import networks
+from talib_fast.images.preprocessing import Preprocessing
+from talib_fast.networks import MOBILENET_DELTA_LAYERS, MobileNetV2, Network
 from talib_fast.training.data import Batch
 from talib_fast.training.memory import PeakMemory, release_memory
-from talib_fast.training.methods import METHODS, TEMPERATURE, Method
-from talib_fast.training.networks import MOBILENET_DELTA_LAYERS, MobileNetV2, Network
-from talib_fast.training.options import RECIPES
+from talib_fast.training.methods import TEMPERATURE, Method
+from talib_fast.training.recipes import ALONE, RECIPES, weight_decay
 from talib_fast.training.trainer import MOMENTUM
 
 OPERATION = "step"
@@ -54,7 +55,7 @@ STOCHNORM, BOTH = "stochnorm", "stochnorm + bss"
 DELTA, REDUCED, WITH_DELTA = "delta", "delta, source in bfloat16", "stochnorm + delta"
 WITH_STOCHNORM = (STOCHNORM, BOTH)
 # what is compared with plain fine-tuning
-WAYS = (*(name for name in METHODS if name != PLAIN), BOTH, REDUCED, WITH_DELTA)
+WAYS = (*(name for name in RECIPES if name not in ALONE), BOTH, REDUCED, WITH_DELTA)
 # the method that trains where a way is more than one, StochNorm being a change of the network
 TRAINED_BY = {STOCHNORM: PLAIN, BOTH: "bss", REDUCED: DELTA, WITH_DELTA: DELTA}
 SAMPLES = 256  # images whose source logits LWF remembers
@@ -87,8 +88,7 @@ def mobilenet_v2() -> Network:
 
 def of_library(library: str, name: str) -> Network:
     """A network with random weights."""
-    model = networks.LIBRARIES[library](networks.import_library(library), name, False)
-    return networks.cut(name, model, image_size=64)
+    return networks.cut(name, networks.library_model(library, name, pretrained=False), Preprocessing(64))
 
 
 WORKLOADS = {
@@ -143,15 +143,16 @@ def method_of(setting: Setting, way: str, upstream: bool) -> Method:
         convert(network.backbone, RECIPES[STOCHNORM].trade_off, upstream)
     source_dtype = torch.bfloat16 if way == REDUCED else None
     way = TRAINED_BY.get(way, way)
-    method = METHODS[way](network, work.classes, RECIPES[way].trade_off, source_dtype)
+    method = Method(network, work.classes, way, {}, source_dtype)
+    part: Any = method.parts[way]
     knowledge: dict[str, Tensor] = {}
     if way == "bi_tuning":
         classifier = method.classifier
         kind = baselines.UpstreamBiTuning if upstream else BiTuning
-        method.encoders = kind(classifier, copy.deepcopy(classifier), work.classes, K=work.keys)
+        part.encoders = kind(classifier, copy.deepcopy(classifier), work.classes, K=work.keys)
     elif way == "delta_attention":
-        for layer in method.layers:  # type: ignore[union-attr]
-            modules = method.source.module.get_submodule(layer).modules()  # type: ignore[union-attr]
+        for layer in part.layers:
+            modules = part.source.module.get_submodule(layer).modules()
             width = [module.out_channels for module in modules if isinstance(module, nn.Conv2d)][-1]
             knowledge[layer] = torch.randn(width).softmax(0)
     elif way == "co_tuning":
@@ -162,7 +163,7 @@ def method_of(setting: Setting, way: str, upstream: bool) -> Method:
     method.to(setting.device, memory_format=layout)  # type: ignore[call-overload]
     method.use({name: value.to(setting.device) for name, value in knowledge.items()})
     if upstream:
-        compose_as_upstream(method, way)
+        compose_as_upstream(part, way, method)
     return method.train()
 
 
@@ -190,27 +191,27 @@ class Composed(nn.Module):
         return self.function(*self.first, *arguments)
 
 
-def compose_as_upstream(method: Any, way: str) -> None:
-    """Put upstream's compositions where the method has the project's parts."""
+def compose_as_upstream(part: Any, way: str, method: Method) -> None:
+    """Put upstream's compositions where the part has the project's parts."""
     backbone = list(method.classifier.backbone.parameters())
     if way == "l2":
-        method.squared_norm = Composed(baselines.upstream_l2, list(method.classifier.parameters()))
+        part.squared_norm = Composed(baselines.upstream_l2, list(method.classifier.parameters()))
     elif way == "l2_sp":
-        method.distance = Composed(baselines.upstream_l2, backbone, [weight.detach().clone() for weight in backbone])
+        part.distance = Composed(baselines.upstream_l2, backbone, [weight.detach().clone() for weight in backbone])
     elif way in ("delta", "delta_attention"):
-        attention = [[method.knowledge[layer] for layer in method.layers]] if way == "delta_attention" else []
+        attention = [[method.knowledge[layer] for layer in part.layers]] if way == "delta_attention" else []
         distance = baselines.upstream_attention if attention else baselines.upstream_behavioral
-        method.distance = Composed(lambda source, target: distance([*source.values()], [*target.values()], *attention))
-        getter = IntermediateLayerGetter(method.source.module, method.layers, keep_output=False)
-        method.source = Composed(torch.no_grad()(lambda images: getter(images)[0]))
+        part.distance = Composed(lambda source, target: distance([*source.values()], [*target.values()], *attention))
+        getter = IntermediateLayerGetter(part.source.module, part.layers, keep_output=False)
+        part.source = Composed(torch.no_grad()(lambda images: getter(images)[0]))
     elif way == "bss":
-        method.shrinkage = Composed(lambda features: baselines.upstream_spectral_tail(features, 1))
+        part.shrinkage = Composed(lambda features: baselines.upstream_spectral_tail(features, 1))
     elif way == "co_tuning":
-        method.source_loss = baselines.upstream_co_tuning
+        part.source_loss = Composed(baselines.upstream_co_tuning)
     elif way == "lwf":
-        method.source_loss = functools.partial(baselines.upstream_distillation, T=TEMPERATURE)
+        part.source_loss = Composed(functools.partial(baselines.upstream_distillation, T=TEMPERATURE))
     if way in ("l2_sp", "delta", "delta_attention"):
-        method.head_norm = Composed(baselines.upstream_l2, list(method.classifier.head.parameters()))
+        part.head_norm = Composed(baselines.upstream_l2, list(method.head.parameters()))
 
 
 def leave_norms_out(module: nn.Module) -> None:
@@ -233,12 +234,11 @@ class Step:
             leave_norms_out(self.method.classifier.backbone)
         if compiled:
             self.method.classifier.backbone.compile(dynamic=False)
-        recipe = RECIPES[STOCHNORM if way == STOCHNORM else TRAINED_BY.get(way, way)]
         self.optimizer = torch.optim.SGD(
-            self.method.classifier.get_parameters(LR),
+            self.method.parameter_groups(LR),
             momentum=MOMENTUM,
             nesterov=True,
-            weight_decay=recipe.weight_decay,
+            weight_decay=weight_decay(STOCHNORM if way == STOCHNORM else TRAINED_BY.get(way, way)),
         )
         self.autocast = torch.autocast(setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "float32")
 

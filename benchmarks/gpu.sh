@@ -23,6 +23,8 @@ small_tests=("${operations[@]/#/tests/test_}")
 small_tests=("${small_tests[@]/%/.py}" tests/test_activation.py)  # what stoch_norm takes along has a file of its own
 host_only=(architectures batch_norm_tools build build_parts distributed fusion kernels_on_host norm_act packages pages)
 host_only+=(autograd_versions recipes simt torch_private)  # reach no GPU
+host_only+=(cli finetune images inference_commands inference_metrics networks training_data training_recipes)
+host_only+=(training_report)
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 ignored=("${ignored[@]/%/.py}")
 sanitizers=(memcheck racecheck initcheck synccheck)

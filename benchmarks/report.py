@@ -22,8 +22,8 @@ import torch
 
 import talib_fast
 from talib_fast.ops import backends, compiled
+from talib_fast.plots import STYLE
 from talib_fast.storage import write_atomically
-from talib_fast.training.report import STYLE
 
 Case = dict[str, Any]
 

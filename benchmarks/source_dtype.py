@@ -22,13 +22,14 @@ import torch
 from report import align, markdown
 from torch import Tensor
 
+from talib_fast import networks
 from talib_fast.finetune.frozen import frozen
+from talib_fast.images.sample import load_sample
 from talib_fast.ops import squared_distance
 from talib_fast.storage import write_atomically
-from talib_fast.training import networks
-from talib_fast.training.data import TaskData, load_sample
-from talib_fast.training.methods import Delta
-from talib_fast.training.options import RECIPES
+from talib_fast.training.data import TaskData
+from talib_fast.training.methods import Method
+from talib_fast.training.splits import Shares, split
 from talib_fast.training.trainer import MOMENTUM
 
 METHODS = ("delta", "delta_attention")
@@ -53,26 +54,19 @@ def relative(found: Tensor, right: Tensor) -> float:
 def distances(dtype: torch.dtype) -> list[dict[str, float]]:
     """How far distance and gradient are from those of the network's own precision, as delta trains."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = TaskData(
-        load_sample(),
-        labels_per_class=LABELS,
-        test_images=10,
-        size=SIZE,
-        seed=0,
-        batch_size=BATCH,
-        augmentation="shift",
-        device=device,
-    )
+    network = networks.build("mobilenet_v2", SIZE)
+    splits = split(load_sample(), None, None, Shares(LABELS, test_images=10), seed=0)
+    data = TaskData(splits, network.preprocessing, seed=0, batch_size=BATCH, augmentation="shift", device=device)
     torch.manual_seed(0)
-    delta = Delta(networks.build("mobilenet_v2", SIZE), data.num_classes, RECIPES["delta"].trade_off)
-    delta.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method = Method(network, data.num_classes, "delta", {})
+    method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    delta: Any = method.parts["delta"]
     reduced = frozen(delta.source.module, delta.layers, dtype)  # of a copy that has not been called yet
-    optimizer = torch.optim.SGD(delta.classifier.get_parameters(LR), momentum=MOMENTUM, nesterov=True)
+    optimizer = torch.optim.SGD(method.parameter_groups(LR), momentum=MOMENTUM, nesterov=True)
     found = []
-    for step in range(max(STEPS) + 1):
-        batch = data.batch(step)
+    for step, batch in enumerate(data.batches(0, max(STEPS) + 1)):
         if step in STEPS:
-            delta.train()
+            method.train()
             target, _ = delta.target_outputs(batch.images)
             maps = [map_.detach().requires_grad_() for map_ in target.values()]
             sides = []
@@ -82,7 +76,7 @@ def distances(dtype: torch.dtype) -> list[dict[str, float]]:
                 sides.append((distance.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
             (distance, gradient), (exact, right) = sides
             found.append({"step": step, "distance": relative(distance, exact), "gradient": relative(gradient, right)})
-        loss, _ = delta.train()(batch)
+        loss, _ = method.train()(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

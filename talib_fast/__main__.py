@@ -1,77 +1,114 @@
-"""The commands ``python -m talib_fast finetune`` and ``python -m talib_fast info``."""
+"""The commands ``python -m talib_fast finetune``, ``predict``, ``evaluate``, ``export`` and ``info``."""
 
 import argparse
+import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .training import options, parallel
-from .training.common import UserError
+from .errors import UsageError, UserError, told
+
+COMMANDS = {
+    "finetune": "fine-tune a pretrained network with one method or several, compare them, and keep the best model",
+    "predict": "say what is on images, with a model that finetune kept",
+    "evaluate": "measure a model on a folder of labelled images",
+    "export": "write a model as ONNX or as a torch.export program",
+    "info": "versions, devices, and which backend serves each operation",
+}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> Parser:
+    from .inference import evaluate, export, predict
+    from .training import options
+
     parser = Parser(
         prog="python -m talib_fast", description="Fine-tuning methods of the Transfer-Learning-Library, fused."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune|info")
-    finetune = commands.add_parser(
-        "finetune",
-        help="fine-tune a pretrained network with several methods and compare them",
-        description="Fine-tune a pretrained network on few labelled images, with each method and seed, and compare\n"
-        "them. The same command continues after an interrupt. torchrun --nproc-per-node N -m talib_fast finetune ...\n"
-        "shares every batch out among N processes, on a GPU each or on the CPU.",
-        epilog=options.describe_methods(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    made = {name: commands.add_parser(name, help=words, description=words) for name, words in COMMANDS.items()}
+    finetune = made["finetune"]
+    finetune.description = (
+        "Fine-tune a pretrained network on labelled images, with each method and seed, compare them, and keep the\n"
+        "best model. The same command continues after an interrupt. torchrun --nproc-per-node N -m talib_fast\n"
+        "finetune ... shares every batch out among N processes, on a GPU each or on the CPU."
     )
+    finetune.epilog = options.describe_methods()
+    finetune.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_arguments(finetune)
-    commands.add_parser("info", help="versions, devices, and which backend serves each operation")
+    for module, name in ((predict, "predict"), (evaluate, "evaluate"), (export, "export")):
+        module.add_arguments(made[name])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns 0, 1 after a user's error told on stderr, or 130 after an interrupt.
+    """Run a command line; returns its exit status.
 
+    That is 0, or after a sentence on stderr 2 where the command is wrong, 1 where it failed, 130 after an interrupt.
     Of torchrun's processes rank 0 tells the errors that all have, and fails for all: if the others did so too,
     torchrun might end it before it has spoken.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave_at_once)
+    from .training import parallel  # which imports torch: no traceback before
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack what names of files and classes have
     first = parallel.rank() == 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         with parallel.joined():
-            run(arguments)
-    except (UserError, OSError) as error:  # an OSError that nobody explained: a full disk, a read-only folder
+            return run(arguments)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
         if first:
-            print(f"talib_fast: {error}", file=sys.stderr)
+            print(f"talib_fast: {told(error)}", file=sys.stderr)
         elif isinstance(error, OSError | parallel.RankError):
-            print(f"talib_fast: rank {parallel.rank()}: {error}", file=sys.stderr)
+            print(f"talib_fast: rank {parallel.rank()}: {told(error)}", file=sys.stderr)
         else:
             return 0
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         if not first:
             return 0
-        print("talib_fast: interrupted; the same command continues where this one stopped", file=sys.stderr)
+        finetunes = arguments[:1] == ["finetune"]
+        more = "; the same command continues where this one stopped" if finetunes else ""
+        print(f"talib_fast: interrupted{more}", file=sys.stderr)
         return 130
-    return 0
 
 
-def run(arguments: list[str]) -> None:
+def leave_at_once(number: int, frame: Any) -> NoReturn:
+    """While torch is imported nothing is lost, and an exception would come out of its midst."""
+    os.write(2, b"talib_fast: interrupted\n")
+    os._exit(130)
+
+
+def run(arguments: list[str]) -> int:
     parsed = build_parser().parse_args(arguments)
+    if parsed.command == "finetune":
+        from .training import experiment, options
+
+        experiment.run(options.parse(parsed), arguments)
+        return 0
     if parsed.command == "info":
         from .info import describe
 
         print(describe())
-    else:
-        from .training import experiment
+        return 0
+    from .inference import evaluate, export, predict
 
-        experiment.run(options.parse(parsed), arguments)
+    return {"predict": predict, "evaluate": evaluate, "export": export}[parsed.command].run(parsed)
 
 
 if __name__ == "__main__":

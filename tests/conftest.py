@@ -1,5 +1,6 @@
 import importlib
 import os
+import signal
 import sys
 
 import build_parts
@@ -32,6 +33,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _seed_and_one_thread() -> None:
     torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kept_signal_handlers():
+    """Put back the handlers that the command line leaves."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

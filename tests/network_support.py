@@ -6,7 +6,7 @@ from collections import OrderedDict
 import pytest
 from torch import nn
 
-from talib_fast.training.networks import import_library
+from talib_fast.libraries import import_library
 
 
 def small_net(classes=4):

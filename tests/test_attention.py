@@ -25,7 +25,7 @@ from talib_fast.finetune.delta import (
     channel_attention,
 )
 from talib_fast.finetune.replay import Replay, _ForMapping
-from talib_fast.training.networks import import_library
+from talib_fast.libraries import import_library
 
 
 class Residual(nn.Module):

@@ -31,7 +31,7 @@ from talib_fast.finetune.stochnorm import (
     convert_sync,
     restore_batch_norm,
 )
-from talib_fast.training.networks import import_library
+from talib_fast.libraries import import_library
 
 PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 PLAIN = {nn.BatchNorm1d: StochNorm1d, nn.BatchNorm2d: StochNorm2d, nn.BatchNorm3d: StochNorm3d}

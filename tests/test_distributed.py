@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training_support import arguments, make_data, make_images, tiny_network
 
 from talib_fast import __main__ as cli
+from talib_fast import networks
+from talib_fast.errors import UserError
 from talib_fast.finetune.stochnorm import (
     StochNorm1d,
     StochNorm2d,
@@ -30,10 +32,9 @@ from talib_fast.finetune.stochnorm import (
     convert_model,
     convert_sync,
 )
-from talib_fast.training import experiment, networks, parallel
-from talib_fast.training.common import UserError
-from talib_fast.training.methods import METHODS
-from talib_fast.training.networks import MobileNetV2
+from talib_fast.networks import MobileNetV2
+from talib_fast.training import parallel
+from talib_fast.training.recipes import RECIPES
 
 pytestmark = needs_gloo
 
@@ -193,7 +194,7 @@ from training_support import register_tiny
 from talib_fast.__main__ import main
 from talib_fast.training.methods import L2
 
-penalty, calls = L2.penalty, []
+penalty, calls = L2.forward, []
 
 def faulty_penalty(self, features):
     calls.append(1)
@@ -201,7 +202,7 @@ def faulty_penalty(self, features):
         {fault}
     return penalty(self, features)
 
-L2.penalty = faulty_penalty
+L2.forward = faulty_penalty
 register_tiny()
 sys.exit(main(sys.argv[1:]))
 """
@@ -239,15 +240,15 @@ def test_two_processes_train_as_one(tiny, images, tmp_path, capfd):
     assert len(torch.load(checkpoint, weights_only=True)["record"]["losses"]) == 3
     code, out, err = tiny("pass", "--steps", "6")
     assert code == 0, err
-    assert "shared out among 2 processes" in out and out.count("Finished already: 1.") == 1
+    assert "shared out among 2 processes" in out and out.count("Finished already: 2.") == 1
     assert out.count("[9/9] bi_tuning, seed 0: ") == 1 and out.count("accuracy, %") == 1
     assert err.count("bi_tuning, seed 0: step 6/6") == 1 and "l2, seed 0: step 3/6" not in err
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
     assert cli.main(arguments(images, tmp_path / "one", "--lr", "0.1", "--steps", "6")) == 0
     several, one = runs(tmp_path / "out"), runs(tmp_path / "one")
-    assert list(several) == list(METHODS)
-    for method in METHODS:
+    assert list(several) == list(RECIPES)
+    for method in RECIPES:
         for series in ("losses", "cross_entropies"):
             assert several[method][series] == pytest.approx(one[method][series], rel=1e-5), (method, series)
         assert several[method]["accuracies"] == one[method]["accuracies"], method
@@ -330,7 +331,7 @@ import warnings
 import pytest, torch
 from torch import nn
 from talib_fast.training import parallel
-from talib_fast.training.common import UserError
+from talib_fast.errors import UserError
 
 class Own(nn.BatchNorm1d):
     pass
@@ -394,7 +395,7 @@ def as_rank(monkeypatch, rank, world_size=3):
 
 
 def test_shares_are_the_batch(tmp_path, monkeypatch):
-    for augmentation in ("none", "shift_flip"):
+    for augmentation in ("none", "shift_flip", "standard"):
         data = make_data(make_images(tmp_path / augmentation), augmentation=augmentation)
         joined = data.batch(3, views=2)
         shares = []
@@ -423,14 +424,14 @@ def test_every_process_has_its_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert experiment.own_device(torch.device("cuda")) == torch.device("cuda:1") == chosen[0]
-    assert experiment.own_device(torch.device("cpu")) == torch.device("cpu")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1") == chosen[0]
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="3 processes on this machine need a GPU each, but it has 1: start fewer"):
-        experiment.own_device(torch.device("cuda"))
+        parallel.own_device(torch.device("cuda"))
     for device in ("cuda:1", "meta"):
         with pytest.raises(UserError, match=f"several processes cannot train on the device {device}: choose --device"):
-            experiment.choose_device(device)
+            parallel.own_device(torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from talib_fast.finetune.stochnorm import (
     convert_model,
     fuse_activations,
 )
-from talib_fast.training.networks import MobileNetV2
+from talib_fast.networks import MobileNetV2
 
 RESNET_LAYERS = ["layer1.2.conv3", "layer2.3.conv3", "layer3.5.conv3", "layer4.2.conv3"]
 

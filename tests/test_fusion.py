@@ -24,8 +24,8 @@ from talib_fast.finetune.stochnorm import (
     fuse_activations,
     restore_batch_norm,
 )
+from talib_fast.networks import InvertedResidual, MobileNetV2, conv_bn_relu
 from talib_fast.ops.activation import NAMES
-from talib_fast.training.networks import InvertedResidual, MobileNetV2, conv_bn_relu
 
 
 class Operations(TorchDispatchMode):

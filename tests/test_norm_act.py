@@ -34,8 +34,8 @@ from talib_fast.finetune.stochnorm import (
     convert_sync,
     restore_batch_norm,
 )
+from talib_fast.libraries import import_library
 from talib_fast.ops.activation import Activation
-from talib_fast.training.networks import import_library
 
 FORMULAS = {
     "none": (nn.Identity, lambda z: z),

@@ -247,7 +247,7 @@ def test_commands_in_sentences_are_there(page):
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_found(line):
-    with pytest.raises((AssertionError, talib_fast.training.common.UserError)):
+    with pytest.raises((AssertionError, talib_fast.errors.UserError)):
         check_command(line)
 
 

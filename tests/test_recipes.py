@@ -87,7 +87,7 @@ assert tllib.regularization.delta.SPRegularization is not delta.SPRegularization
 # which the packages import, and which beside a build of torch for CPUs has to be told what it holds
 TORCHVISION = """
 import importlib.util
-from talib_fast.training.networks import import_library
+from talib_fast.libraries import import_library
 if importlib.util.find_spec("torchvision"):
     import_library("torchvision")
 """

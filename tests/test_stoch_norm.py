@@ -29,11 +29,11 @@ from talib_fast.finetune.stochnorm import (
     convert_sync,
     restore_batch_norm,
 )
+from talib_fast.libraries import import_library
 from talib_fast.ops import draw, stoch_norm
 from talib_fast.ops.draw import is_recorded
 from talib_fast.ops.stoch_norm import _backward as reference_backward
 from talib_fast.ops.stoch_norm import _forward as reference_forward
-from talib_fast.training.networks import import_library
 
 SHAPES = [(6, 5), (4, 5, 7), (3, 5, 4, 3), (2, 5, 3, 2, 4)]
 LAYERS = {2: StochNorm1d, 3: StochNorm1d, 4: StochNorm2d, 5: StochNorm3d}

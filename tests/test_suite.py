@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import accuracy
 import bench_frozen as frozen
+import bench_images as images
 import bench_step as step
 import command
 import compare
@@ -20,7 +21,7 @@ import suite
 import summary
 import torch
 
-from talib_fast.training.networks import Network
+from talib_fast.networks import Network
 
 
 def run_of(*ours, baseline=1.0, operation="stoch_norm", label="64@56"):
@@ -272,6 +273,19 @@ class TestStep:
         assert ways["resnet50", "bfloat16"] == ways["efficientnet_b0", "float32"] == list(step.WITH_STOCHNORM)
 
 
+class TestImages:
+    def test_runs_end_to_end(self, tmp_path, monkeypatch):
+        work = replace(step.WORKLOADS["mobilenet_v2"], build=tiny_network)
+        monkeypatch.setitem(step.WORKLOADS, "mobilenet_v2", work)
+        images.main(["--quick", "--out", str(tmp_path)])
+        (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+        assert {name: len(found["step"]) for name, found in case["samples"].items()} == {
+            name: command.QUICK_ROUNDS for name in (images.FILES, images.MEMORY, images.READY)
+        }
+        assert all(peak > 50 for peak in case["peak_mib"].values())
+        assert "| files, workers |" in (tmp_path / "table.md").read_text()
+
+
 class TestFrozen:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
@@ -430,8 +444,8 @@ class TestAccuracy:
         assert accuracy.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5)
 
     def test_only_what_is_beyond_chance_is_bold(self):
-        assert accuracy.tables(self.results(2.0))[1][1] == ["l2", "+2.0 ± 2.5", "+2.0 ± 2.5"]
-        assert accuracy.tables(self.results(-3.0))[1][1] == ["l2", "**-3.0 ± 2.5**", "**-3.0 ± 2.5**"]
+        assert accuracy.tables(self.results(2.0))[1][2] == ["l2", "+2.0 ± 2.5", "+2.0 ± 2.5"]
+        assert accuracy.tables(self.results(-3.0))[1][2] == ["l2", "**-3.0 ± 2.5**", "**-3.0 ± 2.5**"]
         assert accuracy.tables(self.results())[0][:2] == [
             ["method", "2 labels per class", "5 labels per class"], ["plain", "51.0 ± 1.0", "51.0 ± 1.0"]
         ]  # fmt: skip
@@ -445,7 +459,8 @@ class TestAccuracy:
             folder = tmp_path / "runs" / f"labels-{labels}"
             folder.mkdir(parents=True)
             results = self.results(labels=(labels,))
-            content = {"settings": results["settings"] | {"labels_per_class": labels}, "runs": results["runs"]}
+            settings = results["settings"] | {"labels_per_class": labels}
+            content = {"settings": settings, "data": {"name": "digits"}, "runs": results["runs"]}
             (folder / "results.json").write_text(json.dumps(content))
             return SimpleNamespace(returncode=0)
 

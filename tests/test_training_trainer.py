@@ -10,12 +10,14 @@ import pytest
 import torch
 from training_support import CPU, make_data, make_images, make_run, tiny_network
 
+from talib_fast.errors import UserError
 from talib_fast.training import memory, stepbar, trainer
-from talib_fast.training.common import UserError
 from talib_fast.training.memory import PeakMemory
-from talib_fast.training.methods import METHODS, Method
-from talib_fast.training.options import RECIPES
-from talib_fast.training.trainer import DivergedError, Record, interrupts_deferred
+from talib_fast.training.methods import Method
+from talib_fast.training.recipes import RECIPES
+from talib_fast.training.schedules import SCHEDULES, factor
+from talib_fast.training.tensorboard import summary_writer
+from talib_fast.training.trainer import DivergedError, Record, balanced_weights, interrupts_deferred
 
 
 @pytest.fixture
@@ -30,15 +32,15 @@ def checkpoint(tmp_path):
 
 def interrupt_at(monkeypatch, method, step, number=signal.SIGINT):
     """Raise the signal in the middle of the step of that number."""
-    forward = METHODS[method].forward
+    forward = Method.forward
     calls = iter(range(1000))
 
     def interrupted_forward(self, batch):
-        if next(calls) == step:
+        if self.name == method and next(calls) == step:
             signal.raise_signal(number)
         return forward(self, batch)
 
-    monkeypatch.setattr(METHODS[method], "forward", interrupted_forward)
+    monkeypatch.setattr(Method, "forward", interrupted_forward)
 
 
 def outcome(run):
@@ -49,7 +51,7 @@ def outcome(run):
     return record
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*RECIPES, "co_tuning+bss+stochnorm", "delta_attention+stochnorm"])
 def test_interrupted_run_ends_where_an_uninterrupted_one_does(method, data, checkpoint, monkeypatch):
     whole = make_run(method, data, checkpoint)
     whole.finish()
@@ -60,7 +62,7 @@ def test_interrupted_run_ends_where_an_uninterrupted_one_does(method, data, chec
             make_run(method, data, checkpoint).finish()
     assert torch.load(checkpoint, weights_only=True)["record"]["losses"] == whole.record.losses[:8]
     torch.manual_seed(99)  # what was drawn in between must not matter
-    monkeypatch.setattr(METHODS[method], "prepare", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(Method, "prepare", lambda *args: pytest.fail("prepared again"))
     resumed = make_run(method, data, checkpoint)
     resumed.finish()
     assert outcome(resumed) == outcome(whole)
@@ -91,7 +93,7 @@ def test_the_pretrained_network_computes_in_another_dtype(method, data, checkpoi
     losses = [torch.tensor(run.record.losses) for run in runs]
     assert not losses[0].equal(losses[1])
     torch.testing.assert_close(*losses, rtol=0.05, atol=0)
-    assert [run.method.source.dtype for run in runs] == [None, torch.bfloat16]
+    assert [run.method.parts[method].source.dtype for run in runs] == [None, torch.bfloat16]
 
 
 def test_interrupt_in_the_last_step_keeps_the_run(data, checkpoint, monkeypatch):
@@ -109,15 +111,48 @@ def test_record(data, checkpoint):
     start = time.perf_counter()
     record = run.finish()
     took = time.perf_counter() - start
-    result = record.result()
+    result = record.result(data)
     assert [step for step, _ in record.accuracies] == [2, 4, 6, 8, 10, 12]
     assert all(0 <= accuracy <= 100 for _, accuracy in record.accuracies)
-    assert result["accuracy"] == record.accuracies[-1][1]
+    assert result["accuracy"] == record.accuracies[-1][1] and "val_accuracy" not in result
+    assert (result["train_images"], result["val_images"], result["test_images"]) == (12, 0, 9)
+    right = sum(label == predicted for label, predicted in zip(data.test.labels, record.predicted, strict=True))
+    assert result["accuracy"] == pytest.approx(100 * right / 9) and "predicted" not in result
+    assert all(1 / 3 <= probability <= 1 for probability in record.probabilities)
     assert result["peak_mib"] > 10
     assert len(result["losses"]) == len(result["cross_entropies"]) == 12
     assert result["preparation_seconds"] > 0 and result["seconds_per_step"] > 0
     assert result["preparation_seconds"] + 6 * result["seconds_per_step"] < took  # six took the median or more
     assert "step_seconds" not in result
+
+
+def test_validation_images_are_what_a_run_is_followed_by(tmp_path, checkpoint):
+    data = make_data(make_images(tmp_path / "images"), val_share=0.5)
+    run = make_run("plain", data, checkpoint, "--lr", "0.5")
+    result = run.finish().result(data)
+    assert (result["train_images"], result["val_images"], result["test_images"]) == (6, 6, 9)
+    assert result["val_accuracy"] == result["accuracies"][-1][1]
+    run.method.eval()
+    with torch.no_grad():
+        for part, images in (("accuracy", data.test), ("val_accuracy", data.val)):
+            logits = torch.cat([run.method.classifier(batch) for batch, _ in images])
+            assert result[part] == pytest.approx(100 * (logits.argmax(1) == images.labels).float().mean().item())
+
+
+@pytest.mark.parametrize("method", ["bi_tuning", "stochnorm+bss"])
+def test_a_run_with_workers_and_random_crops_resumes_exactly(method, tmp_path, checkpoint, monkeypatch):
+    folder = make_images(tmp_path / "images")
+    words = ("--optimizer", "adamw", "--schedule", "cosine", "--warmup", "3", "--class-weights")
+    whole = make_run(method, make_data(folder, augmentation="standard"), checkpoint, *words)
+    whole.finish()
+    with_workers = make_data(folder, augmentation="standard", workers=2)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, whole.method.name, step=5)
+        with pytest.raises(KeyboardInterrupt):
+            make_run(method, with_workers, checkpoint, *words).finish()
+    resumed = make_run(method, with_workers, checkpoint, *words)
+    resumed.finish()
+    assert outcome(resumed) == outcome(whole)
 
 
 def test_few_steps_are_evaluated_once_each(data, checkpoint):
@@ -142,8 +177,64 @@ def test_learning_rates_fall_after_three_fifths(data, checkpoint, monkeypatch):
     step = run.optimizer.step
     run.optimizer.step = lambda *args: (rates.append([g["lr"] for g in run.optimizer.param_groups]), step())[1]
     run.finish()
-    assert rates[:6] == [[0.05, 0.5, 0.5]] * 6
-    assert rates[6:] == [[pytest.approx(0.005), pytest.approx(0.05), pytest.approx(0.05)]] * 4
+    assert rates[:6] == [[0.05, 0.5]] * 6
+    assert rates[6:] == [[pytest.approx(0.005), pytest.approx(0.05)]] * 4
+
+
+def test_schedules():
+    rates = {name: [factor(name, step, 10, 0) for step in range(10)] for name in SCHEDULES}
+    assert rates["step"] == [1.0] * 6 + [0.1] * 4 and rates["constant"] == [1.0] * 10
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for rate in rates["cosine"]:
+        assert rate == pytest.approx(cosine.get_last_lr()[0])
+        optimizer.step()
+        cosine.step()
+    warm = [factor("cosine", step, 14, 4) for step in range(14)]
+    assert warm[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and warm[4:] == pytest.approx(rates["cosine"])
+    assert factor("step", 2, 3, 5) == 0.5  # a run may end before it is warm
+
+
+def test_optimizers(data, checkpoint):
+    sgd = make_run("plain", data, checkpoint).optimizer
+    assert isinstance(sgd, torch.optim.SGD) and [group["lr"] for group in sgd.param_groups] == [0.002, 0.02]
+    run = make_run("plain", data, checkpoint, "--optimizer", "adamw", "--weight-decay", "0.05")
+    assert isinstance(run.optimizer, torch.optim.AdamW)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [1e-4, 1e-3]
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.05}
+    tied = make_run("l2_sp", data, checkpoint, "--weight-decay", "0.05").optimizer
+    assert {group["weight_decay"] for group in tied.param_groups} == {0.0}  # l2_sp decays towards the start
+
+
+def test_balanced_weights():
+    weights = balanced_weights(torch.tensor([0] * 6 + [1] * 3 + [2]), 3)
+    torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
+    assert balanced_weights(torch.tensor([1, 0, 0, 1]), 2).tolist() == [1.0, 1.0]
+
+
+def test_curves_for_tensorboard(data, checkpoint, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    whole = make_run("plain", data, checkpoint, curves=tmp_path / "whole")
+    whole.finish()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "plain", step=7)
+        with pytest.raises(KeyboardInterrupt):
+            make_run("plain", data, checkpoint, curves=tmp_path / "resumed").finish()
+    make_run("plain", data, checkpoint, curves=tmp_path / "resumed").finish()
+    for folder in ("whole", "resumed"):
+        events = accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
+        losses = [(event.step, event.value) for event in events.Scalars("loss")]
+        assert losses == [(step, pytest.approx(loss)) for step, loss in enumerate(whole.record.losses, 1)]
+        assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [
+            (step, pytest.approx(accuracy)) for step, accuracy in whole.record.accuracies
+        ]
+
+
+def test_missing_tensorboard_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard, which is not installed: pip install tensor"):
+        summary_writer()
 
 
 @pytest.mark.parametrize(("method", "decay"), [("plain", 5e-4), ("l2_sp", 0.0), ("delta", 0.0), ("bss", 5e-4)])

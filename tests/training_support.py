@@ -11,11 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from talib_fast.training import networks, options
-from talib_fast.training.data import Batch, TaskData, load_image_folder
-from talib_fast.training.methods import METHODS, Method
-from talib_fast.training.networks import Network
+from talib_fast import networks
+from talib_fast.images.folder import labelled
+from talib_fast.images.imageset import from_files
+from talib_fast.images.preprocessing import Preprocessing
+from talib_fast.networks import Network
+from talib_fast.training import options
+from talib_fast.training.data import Batch, TaskData
+from talib_fast.training.methods import Method
 from talib_fast.training.options import Options
+from talib_fast.training.splits import Shares, split
 from talib_fast.training.trainer import Run
 
 CPU = torch.device("cpu")
@@ -52,14 +57,14 @@ def hold_until_a_signal(method: str, step: int) -> None:
     got, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)  # each signal with a handler of Python's leaves a byte there
-    forward, numbers = METHODS[method].forward, itertools.count(1)
+    forward, numbers = Method.forward, itertools.count(1)
 
     def held(self: Method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if next(numbers) == step:
+        if self.name == method and next(numbers) == step:
             os.read(got, 1)
         return forward(self, batch)
 
-    METHODS[method].forward = held
+    Method.forward = held
 
 
 def make_images(folder: Path, classes: int = 3, images: int = 8, size: int = 20) -> Path:
@@ -85,6 +90,8 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
         "--steps": "12",
         "--labels-per-class": "4",
         "--device": "cpu",
+        "--workers": "0",
+        "--augment": "shift",
         "--threads": "1",
     }
     return ["finetune", *(word for pair in small.items() for word in pair), *more]
@@ -96,20 +103,35 @@ def make_options(*words: str) -> Options:
     return options.parse(parser.parse_args(list(words)))
 
 
-def make_data(folder: Path, seed: int = 0, batch_size: int = 6, augmentation: str = "shift") -> TaskData:
+def make_data(
+    folder: Path,
+    seed: int = 0,
+    batch_size: int = 6,
+    augmentation: str = "shift",
+    workers: int = 0,
+    val_share: float = 0.0,
+) -> TaskData:
+    images = from_files(labelled(folder))
+    splits = split(images, None, None, Shares(4, val_share, test_images=9), seed)
     return TaskData(
-        load_image_folder(folder),
-        labels_per_class=4,
-        test_images=9,
-        size=16,
+        splits,
+        Preprocessing(16),
         seed=seed,
         batch_size=batch_size,
         augmentation=augmentation,
         device=CPU,
+        workers=workers,
     )
 
 
-def make_run(method: str, data: TaskData, checkpoint: Path, *words: str, network: Network | None = None) -> Run:
-    chosen = make_options("--steps", "12", *words)
+def make_run(
+    method: str,
+    data: TaskData,
+    checkpoint: Path,
+    *words: str,
+    network: Network | None = None,
+    curves: Path | None = None,
+) -> Run:
+    chosen = make_options("--steps", "12", *words).resolved(16, validates=False, tests=False)
     settings = chosen.settings()
-    return Run(method, data.seed, network or tiny_network(), data, chosen, CPU, settings, checkpoint)
+    return Run(method, data.seed, network or tiny_network(), data, chosen, CPU, settings, checkpoint, curves)

@@ -59,7 +59,7 @@ def files(root: Path, *patterns: str) -> set[str]:
 
 
 def package_files(root: Path) -> set[str]:
-    return files(root, "talib_fast/**/*.py", "talib_fast/py.typed")
+    return files(root, "talib_fast/**/*.py", "talib_fast/**/*.jinja", "talib_fast/py.typed")
 
 
 def version(root: Path) -> str:

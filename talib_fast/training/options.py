@@ -1,71 +1,123 @@
-"""The options of ``python -m talib_fast finetune``, checked before anything is loaded, and the methods' defaults."""
+"""The options of ``python -m talib_fast finetune``, checked before anything is loaded, and their defaults."""
 
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .common import UserError
+from ..argument_types import number, positive, whole
+from ..errors import UsageError
+from ..images.augmentation import CROPS, SHIFTS
+from .recipes import ALONE, RECIPES, canonical
+from .schedules import SCHEDULES
+from .splits import Shares
 
-AUGMENTATIONS = ("none", "shift", "shift_flip")
 SOURCE_DTYPES = ("network", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a method adds to the cross-entropy, the trade-off it is weighted with, and the optimiser's weight decay."""
-
-    adds: str
-    trade_off: float
-    weight_decay: float = 5e-4
-
-
-# Tried, not tuned: most methods got one or two values, at 5 labels per class, 120 steps of 24 images and 64 pixels, on
-# two seeds other than those reported, where differences of a few points are noise.
-RECIPES = {
-    "plain": Recipe("nothing", 0.0),
-    "l2": Recipe("half the squared norm of all weights", 5e-3, weight_decay=0.0),
-    "l2_sp": Recipe("half the squared distance to the pretrained weights", 1e-2, weight_decay=0.0),
-    "delta": Recipe("the distance between feature maps, summed over the batch", 1e-3, weight_decay=0.0),
-    "delta_attention": Recipe("that distance with channels weighted by attention", 3e-2, weight_decay=0.0),
-    "bss": Recipe("the smallest squared singular value of the batch's features", 1e-3),
-    "stochnorm": Recipe("no loss; the trade-off is p, the share of channels normalised by the batch", 0.5),
-    "co_tuning": Recipe("the cross-entropy of the pretrained head with its mean answer per class", 0.3),
-    "lwf": Recipe("the divergence of the pretrained head from its first answers", 4.0),
-    "bi_tuning": Recipe("two contrastive divergences, of projections and of logits", 1.0),
-}
+LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+KEEP = ("best", "all", "none")
+STEPS, EPOCHS = 120, 10  # whichever takes longer, where neither is given
+SAMPLE_LABELS, SAMPLE_SIZE, SAMPLE_TEST_IMAGES = 5, 64, 1000
+VAL_SHARE = 0.1  # of all labelled images, where there are no images for validation
+# what says where runs came from and where they go, and changes nothing in their figures
+RECORDS = (
+    *("methods", "data", "test", "skip_damaged", "weights", "epochs", "seeds", "device", "threads", "workers"),
+    *("out", "keep", "tensorboard", "restart"),
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the user can choose; ``trade_offs`` holds the chosen or default value of every method."""
+    """Everything the user can choose; ``trade_offs`` holds the chosen or default value of every method.
+
+    None is what :meth:`resolved` finds out from the data and the network.
+    """
 
     methods: tuple[str, ...]
     data: str
+    test: str | None
+    labels_per_class: int | str | None
+    val_share: float | None
+    test_share: float
+    test_images: int | str | None
+    skip_damaged: bool
     network: str
     weights: str | None
     delta_layers: tuple[str, ...]
-    labels_per_class: int
+    image_size: int | None
+    augment: str | None
     seeds: tuple[int, ...]
-    steps: int
+    steps: int | None
+    epochs: int | None
     batch_size: int
-    image_size: int
-    lr: float
+    optimizer: str
+    lr: float | None
+    weight_decay: float | None
+    schedule: str
+    warmup: int
+    class_weights: bool
     trade_offs: dict[str, float]
     source_dtype: str
-    augment: str
-    test_images: int
     device: str
     amp: bool
     threads: int | None
+    workers: int | None
     out: str
+    keep: str
+    tensorboard: bool
     restart: bool
 
+    @property
+    def sample(self) -> bool:
+        return self.data == "sample"
+
+    @property
+    def shares(self) -> Shares:
+        """How the images are split, of resolved options."""
+        labels, most = (None if value == "all" else value for value in (self.labels_per_class, self.test_images))
+        assert self.val_share is not None and not isinstance(labels, str) and not isinstance(most, str)
+        return Shares(labels, self.val_share, self.test_share, most)
+
+    @property
+    def wanted_size(self) -> int | None:
+        """Side of the images; None: what the network was pretrained with."""
+        return self.image_size or (SAMPLE_SIZE if self.sample else None)
+
+    def resolved(self, size: int, validates: bool, tests: bool) -> "Options":
+        """The defaults that depend on the data and the network filled in.
+
+        Args:
+            size: side of the images that the network takes.
+            validates, tests: whether there are images of their own for validation and testing.
+        """
+        labels = self.labels_per_class or (SAMPLE_LABELS if self.sample else "all")
+        if validates and self.val_share is not None:
+            raise UsageError(f"--val-share has no use where {self.data} has a folder for validation: leave it out")
+        val_share = 0.0 if validates or (self.val_share is None and labels != "all") else self.val_share
+        return replace(
+            self,
+            labels_per_class=labels,
+            val_share=VAL_SHARE if val_share is None else val_share,
+            test_images=self.test_images or (SAMPLE_TEST_IMAGES if not tests and labels != "all" else "all"),
+            image_size=size,
+            augment=self.augment or ("shift" if self.sample else "standard"),
+            lr=LEARNING_RATES[self.optimizer] if self.lr is None else self.lr,
+        )
+
+    def with_steps(self, training_images: int) -> "Options":
+        """The number of steps filled in, for so many training images."""
+        if self.steps is not None:
+            return self
+        needed = math.ceil((self.epochs or EPOCHS) * training_images / self.batch_size)
+        return replace(self, steps=needed if self.epochs else max(needed, STEPS))
+
     def settings(self) -> dict[str, Any]:
-        """What two runs must share for their accuracies to belong into one table, under the options' own names."""
+        """What two runs must share for their accuracies to belong into one table, under the options' own names.
+
+        Files count by their content, which the caller adds, and not by their path.
+        """
         chosen = asdict(self)
-        for name in ("methods", "seeds", "out", "restart"):
+        for name in RECORDS:
             del chosen[name]
         chosen["delta_layers"] = list(self.delta_layers)
         return chosen | {f"trade_off {name}": value for name, value in chosen.pop("trade_offs").items()}
@@ -73,20 +125,102 @@ class Options:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``finetune`` on a parser."""
-    add = parser.add_argument
-    add("--method", default="all", metavar="A,B,...", help="methods, or all (default)")
+    add_data_arguments(parser.add_argument_group("images").add_argument)
+    add_network_arguments(parser.add_argument_group("network").add_argument)
+    add_training_arguments(parser.add_argument_group("training"))
+    add_run_arguments(parser.add_argument_group("runs").add_argument)
+
+
+def add_data_arguments(add: Any) -> None:
     add(
-        "--data", default="sample", metavar="DIR", help="folder of images, DIR/class/name.png; default: built-in digits"
+        "--data",
+        default="sample",
+        metavar="DIR",
+        help="folder of images, DIR/class/name.jpg, or DIR/{train,val,test}/class/name.jpg; the class is the path of "
+        "the folder that holds the image, so class folders may be nested; default: built-in digits",
     )
+    add(
+        "--test",
+        metavar="DIR",
+        help="folder of images to test on, DIR/class/name.jpg (--data's, if it has one)",
+    )
+    add(
+        "--labels-per-class",
+        type=whole_or_all,
+        metavar="N|all",
+        help=f"labelled images of each class (all; {SAMPLE_LABELS} of the digits)",
+    )
+    add(
+        "--val-share",
+        type=share,
+        metavar="S",
+        help=f"share of the labelled images held out for validation, where --data has none for it ({VAL_SHARE}, or 0 "
+        "with a number of labels per class)",
+    )
+    add(
+        "--test-share",
+        type=share,
+        default=Shares.test_share,
+        metavar="S",
+        help="share of all images held out for testing, where there is no folder for it and all are labelled "
+        "(%(default)s)",
+    )
+    add(
+        "--test-images",
+        type=whole_or_all,
+        metavar="N|all",
+        help=f"test on so many at most (all; {SAMPLE_TEST_IMAGES} of what a number of labels per class leaves over)",
+    )
+    add("--skip-damaged", action="store_true", help="leave out image files that can't be read")
+    add("--image-size", type=whole(8), metavar="N", help=f"side in pixels (the network's; {SAMPLE_SIZE} for digits)")
+    add(
+        "--augment",
+        choices=(*SHIFTS, *CROPS),
+        help="change of the training images; standard: random crop, flip and colours (standard; shift for digits)",
+    )
+
+
+def add_network_arguments(add: Any) -> None:
     add("--network", default="mobilenet_v2", help="mobilenet_v2 (default), timm:NAME or torchvision:NAME")
-    add("--weights", metavar="FILE", help="state dict to use instead of the published weights")
+    add("--weights", metavar="FILE", help="state dict, .pth or .safetensors, to use instead of the published weights")
     add("--delta-layers", metavar="A,B,...", help="modules of the network whose outputs delta compares")
-    add("--labels-per-class", type=whole(1), default=5, metavar="N", help="training images per class (%(default)s)")
-    add("--seeds", type=seeds, default="1", metavar="N|A,B,...", help="how many, from 0 on, or which (%(default)s)")
-    add("--steps", type=whole(1), default=120, metavar="N", help="training steps of each run (%(default)s)")
+
+
+def add_training_arguments(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--method",
+        default="all",
+        metavar="A,B+C,...",
+        help="methods, several at once joined by +, or all (default): each alone",
+    )
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps",
+        type=whole(1),
+        metavar="N",
+        help=f"training steps of each run ({STEPS} or {EPOCHS} epochs, whichever is more)",
+    )
+    length.add_argument("--epochs", type=whole(1), metavar="N", help="how often a run sees each training image")
     add("--batch-size", type=whole(2), default=24, metavar="N", help="images in a step (%(default)s)")
-    add("--image-size", type=whole(8), default=64, metavar="N", help="side of the images in pixels (%(default)s)")
-    add("--lr", type=positive, default=0.02, help="learning rate; the backbone has a tenth of it (%(default)s)")
+    add(
+        "--optimizer",
+        choices=tuple(LEARNING_RATES),
+        default="sgd",
+        help="SGD with Nesterov momentum, or AdamW (%(default)s)",
+    )
+    rates = ", ".join(f"{rate:g} with {name}" for name, rate in LEARNING_RATES.items())
+    add("--lr", type=positive, help=f"learning rate; the backbone has a tenth of it ({rates})")
+    add("--weight-decay", type=number, metavar="X", help="instead of the methods' own, where they have one")
+    add("--schedule", choices=tuple(SCHEDULES), default="step", help="of the learning rate (%(default)s)")
+    add(
+        "--warmup",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="steps over which the learning rate rises (%(default)s)",
+    )
+    add("--class-weights", action="store_true", help="let the classes count alike, however many images each has")
     add(
         "--trade-off",
         type=trade_off,
@@ -101,12 +235,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="network",
         help="what delta's and delta_attention's pretrained network computes in; network: as it was (%(default)s)",
     )
-    add("--augment", choices=AUGMENTATIONS, default="shift", help="change of the training images (%(default)s)")
-    add("--test-images", type=whole(1), default=1000, metavar="N", help="test on so many at most (%(default)s)")
+
+
+def add_run_arguments(add: Any) -> None:
+    add("--seeds", type=seeds, default="1", metavar="N|A,B,...", help="how many, from 0 on, or which (%(default)s)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", action="store_true", help="mixed precision: bfloat16 on a CPU, float16 elsewhere")
     add("--threads", type=whole(1), metavar="N", help="CPU threads (one per core)")
-    add("--out", default="runs/finetune", metavar="DIR", help="for results, plots and checkpoints (%(default)s)")
+    add("--workers", type=whole(0), metavar="N", help="processes that read images (one per core, 8 at most)")
+    add("--out", default="runs/finetune", metavar="DIR", help="for results, models and checkpoints (%(default)s)")
+    add(
+        "--keep",
+        choices=KEEP,
+        default="best",
+        help="models to keep; best: by validation where there is one, else by the test (%(default)s)",
+    )
+    add("--tensorboard", action="store_true", help="write curves for TensorBoard, to tensorboard/ in --out")
     add("--restart", action="store_true", help="train again what is finished; what was interrupted is resumed")
 
 
@@ -117,7 +261,7 @@ def describe_methods() -> str:
 
 
 def parse(arguments: argparse.Namespace) -> Options:
-    """The options that the command line gave; raises UserError."""
+    """The options that the command line gave; raises UsageError."""
     values = vars(arguments)
     overrides = dict(values.pop("trade_off"))
     return Options(
@@ -129,42 +273,25 @@ def parse(arguments: argparse.Namespace) -> Options:
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.replace(" ", "") for name in text.split(",") if name.strip()]
     if names == ["all"]:
         return tuple(RECIPES)
-    for name in names:
-        if name not in RECIPES:
-            raise UserError(f"there is no method {name}: --method knows all, {', '.join(RECIPES)}")
     if not names:
-        raise UserError(f"--method is empty: it knows all, {', '.join(RECIPES)}")
-    return tuple(dict.fromkeys(names))
+        raise UsageError(f"--method is empty: it knows all, {', '.join(RECIPES)}")
+    chosen: dict[str, str] = {}
+    for name in names:
+        chosen.setdefault(canonical(name), name)
+    return tuple(chosen.values())
 
 
-def whole(least: int) -> Any:
-    """An argparse type: a whole number of at least ``least``."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-        return int(text)
-
-    return convert
+def whole_or_all(text: str) -> int | str:
+    return "all" if text == "all" else whole(1)(text)
 
 
-def positive(text: str) -> float:
+def share(text: str) -> float:
     value = number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
-    return value
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not less than 1")
     return value
 
 
@@ -182,8 +309,9 @@ def seeds(text: str) -> tuple[int, ...]:
 
 def trade_off(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    if name not in RECIPES or name == "plain":
-        raise argparse.ArgumentTypeError(f"{text} should be METHOD=VALUE with a method other than plain")
+    if name not in RECIPES or name in ALONE:
+        without = " and ".join(ALONE)
+        raise argparse.ArgumentTypeError(f"{text} should be METHOD=VALUE with a method other than {without}")
     weight = number(value)
     if name == "stochnorm" and weight > 1:
         raise argparse.ArgumentTypeError(f"stochnorm's p is a probability, {value} is greater than 1")

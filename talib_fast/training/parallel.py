@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UsageError, UserError, told
 from ..finetune.ranks import attempted, sent_by_first
 from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model, convert_sync
-from .common import UserError
 
 TIMEOUT = timedelta(days=1)  # rank 0 may prepare for long while the others wait; torchrun ends them when it fails
 
@@ -84,15 +84,42 @@ def quiet(silent: bool) -> Iterator[None]:
         yield
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: of several each has a GPU of its own, or all have the CPU."""
+    if world_size() == 1:
+        return device
+    if device.index is not None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"several processes cannot train on the device {device}: choose --device cuda or cpu")
+    if device.type == "cpu":
+        return device
+    gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus < processes:
+        raise UsageError(
+            f"{processes} processes on this machine need a GPU each, but it has {gpus}: start fewer of them, or choose "
+            "--device cpu"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
 def together(work: Callable[[], T]) -> T:
     """What ``work`` returns, done on every rank; a UserError or OSError of one becomes every rank's UserError."""
     if world_size() == 1:
         return work()
-    result, mine, errors = attempted(work, dist.group.WORLD, (UserError, OSError))
-    failed = next(((number, told[1]) for number, told in enumerate(errors) if told is not None), None)
-    if failed is not None:
-        number, message = failed
-        raise UserError(f"rank {number}: {message}" if number else message) from mine
+
+    def explained() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise UserError(told(error)) from error
+
+    result, mine, errors = attempted(explained, dist.group.WORLD, UserError)
+    for number, failure in enumerate(errors):
+        if failure is not None:
+            kind, message = failure
+            raised = UsageError if kind == UsageError.__name__ else UserError
+            raise raised(f"rank {number}: {message}" if number else message) from mine
     return result  # type: ignore[return-value]
 
 

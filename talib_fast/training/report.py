@@ -1,16 +1,20 @@
-"""What came out: the table on the terminal and in Markdown, and the plots."""
+"""What came out: the table on the terminal and in Markdown, the plots, and the page that has all of it."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..images.imageset import ImageSet
+from ..plots import STYLE, drawn
 from ..storage import write_atomically
-from .options import RECIPES
+from .page import html
+from .recipes import RECIPES
 
-FILES = ("results.json", "table.md", "accuracy.png", "curves.png")
+FILES = ("report.html", "results.json", "table.md", "accuracy.png", "curves.png")
+# of combined methods: the colours of C0 to C9 again, in another order
+COMBINED = ("pink", "gray", "olive", "cyan", "brown", "purple", "red", "green", "orange", "blue")
 COLUMNS = ("method", "accuracy, %", "seeds", "s/step", "preparation, s", "peak MiB")
 
 
@@ -47,20 +51,21 @@ class Row:
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row per method that has runs, in the methods' usual order."""
+    """One row per method that has runs, in the methods' usual order, combinations behind them."""
+    found = dict.fromkeys(run["method"] for run in runs)
+    methods = [name for name in RECIPES if name in found] + [name for name in found if name not in RECIPES]
     table = []
-    for method in RECIPES:
+    for method in methods:
         own = [run for run in runs if run["method"] == method]
-        if own:
-            table.append(
-                Row(
-                    method,
-                    tuple(run["accuracy"] for run in own),
-                    statistics.median(run["seconds_per_step"] for run in own),
-                    statistics.median(run["preparation_seconds"] for run in own),
-                    max(run["peak_mib"] for run in own),
-                )
+        table.append(
+            Row(
+                method,
+                tuple(run["accuracy"] for run in own),
+                statistics.median(run["seconds_per_step"] for run in own),
+                statistics.median(run["preparation_seconds"] for run in own),
+                max(run["peak_mib"] for run in own),
             )
+        )
     return table
 
 
@@ -89,15 +94,15 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the table's figures mean, in two or three sentences."""
+    """What the table's figures mean, in a few sentences."""
     settings = results["settings"]
-    data = "MNIST digits" if settings["data"] == "sample" else settings["data"]
     memory = "the GPU's" if settings["device"] == "cuda" else "the whole process's"
     if "processes" in settings:
         memory += f" (the first of {settings['processes']})"
     sentences = [
-        f"{settings['network']} on {data}: {settings['labels_per_class']} labels per class, {settings['steps']} steps "
-        f"of {settings['batch_size']} images, {settings['image_size']} pixels."
+        f"{settings['network']} on {data_name(results)}: {labels(settings)}, {settings['steps']} steps of "
+        f"{settings['batch_size']} images, {settings['image_size']} pixels. Tested on "
+        f"{results['runs'][-1]['test_images']:,} images."
     ]
     most = max(len(row.accuracies) for row in rows(results["runs"]))
     if most > 1:
@@ -107,28 +112,33 @@ def caption(results: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def write(results: dict[str, Any], folder: Path) -> None:
-    """Write the Markdown table and, where matplotlib is installed, the plots."""
+def labels(settings: dict[str, Any]) -> str:
+    number = settings["labels_per_class"]
+    return "all labels" if number == "all" else f"{number} labels per class"
+
+
+def data_name(results: dict[str, Any]) -> str:
+    return results["data"]["name"].removeprefix("the built-in sample of ")
+
+
+def write(results: dict[str, Any], folder: Path, test_images: Callable[[int], ImageSet]) -> None:
+    """Write the table, the page and, where matplotlib is installed, the plots.
+
+    ``test_images(seed)`` gives those that the seed's runs were tested on.
+    """
     write_atomically(folder / "table.md", lambda file: file.write(markdown(results).encode()))
+    plots: dict[str, bytes] = {}
     try:
         import matplotlib
     except ImportError:
         print("No plots: they need matplotlib (pip install matplotlib).")
-        return
-    with matplotlib.rc_context(STYLE):
-        for name, draw in (("accuracy.png", draw_accuracy), ("curves.png", draw_curves)):
-            write_atomically(folder / name, partial(draw(results).savefig, format="png"))
-
-
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "figure.dpi": 144,
-}
+    else:
+        with matplotlib.rc_context(STYLE):
+            plots = {"accuracy": drawn(draw_accuracy(results)), "curves": drawn(draw_curves(results))}
+    for name in plots:
+        write_atomically(folder / f"{name}.png", lambda file, name=name: file.write(plots[name]))  # type: ignore[misc]
+    page = html(results, folder, title(results), caption(results), COLUMNS, rows(results["runs"]), plots, test_images)
+    write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
 
 
 def draw_accuracy(results: dict[str, Any]) -> Any:
@@ -136,10 +146,11 @@ def draw_accuracy(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     table = rows(results["runs"])
+    colours = method_colours([row.method for row in table])
     figure = Figure(figsize=(7.2, 1.5 + 0.36 * len(table)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(table):
-        colour = method_colour(row.method)
+        colour = colours[row.method]
         axes.plot(row.accuracies, [place] * len(row.accuracies), "o", color=colour, alpha=0.35, ms=5, mew=0)
         axes.errorbar(row.mean, place, xerr=row.deviation, fmt="D", color=colour, ms=6, capsize=4, lw=1.6)
         axes.annotate(
@@ -163,14 +174,16 @@ def draw_accuracy(results: dict[str, Any]) -> Any:
 
 
 def draw_curves(results: dict[str, Any]) -> Any:
-    """Cross-entropy on the training batches and accuracy on the test images over the steps, means over seeds."""
+    """Cross-entropy on the training batches and accuracy over the steps, means over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.2, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for row in rows(results["runs"]):
+    table = rows(results["runs"])
+    colours = method_colours([row.method for row in table])
+    for row in table:
         own = [run for run in results["runs"] if run["method"] == row.method]
-        colour = method_colour(row.method)
+        colour = colours[row.method]
         losses = [statistics.fmean(values) for values in zip(*(run["cross_entropies"] for run in own), strict=True)]
         smooth = moving_average(losses, max(1, len(losses) // 15))
         left.plot(range(1, len(smooth) + 1), smooth, color=colour, lw=1.4)
@@ -180,23 +193,25 @@ def draw_curves(results: dict[str, Any]) -> Any:
     left.set(xlabel="step", ylabel="cross-entropy", yscale="log")
     left.set_title("training batches (moving average)", loc="left", fontsize=10)
     right.set(xlabel="step", ylabel="accuracy, %")
-    right.set_title("test images", loc="left", fontsize=10)
+    validated = any(run["val_images"] for run in results["runs"])
+    right.set_title("validation images" if validated else "test images", loc="left", fontsize=10)
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(title(results), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
 def title(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    data = "MNIST digits" if settings["data"] == "sample" else Path(settings["data"]).name
-    return f"{settings['network']} → {data}, {settings['labels_per_class']} labels per class"
+    name = Path(data_name(results)).name
+    return f"{results['settings']['network']} → {name}, {labels(results['settings'])}"
 
 
-def method_colour(method: str) -> str:
-    """Each method's own colour, the same in every plot; grey is for plain fine-tuning."""
-    others = [name for name in RECIPES if name != "plain"]
+def method_colours(methods: Sequence[str]) -> dict[str, str]:
+    """Each method's own colour, the same in every plot; grey is for plain fine-tuning and the linear probe."""
     palette = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9"]
-    return "0.35" if method == "plain" else palette[others.index(method)]
+    single = [name for name in RECIPES if name not in ("plain", "linear")]
+    own = {"plain": "0.35", "linear": "0.65"} | dict(zip(single, palette, strict=True))
+    others = [name for name in methods if name not in own]
+    return own | {name: f"tab:{COMBINED[place % len(COMBINED)]}" for place, name in enumerate(others)}
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:

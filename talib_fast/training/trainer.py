@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
+from ..networks import Network
 from ..storage import write_atomically
 from . import parallel
-from .common import UserError, differences
-from .data import InOrder, TaskData, mixed_seed
+from .data import Batch, InOrder, TaskData
 from .memory import PeakMemory
-from .methods import METHODS
-from .networks import Network
-from .options import RECIPES, Options
+from .methods import Method
+from .options import Options
+from .recipes import ALONE, parse, weight_decay
+from .results import differences
+from .schedules import factor
+from .splits import mixed_seed
 from .stepbar import StepBar
+from .tensorboard import Curves
 
 MOMENTUM = 0.9
-DECAY_AT, DECAY_BY = 0.6, 0.1  # after 60 % of the steps the learning rate falls to a tenth
 EVALUATIONS = 6
 CHECKPOINT_SECONDS = 30.0
 
@@ -40,7 +44,8 @@ class Record:
     """What a run has done so far.
 
     ``losses``, ``cross_entropies`` (the part of the loss that all methods share) and ``step_seconds`` have an entry
-    per step, ``accuracies`` holds (step, % of the test images).
+    per step, ``accuracies`` holds (step, % of the validation images, or of the test images where there are none).
+    ``predicted`` and ``probabilities`` are for the test images, after the last step: the class and its probability.
     """
 
     method: str
@@ -51,18 +56,26 @@ class Record:
     step_seconds: list[float] = field(default_factory=list)
     preparation_seconds: float = 0.0
     peak_mib: float = 0.0
+    predicted: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
-    def result(self) -> dict[str, Any]:
+    def result(self, data: TaskData) -> dict[str, Any]:
         """What results.json keeps of a finished run."""
         kept = asdict(self)
+        del kept["predicted"], kept["probabilities"]
+        validation = {} if data.val is None else {"val_accuracy": self.accuracies[-1][1]}
         return {
             "method": kept.pop("method"),
             "seed": kept.pop("seed"),
-            "accuracy": self.accuracies[-1][1],
+            "accuracy": percentage(torch.tensor(self.predicted), data.test),
+            **validation,
+            "train_images": len(data.train.labels),
+            "val_images": 0 if data.val is None else len(data.val.labels),
+            "test_images": len(data.test.labels),
             "seconds_per_step": statistics.median(kept.pop("step_seconds")),
             **kept,
         }
@@ -74,8 +87,10 @@ class Run:
     Args:
         network: stays as it is; the run trains a copy.
         data: the seed's images.
+        options: resolved, with the number of steps.
         settings: what a checkpoint must agree with to be continued.
         checkpoint: file that an interrupted run leaves and the next one continues.
+        curves: folder for TensorBoard's files; None: write none.
 
     Everything random is a function of the seed, the step's number and the rank, so a continued run ends where an
     uninterrupted one would have. Several ranks compute what one would with the whole batches.
@@ -91,24 +106,25 @@ class Run:
         device: torch.device,
         settings: dict[str, Any],
         checkpoint: Path,
+        curves: Path | None = None,
     ) -> None:
+        assert options.steps is not None and options.lr is not None
+        self.steps, self.curves = options.steps, curves
         self.record = Record(method, seed)
         self.data, self.options, self.device = data, options, device
         self.settings, self.checkpoint = {**settings, "method": method, "seed": seed}, checkpoint
         torch.manual_seed(mixed_seed(seed, "build"))
         source_dtype = None if options.source_dtype == "network" else getattr(torch, options.source_dtype)
-        self.method = METHODS[method](network.clone(), data.num_classes, options.trade_offs[method], source_dtype)
+        weights = balanced_weights(data.train.labels, data.num_classes) if options.class_weights else None
+        self.method = Method(network.clone(), data.num_classes, method, options.trade_offs, source_dtype, weights)
         self.method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups = self.method.classifier.get_parameters(options.lr)
+        groups = self.method.parameter_groups(options.lr)
         self.rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.SGD(
-            groups, momentum=MOMENTUM, nesterov=True, weight_decay=RECIPES[method].weight_decay
-        )
+        self.optimizer = build_optimizer(options, method, groups)
         half = options.amp and device.type != "cpu"
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.autocast = torch.autocast(device.type, torch.float16 if half else torch.bfloat16, enabled=options.amp)
-        steps = options.steps
-        self.evaluate_at = {math.ceil(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+        self.evaluate_at = {math.ceil(self.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
 
     def finish(self) -> Record:
         """Train until the last step; raises KeyboardInterrupt, with everything saved, when the user interrupts."""
@@ -119,16 +135,22 @@ class Run:
             parallel.synchronize(self.method, self.device)
         title = f"{self.record.method}, seed {self.record.seed}"
         saved_at = time.monotonic()
-        show = parallel.rank() == 0
-        with interrupts_deferred() as interrupted, StepBar(title, self.options.steps, self.record.step, show) as bar:
+        first = parallel.rank() == 0
+        with (
+            interrupts_deferred() as interrupted,
+            StepBar(title, self.steps, self.record.step, show=first) as bar,
+            Curves(self.curves if first else None, self.record.step) as curves,
+        ):
             before = self.record.peak_mib
-            while self.record.step < self.options.steps:
-                self._step()
+            batches = self.data.batches(self.record.step, self.steps, self.method.views)
+            while self.record.step < self.steps:
+                self._step(batches)
                 if self.record.step in self.evaluate_at:
                     self._evaluate()
                 bar.update(self.record.losses[-1], self.record.accuracies)
+                curves.update(self.record.losses[-1], self.record.accuracies, self.optimizer.param_groups[-1]["lr"])
                 self.record.peak_mib = max(before, memory.mib())
-                due = parallel.rank() == 0 and time.monotonic() - saved_at > CHECKPOINT_SECONDS
+                due = first and time.monotonic() - saved_at > CHECKPOINT_SECONDS
                 # read once: a signal after this is for the next step
                 stop, save = parallel.summed(interrupted.is_set(), due)
                 if stop or save:
@@ -150,16 +172,16 @@ class Run:
     def _use(self, knowledge: dict[str, Tensor]) -> None:
         self.method.use({name: value.to(self.device) for name, value in knowledge.items()})
 
-    def _step(self) -> None:
+    def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
         step = self.record.step
         # rank 0 draws what a single process would; dropout should not be the same for every share of the batch
         own = (parallel.rank(),) if parallel.rank() else ()
         torch.manual_seed(mixed_seed(self.record.seed, "step", step, *own))
-        decay = DECAY_BY if step >= DECAY_AT * self.options.steps else 1.0
+        scale = factor(self.options.schedule, step, self.steps, self.options.warmup)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * decay
-        batch = self.data.batch(step, self.method.views)
+            group["lr"] = rate * scale
+        batch = next(batches)
         self.method.train()
         with self.autocast:
             loss, logits = self.method(batch)
@@ -180,17 +202,27 @@ class Run:
     def _divergence(self, loss: float) -> str:
         method = self.record.method
         remedies = [f"lower --lr {self.options.lr:g}"]
-        if method not in ("plain", "stochnorm"):
-            remedies.append(f"or --trade-off {method}={self.options.trade_offs[method]:g}")
+        for part in parse(method):
+            if part not in (*ALONE, "stochnorm"):
+                remedies.append(f"or --trade-off {part}={self.options.trade_offs[part]:g}")
         if self.options.amp:
             remedies.append("or leave out --amp")
-        where = f"at step {self.record.step + 1} of {self.options.steps}"
+        where = f"at step {self.record.step + 1} of {self.steps}"
         return f"{method} with seed {self.record.seed} diverged, its loss is {loss} {where}: {', '.join(remedies)}"
 
     def _evaluate(self) -> None:
         parallel.share_statistics(self.method.classifier)
+        images = self.data.test if self.data.val is None else self.data.val
+        predicted, probabilities = self._answers(images)
+        self.record.accuracies.append((self.record.step, percentage(predicted, images)))
+        if self.record.step == self.steps:
+            if images is not self.data.test:
+                predicted, probabilities = self._answers(self.data.test)
+            self.record.predicted, self.record.probabilities = predicted.tolist(), probabilities.tolist()
+
+    def _answers(self, images: InOrder) -> tuple[Tensor, Tensor]:
         with self.autocast:
-            self.record.accuracies.append((self.record.step, accuracy(self.method.classifier, self.data.test)))
+            return answers(self.method.classifier, images)
 
     def _save(self) -> None:
         state = {
@@ -237,13 +269,38 @@ class Run:
         return UserError(f"the checkpoint {self.checkpoint} is damaged: remove it to start that run anew")
 
 
+def build_optimizer(options: Options, method: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    decay = weight_decay(method)
+    if decay and options.weight_decay is not None:
+        decay = options.weight_decay
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=decay)
+    return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, weight_decay=decay)
+
+
 @torch.no_grad()
-def accuracy(classifier: nn.Module, images: InOrder) -> float:
-    """How many of the images the classifier puts into the right class, in %."""
+def answers(classifier: nn.Module, images: InOrder) -> tuple[Tensor, Tensor]:
+    """The class of each image, int64 [N], and its probability, float64 [N], on the CPU of every rank."""
     classifier.eval()
-    mine = images.part(slice(parallel.rank(), None, parallel.world_size()))
-    right = sum((classifier(batch).argmax(1) == labels).sum() for batch, labels in mine)
-    return 100 * parallel.summed(int(right))[0] / len(images.labels)
+    mine = slice(parallel.rank(), None, parallel.world_size())
+    found = [classifier(batch).float().softmax(1).max(1) for batch, _ in images.part(mine)]
+    both = torch.zeros(2, len(images.labels), dtype=torch.float64)
+    if found:
+        both[0, mine] = torch.cat([classes for _, classes in found]).double().cpu()
+        both[1, mine] = torch.cat([probabilities for probabilities, _ in found]).double().cpu()
+    classes, probabilities = torch.tensor(parallel.summed(*both.flatten().tolist()), dtype=torch.float64).view(2, -1)
+    return classes.long(), probabilities
+
+
+def percentage(predicted: Tensor, images: InOrder) -> float:
+    """How many of the images are predicted to be what they are, in %."""
+    return 100 * int((predicted == images.labels).sum()) / len(images.labels)
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """A weight for each class, inversely proportional to its number of images; the mean over all images is 1."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    return len(labels) / (num_classes * counts.float())
 
 
 @contextmanager

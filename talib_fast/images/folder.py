@@ -1,0 +1,154 @@
+"""Images in folders: which class each one is of, and which files are none."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, UserError, count, printable
+from .decoding import SUFFIXES
+
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images with their classes: ``labels`` is int64 [N] into ``classes``; ``ignored`` are files that are no images."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: tuple[Path, ...]
+    labels: Tensor
+    ignored: tuple[Path, ...] = ()
+
+    def labelled_as(self, classes: Sequence[str]) -> "ImageFiles":
+        """The same images with labels into other classes, which must contain all of theirs."""
+        for name in self.classes:
+            if name not in classes:
+                near = ", ".join(difflib.get_close_matches(name, classes, n=3) or classes[:3])
+                raise UsageError(
+                    f"{printable(self.folder)} has a class {name}, which is none of the {len(classes)} known classes: "
+                    f"rename or remove that folder; the nearest are {near}"
+                )
+        places = torch.tensor([classes.index(name) for name in self.classes])
+        return ImageFiles(self.folder, tuple(classes), self.paths, places[self.labels], self.ignored)
+
+
+def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> ImageFiles:
+    """The images below a folder. The class of each is the path, below that folder, of the folder that holds it.
+
+    So ``Fruit/Apple/1.jpg`` is of the class ``Fruit/Apple``, and ``Apple/1.jpg`` of the class ``Apple``. Hidden files
+    and folders are left out. Raises UsageError where there are less than ``least`` classes, or a folder for one is
+    empty.
+    """
+    folder = existing(folder, option)
+    members: dict[str, list[Path]] = {}
+    ignored: list[Path] = []
+    for path, is_image in walk(folder):
+        if is_image and path.parent != folder:
+            members.setdefault(printable(path.parent.relative_to(folder)), []).append(path)
+        else:
+            ignored.append(path)
+    for child in subfolders(folder):
+        name = printable(child.relative_to(folder))
+        if not any(held == name or held.startswith(f"{name}/") for held in members):
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise UsageError(f"{printable(child)} holds no image: add some ({suffixes}) or remove it")
+    classes = sorted(members)
+    if len(classes) < least:
+        raise UsageError(
+            f"{printable(folder)} has {count(len(classes), 'class')} of images, but {least} or more are needed: "
+            "put the images of each class into a folder of its own, class/name.png"
+        )
+    labels = torch.tensor([label for label, name in enumerate(classes) for _ in members[name]])
+    paths = tuple(path for name in classes for path in members[name])
+    return ImageFiles(folder, tuple(classes), paths, labels, tuple(ignored))
+
+
+def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` where a folder is built of these; empty where it is not.
+
+    It is where it has a ``train`` with folders in it, and no other folder that holds images. ``valid`` and
+    ``validation`` are other names of ``val``.
+    """
+    folder = existing(folder, option)
+    found: dict[str, Path] = {}
+    others = []
+    for child in subfolders(folder):
+        part = PARTS.get(child.name.lower())
+        if part is None:
+            others.append(child)
+        elif part in found:
+            raise UsageError(
+                f"{printable(folder)} has both {found[part].name} and {child.name}: remove or rename one of them"
+            )
+        else:
+            found[part] = child
+    others = [child for child in others if any(is_image for _, is_image in walk(child))]
+    if others and len(found) < 2:
+        return {}  # a class may be called train
+    if others:
+        raise UsageError(
+            f"{printable(folder)} has {printable(others[0].name)} beside {' and '.join(found)}: move it elsewhere, or "
+            "name the folders of images one by one (--data, --test)"
+        )
+    if found and "train" not in found:
+        raise UsageError(
+            f"{printable(folder)} has {' and '.join(found)}, but no train: name the folder of images itself"
+        )
+    return found if found and any(subfolders(found["train"])) else {}
+
+
+def below(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Files, and image files in and below folders, in order; and the files there that are no images.
+
+    A file that is named itself counts as an image whatever its name. Raises UsageError where there is nothing.
+    """
+    images: list[Path] = []
+    ignored: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file, is_image in walk(path):
+                (images if is_image else ignored).append(file)
+        elif path.exists():
+            images.append(path)
+        else:
+            raise UsageError(f"there is no file or folder {printable(path)}: name image files, or folders of them")
+    return images, ignored
+
+
+def existing(folder: str | Path, option: str) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {printable(folder)}: {option} wants a folder of images, class/name.png")
+    return folder
+
+
+def walk(folder: Path, seen: frozenset[str] = frozenset()) -> Iterator[tuple[Path, bool]]:
+    """All files below a folder that are not hidden, by folder and name, and whether each is an image by its suffix."""
+    real = os.path.realpath(folder)
+    if real in seen:  # a link to a folder around it
+        return
+    children = listed(folder)
+    for child in children:
+        if not child.is_dir():
+            yield child, child.suffix.lower() in SUFFIXES and child.is_file()
+    for child in children:
+        if child.is_dir():
+            yield from walk(child, seen | {real})
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return [child for child in listed(folder) if child.is_dir()]
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name."""
+    try:
+        return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{printable(folder)} cannot be listed ({error.strerror}): make it readable") from error

@@ -1,0 +1,70 @@
+"""Labelled images that are read when they are asked for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import printable
+from .decoding import read
+from .folder import ImageFiles
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes.
+
+    Args:
+        classes: names.
+        labels: int64 [N], places in ``classes``.
+        names: one for each image, a printable path where it is a file.
+        read_at: ``read_at(index, at_least)`` gives an RGB image of Pillow's; see :func:`decoding.read`.
+        small: so few and small that all of them may be held in memory, prepared.
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    names: tuple[str, ...]
+    read_at: Callable[[int, int | None], "Image"]
+    small: bool = False
+
+    def part(self, indices: Tensor) -> "ImageSet":
+        """Some of the images."""
+        chosen = indices.tolist()
+        names = tuple(self.names[index] for index in chosen)
+        return ImageSet(self.classes, self.labels[indices], names, _Part(self.read_at, chosen), self.small)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Part:
+    read_at: Callable[[int, int | None], "Image"]
+    indices: Sequence[int]
+
+    def __call__(self, index: int, at_least: int | None) -> "Image":
+        return self.read_at(self.indices[index], at_least)
+
+
+@dataclass(frozen=True)
+class _Files:
+    files: ImageFiles
+
+    def __call__(self, index: int, at_least: int | None) -> "Image":
+        return read(self.files.paths[index], at_least)
+
+
+def from_files(files: ImageFiles) -> ImageSet:
+    names = tuple(printable(path) for path in files.paths)
+    return ImageSet(files.classes, files.labels, names, _Files(files))
+
+
+def counts(images: ImageSet) -> list[int]:
+    """How many images each class has."""
+    return torch.bincount(images.labels, minlength=len(images.classes)).tolist()

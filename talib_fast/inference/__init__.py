@@ -1,0 +1,1 @@
+"""Trained classifiers: kept, loaded, used on images, evaluated and exported."""

@@ -1,0 +1,121 @@
+"""Plots of what a classifier confuses: its confusion matrix, and the images that it got wrong."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plots import STYLE
+
+MOST_MISTAKES = 30
+THUMBNAIL = 256  # pixels a side
+MOST_NAMED = 200  # classes; more of them would need labels too small to read, or a figure too large to show
+POINT = 1 / 72  # inches
+
+
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Any:
+    """A matplotlib Figure of a confusion matrix, int64 [N, N] with a row for each true class.
+
+    Colours are shares of the row's images; their numbers stand in the cells where there is room for them.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    counts = torch.as_tensor(matrix).double()
+    shares = (100 * counts / counts.sum(1, keepdim=True)).numpy()  # nan where a class has no images
+    number = len(classes)
+    cell = min(0.62, max(0.135, 9 / number)) if number <= MOST_NAMED else 12 / number  # inches
+    font = min(9.0, 0.78 * cell / POINT)
+    names = [plain(shortened(name, 30)) for name in classes]
+    longest = 0.6 * font * POINT * max(len(name) for name in names) if number <= MOST_NAMED else 0.0
+    width, height = max(5.2, number * cell + longest + 1.9), max(3.6, number * cell + longest + 1.4)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
+        image = axes.imshow(shares, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        if number <= MOST_NAMED:
+            axes.set_xticks(range(number), names, fontsize=font, rotation=90)
+            axes.set_yticks(range(number), names, fontsize=font)
+            axes.tick_params(length=0)
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 4 / height), aspect=24, pad=0.02)
+        bar.set_label("share of the true class, %")
+        bar.outline.set_visible(False)
+        write_counts(axes, counts.long(), shares, cell)
+        figure.suptitle("Confusion matrix", x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def write_counts(axes: Any, counts: Tensor, shares: np.ndarray, cell: float) -> None:
+    """The numbers of images in cells so wide (inches), unless they would have to be too small."""
+    digits = len(str(int(counts.max())))
+    font = min(9.0, 0.85 * cell / POINT / (0.65 * max(2, digits)))
+    if font < 5.5:
+        return
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if shares[row, column] > 55 else "0.15"
+        axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=font, color=colour)
+
+
+def draw_mistakes(mistakes: Sequence[tuple[Any, str, str, float]], total: int | None = None) -> Any:
+    """A matplotlib Figure of images that were predicted wrong, the most confident mistakes first.
+
+    Args:
+        mistakes: of each an image of Pillow's or a uint8 tensor [3, H, W], its true class, the predicted class, and the
+            probability that was given to it, in [0, 1]. At most ``MOST_MISTAKES`` are shown.
+        total: how many mistakes there are, if they are more than these.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = sorted(mistakes, key=lambda mistake: -mistake[3])[:MOST_MISTAKES]
+    total = max(total or 0, len(mistakes))
+    columns = min(6, max(3, math.ceil(math.sqrt(len(shown)))))
+    rows = max(1, math.ceil(len(shown) / columns))
+    heading = "Mistakes" if total == len(shown) else f"The {len(shown)} most confident of {total:,} mistakes"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.95 * columns, 0.5 + 2.25 * rows if shown else 0.8), layout="constrained")
+        figure.suptitle(heading if shown else "No mistakes", x=0.01, ha="left", fontweight="bold", fontsize=11)
+        if not shown:
+            return figure
+        cells = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in cells:
+            axes.set_axis_off()
+        for axes, (image, true, predicted, probability) in zip(cells, shown, strict=False):
+            axes.imshow(thumbnail(image), interpolation="antialiased")
+            caption = f"{percent(probability)} {shortened(predicted, 24)}\nis {shortened(true, 30)}"
+            axes.set_title(plain(caption), fontsize=7.5, loc="left", linespacing=1.25)
+    return figure
+
+
+def thumbnail(image: Any, side: int = THUMBNAIL) -> np.ndarray:
+    """An image as uint8 [side, side, 3], its longer side so long, on white."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, Tensor):
+        image = Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
+    return np.asarray(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
+
+
+def percent(probability: float) -> str:
+    """A probability in per cent, which is 100 only where nothing else is possible."""
+    return ">99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters, the middle of a longer one left out."""
+    if len(name) <= most:
+        return name
+    end = most // 2
+    return f"{name[: most - end - 1]}…{name[-end:]}"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")

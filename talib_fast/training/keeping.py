@@ -1,0 +1,122 @@
+"""What is kept of a finished run besides its figures: the model, and what it says of every test image."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..inference import model
+from ..inference.output import write_csv
+from ..networks import Network, trained_state
+from . import parallel
+from .results import Results, name_of, predictions_file, score
+from .trainer import Run
+
+CHECKED_IMAGES = 8  # whose logits a kept model must repeat
+
+
+def description(network: Network, classes: Sequence[str], versions: dict[str, str]) -> dict[str, Any]:
+    """What the models of one network and one set of classes say of themselves in ``config.json``."""
+    library, _, architecture = network.name.rpartition(":")
+    return {
+        "architecture": architecture,
+        "library": library or "talib_fast",
+        "network": network.name,
+        "head": network.head_name,
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "preprocessing": asdict(network.preprocessing),
+        "versions": versions,
+    }
+
+
+class Keeper:
+    """Keeps the models of a command's runs: all, none, or the best, whose place a better one takes.
+
+    Args:
+        folder: the command's output folder.
+        keep: ``best``, ``all`` or ``none``.
+        network: as it was pretrained.
+        config: what all models' ``config.json`` share.
+    """
+
+    def __init__(self, folder: Path, keep: str, network: Network, config: dict[str, Any], results: Results) -> None:
+        self.folder, self.keep, self.network, self.config, self.results = folder, keep, network, config, results
+
+    def take(self, run: Run, result: dict[str, Any]) -> UserError | None:
+        """Keep what a finished run leaves, and add its result to the others; returns why its model can't be kept."""
+        parallel.from_first(lambda: self._write_predictions(run, result))
+        kept = [other for other in self.results.runs if other.get("model")]
+        result |= {"model": None, "kept": self.keep}
+        failure = None
+        if self.keep == "all" or (self.keep == "best" and all(score(result) > score(other) for other in kept)):
+            result["model"] = f"models/{name_of(result)}"
+            failure = parallel.from_first(lambda: self._saved(run, result))
+            if failure:
+                result["model"], kept = None, []
+            for other in kept:
+                if self.keep == other["kept"] == "best":  # what was kept for another reason stays
+                    other["model"] = None
+        self.results.add(result)
+        parallel.from_first(self._remove_replaced)
+        return failure
+
+    def _remove_replaced(self) -> None:
+        for run in self.results.runs:
+            if not run.get("model"):
+                shutil.rmtree(self.folder / "models" / name_of(run), ignore_errors=True)
+
+    def _saved(self, run: Run, result: dict[str, Any]) -> UserError | None:
+        try:
+            self._save(run, result)
+        except (
+            UserError
+        ) as error:  # of a network that its own library does not make again: its figures count all the same
+            return error
+        return None
+
+    def _save(self, run: Run, result: dict[str, Any]) -> None:
+        classifier = run.method.classifier
+        state = trained_state(self.network, classifier.backbone, run.method.head)
+        figures = {"test_accuracy": result["accuracy"], "test_images": result["test_images"]}
+        if "val_accuracy" in result:
+            figures |= {"val_accuracy": result["val_accuracy"], "val_images": result["val_images"]}
+        figures["train_images"] = result["train_images"]
+        chosen_by = "nothing: all models are kept"
+        if self.keep == "best":
+            validated = "val_accuracy" in result
+            chosen_by = "validation accuracy" if validated else "test accuracy, which is therefore too high"
+        config = {**self.config, "method": result["method"], "seed": result["seed"], "figures": figures}
+        target = self.folder / result["model"]
+        model.save(target, state, {**config, "chosen_by": chosen_by})
+        self._check(run, target)
+
+    def _check(self, run: Run, target: Path) -> None:
+        """A model that does not say what the trained network says is no model of it."""
+        few = run.data.test.part(slice(CHECKED_IMAGES))
+        kept = model.load(target, run.device)
+        with torch.no_grad():
+            right = torch.cat([run.method.classifier.eval()(images) for images, _ in few]).float()
+            found = torch.cat([kept.module(images) for images, _ in few]).float()
+        if not torch.allclose(right, found, rtol=1e-3, atol=1e-3 * float(right.abs().max())):
+            shutil.rmtree(target)
+            raise UserError(
+                f"{self.network.name} cannot be kept, since its own architecture with the new weights gives other "
+                "logits than the network that was trained: give --keep none, or choose another --network"
+            )
+
+    def _write_predictions(self, run: Run, result: dict[str, Any]) -> None:
+        images, record = run.data.test.images, run.record
+        answers = zip(images.names, images.labels.tolist(), record.predicted, record.probabilities, strict=True)
+        write_csv(
+            predictions_file(self.folder, result),
+            ("file", "class", "predicted", "probability"),
+            (
+                (name, images.classes[label], images.classes[predicted], f"{probability:.6g}")
+                for name, label, predicted, probability in answers
+            ),
+        )

@@ -1,0 +1,119 @@
+"""The finished runs of an output folder, and who writes into it."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import UserError, printable
+from ..storage import write_atomically
+from . import parallel
+from .recipes import canonical
+
+LOCK, HOLDER = ".lock", ".holder"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it no other process writes into the folder; raises UserError, with who does, if one does already."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{printable(folder)} is in use by {holder(folder)}: wait until it has ended, or choose another --out"
+        ) from error
+    try:
+        write_atomically(folder / HOLDER, lambda file: file.write(json.dumps(myself()).encode()))
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def myself() -> dict[str, Any]:
+    return {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def holder(folder: Path) -> str:
+    try:
+        held = json.loads((folder / HOLDER).read_text())
+        return f"process {held['process']} on {held['host']} since {held['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken the lock, or ended
+        return "another process"
+
+
+def name_of(run: dict[str, Any]) -> str:
+    """What a run's files and folders are called."""
+    return f"{run['method']}-seed{run['seed']}"
+
+
+def predictions_file(folder: Path, run: dict[str, Any]) -> Path:
+    """Where a run's answers to the test images are: file, class, predicted class and its probability."""
+    return folder / "predictions" / f"{name_of(run)}.csv"
+
+
+def score(run: dict[str, Any]) -> float:
+    """What the best run is chosen by, in %: accuracy on the validation images, on the test's where there are none."""
+    return run.get("val_accuracy", run["accuracy"])
+
+
+class Results:
+    """The finished runs of an output folder, ``results.json`` in it; raises UserError if they do not belong here.
+
+    Every rank holds them, and rank 0 writes them.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.path = folder / "results.json"
+        self.content: dict[str, Any] = {**environment, "settings": settings, "runs": []}
+        if not self.path.exists():
+            return
+        try:
+            previous = json.loads(self.path.read_text())
+            self.content["runs"] = previous["runs"]
+            difference = differences(previous["settings"], settings)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} cannot be read as results: remove it or choose another --out") from error
+        if difference:
+            shown = printable(folder)
+            raise UserError(
+                f"{shown} holds results of other settings ({difference}): choose another --out or remove {shown}"
+            )
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        return self.content["runs"]
+
+    def has(self, method: str, seed: int) -> bool:
+        return any((canonical(run["method"]), run["seed"]) == (canonical(method), seed) for run in self.runs)
+
+    def add(self, run: dict[str, Any]) -> None:
+        self.runs.append(run)
+        self.write()
+
+    def forget(self, methods: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+        names = {canonical(method) for method in methods}
+        self.content["runs"] = [
+            run for run in self.runs if canonical(run["method"]) not in names or run["seed"] not in seeds
+        ]
+
+    def write(self) -> None:
+        text = json.dumps(self.content, indent=1) + "\n"
+        parallel.from_first(lambda: write_atomically(self.path, lambda file: file.write(text.encode())))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The settings in which the two differ, in words; empty if there are none."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {show(old.get(name))} and is now {show(new.get(name))}" for name in names)
+
+
+def show(value: Any) -> str:
+    return "not given" if value is None else str(value)

@@ -1,0 +1,126 @@
+"""Which images train, which choose and which test: a function of the seed."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, count
+from ..images.imageset import ImageSet
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of one seed's runs; ``val`` is None where nothing is held out to choose by."""
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How images are split.
+
+    Args:
+        labels_per_class: labelled images of each class, which train or validate; None: all.
+        val_share: share of these that validates, where validation has no images of its own.
+        test_share: share of all images that tests, where testing has none of its own and ``labels_per_class`` is None.
+        test_images: test on so many at most; None: all.
+    """
+
+    labels_per_class: int | None
+    val_share: float = 0.0
+    test_share: float = 0.2
+    test_images: int | None = None
+
+
+def split(train: ImageSet, val: ImageSet | None, test: ImageSet | None, shares: Shares, seed: int) -> Splits:
+    """Training, validation and test images of a seed; the parts that are None come out of the training images.
+
+    Classes keep their shares in each part. Raises UserError where a class has too few images.
+    """
+    most = shares.test_images
+    chosen, spare = labelled(train, shares, test is None, seed)
+    if test is None:
+        tested = train.part(torch.cat(limited(spare, most)))
+    else:
+        # one test set for all seeds, whose figures are compared
+        members = shuffled(test.labels, len(test.classes), seeded_generator(0, "test"))
+        tested = test if most is None or most >= len(test) else test.part(torch.cat(limited(members, most)))
+    validated = val
+    if val is None and shares.val_share:
+        held = [held_out(members, shares.val_share) for members in chosen]
+        validated = train.part(
+            torch.cat([members[len(members) - n :] for members, n in zip(chosen, held, strict=True)])
+        )
+        chosen = [members[: len(members) - n] for members, n in zip(chosen, held, strict=True)]
+        if not len(validated):
+            raise UserError(
+                "no class has two labelled images, of which one could be held out for validation: add images, raise "
+                "--labels-per-class, or give --val-share 0"
+            )
+    return Splits(train.part(torch.cat(chosen)), validated, tested)
+
+
+def labelled(images: ImageSet, shares: Shares, tests: bool, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """For each class the images that are trained on, and the others; ``tests``: these have to test."""
+    members = shuffled(images.labels, len(images.classes), seeded_generator(seed, "split"))
+    wanted = shares.labels_per_class
+    chosen, spare = [], []
+    for name, own in zip(images.classes, members, strict=True):
+        needed = (wanted or 1) + tests
+        if len(own) < needed:
+            use = "for training and at least one for testing" if tests else "for training"
+            remedy = "or lower --labels-per-class" if wanted and wanted > 1 else "to that class, or remove it"
+            raise UserError(
+                f"class {name} has {count(len(own), 'image')}, but {wanted or 1} {use} are needed: add images {remedy}"
+            )
+        train = wanted or len(own) - (held_out(own, shares.test_share) if tests else 0)
+        chosen.append(own[:train])
+        spare.append(own[train:])
+    return chosen, spare
+
+
+def shuffled(labels: Tensor, classes: int, generator: torch.Generator) -> list[Tensor]:
+    """The images of each class, in random order."""
+    found = []
+    for label in range(classes):
+        members = (labels == label).nonzero().flatten()
+        found.append(members[torch.randperm(len(members), generator=generator)])
+    return found
+
+
+def held_out(members: Tensor, share: float) -> int:
+    """How many of a class's images a share is: rounded, one where it is less, but never all."""
+    return min(max(round(share * len(members)), 1), len(members) - 1)
+
+
+def limited(members: Sequence[Tensor], most: int | None) -> list[Tensor]:
+    """``most`` of the images at most, an equal share of each class as far as its images last."""
+    if most is None:
+        return list(members)
+    occupied = sum(len(own) > 0 for own in members)
+    if most < occupied:
+        raise UserError(f"--test-images {most} is less than one for each of the {occupied} classes: raise it")
+    taken = [0] * len(members)
+    while (left := most - sum(taken)) > 0:
+        open_classes = [c for c, own in enumerate(members) if taken[c] < len(own)]
+        if not open_classes:
+            break
+        share = max(1, left // len(open_classes))
+        for c in open_classes[:left]:
+            taken[c] = min(taken[c] + share, len(members[c]))
+    return [own[:n] for own, n in zip(members, taken, strict=True)]
+
+
+def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A generator of its own for every combination of arguments; torch's seed alone has 32 bits that count."""
+    return torch.Generator().manual_seed(mixed_seed(seed, *purpose))
+
+
+def mixed_seed(seed: int, *purpose: str | int) -> int:
+    """A seed in [0, 2**32) that differs between purposes and steps."""
+    return zlib.crc32(repr((seed, *purpose)).encode())
