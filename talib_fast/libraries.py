@@ -31,8 +31,9 @@ def needed(name: str, purpose: str) -> ModuleType:
         import_library(package)
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = {"PIL": "pillow"}.get(str(error.name), str(error.name))
-        raise UserError(f"{purpose} needs {missing}, which is not installed: pip install {missing}") from error
+        missing = str(error.name)
+        words = {"PIL": "pillow", "torchvision": "--no-deps torchvision"}.get(missing, missing)  # it would change torch
+        raise UserError(f"{purpose} needs {words.split()[-1]}, which is not installed: pip install {words}") from error
     except Exception as error:  # a build that does not fit this torch fails in its own way
         raise UserError(
             f"{purpose} needs {package}, which cannot be imported ({first_line(error)}): install one that fits "

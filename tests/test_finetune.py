@@ -218,6 +218,12 @@ def test_full_memory_is_told(run, monkeypatch):
     assert code == 1 and "plain, seed 0 does not fit into the memory of cpu: lower --batch-size" in err
 
 
+def test_out_lies_elsewhere_than_the_images(run, images):
+    code, _, err = run("--out", str(images / "class0" / ".." / "out"))
+    assert code == 2 and "where its plots would be taken for images: choose another --out" in err
+    assert not (images / "out").exists()
+
+
 def test_too_few_images_are_told(run):
     code, _, err = run("--labels-per-class", "8")
     assert code == 1 and "class class0 has 8 images, but 8 for training and at least one for testing are needed" in err

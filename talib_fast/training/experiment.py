@@ -64,7 +64,7 @@ def run(options: Options, arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run must repeat what an uninterrupted one does
-    folder = parallel.from_first(lambda: make_folder(options.out))
+    folder = parallel.from_first(lambda: make_folder(options))
     with ExitStack() as stack:
         parallel.from_first(lambda: stack.enter_context(locked(folder)))
         train_and_report(options, arguments, device, folder)
@@ -193,8 +193,14 @@ def remove(checkpoint: Path) -> None:
     parallel.from_first(lambda: checkpoint.unlink(missing_ok=True))
 
 
-def make_folder(out: str) -> Path:
-    folder = Path(out)
+def make_folder(options: Options) -> Path:
+    folder = Path(options.out)
+    for images in (options.test, None if options.sample else options.data):
+        if images and folder.resolve().is_relative_to(Path(images).resolve()):
+            raise UsageError(
+                f"{printable(folder)} lies in {printable(images)}, where its plots would be taken for images: choose "
+                "another --out"
+            )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:

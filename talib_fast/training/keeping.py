@@ -73,9 +73,7 @@ class Keeper:
     def _saved(self, run: Run, result: dict[str, Any]) -> UserError | None:
         try:
             self._save(run, result)
-        except (
-            UserError
-        ) as error:  # of a network that its own library does not make again: its figures count all the same
+        except UserError as error:  # the run's figures count all the same
             return error
         return None
 

@@ -201,7 +201,7 @@ def draw_curves(results: dict[str, Any]) -> Any:
 
 
 def title(results: dict[str, Any]) -> str:
-    name = Path(data_name(results)).name
+    name = Path(data_name(results)).name or data_name(results)
     return f"{results['settings']['network']} → {name}, {labels(results['settings'])}"
 
 
