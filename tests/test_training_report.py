@@ -79,6 +79,13 @@ def test_rows_come_in_the_usual_order():
     assert [row.method for row in report.rows(make_results(["bss", "plain"], [0])["runs"])] == ["plain", "bss"]
 
 
+def test_a_combination_has_one_row_whatever_its_order():
+    runs = make_results(["stochnorm+bss", "plain", "lwf+bss"], [0])["runs"]
+    runs += make_results(["bss+stochnorm"], [1])["runs"]
+    table = report.rows(runs)
+    assert [row.method for row in table] == ["plain", "stochnorm+bss", "lwf+bss"] and len(table[1].accuracies) == 2
+
+
 def test_text_is_aligned():
     lines = report.text(make_results(["plain", "delta_attention"], [0, 1])).splitlines()
     table = [line for line in lines if line][:4]

@@ -10,7 +10,7 @@ from ..images.imageset import ImageSet
 from ..plots import STYLE, drawn
 from ..storage import write_atomically
 from .page import html
-from .recipes import RECIPES
+from .recipes import RECIPES, canonical
 
 FILES = ("report.html", "results.json", "table.md", "accuracy.png", "curves.png")
 # of combined methods: the colours of C0 to C9 again, in another order
@@ -52,14 +52,15 @@ class Row:
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per method that has runs, in the methods' usual order, combinations behind them."""
-    found = dict.fromkeys(run["method"] for run in runs)
+    found: dict[str, list[dict[str, Any]]] = {}  # by a name that does not depend on the order of what is combined
+    for run in runs:
+        found.setdefault(canonical(run["method"]), []).append(run)
     methods = [name for name in RECIPES if name in found] + [name for name in found if name not in RECIPES]
     table = []
-    for method in methods:
-        own = [run for run in runs if run["method"] == method]
+    for own in map(found.__getitem__, methods):
         table.append(
             Row(
-                method,
+                own[0]["method"],
                 tuple(run["accuracy"] for run in own),
                 statistics.median(run["seconds_per_step"] for run in own),
                 statistics.median(run["preparation_seconds"] for run in own),
@@ -182,7 +183,7 @@ def draw_curves(results: dict[str, Any]) -> Any:
     table = rows(results["runs"])
     colours = method_colours([row.method for row in table])
     for row in table:
-        own = [run for run in results["runs"] if run["method"] == row.method]
+        own = [run for run in results["runs"] if canonical(run["method"]) == canonical(row.method)]
         colour = colours[row.method]
         losses = [statistics.fmean(values) for values in zip(*(run["cross_entropies"] for run in own), strict=True)]
         smooth = moving_average(losses, max(1, len(losses) // 15))
