@@ -365,6 +365,15 @@ def test_what_is_no_good_image_is_listed(run, images, tmp_path):
     assert len(found["damaged"]) == 2 and len(found["contradicting"]) == len(found["ignored"]) == 1
 
 
+def test_nested_folders_are_classes_by_their_paths(run, images, tmp_path):
+    (images / "deep").mkdir()
+    for name in ("class0", "class1"):
+        (images / name).rename(images / "deep" / name)
+    code, out, _ = run("--method", "plain")
+    assert code == 0 and results(tmp_path)["data"]["classes"] == ["class2", "deep/class0", "deep/class1"]
+    assert "A class is the whole path of the folder that holds its images: deep/class0, deep/class1." in out
+
+
 def test_images_may_move_and_settings_of_speed_may_change(run, images, tmp_path):
     """What does not change the figures does not part them."""
     run("--method", "plain")

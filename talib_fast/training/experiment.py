@@ -78,7 +78,7 @@ def train_and_report(options: Options, arguments: list[str], device: torch.devic
     checked = parallel.from_first(partial(sources.check, found, workers))
     images = parallel.together(partial(sources.assemble, options, found, checked))
     experiment = parallel.together(partial(prepare, options, images, network, device, workers, folder))
-    for sentence in [*sources.told(images.findings), *network.notes]:
+    for sentence in [*sources.told(images), *network.notes]:
         print(sentence)
     options = experiment.options
     results = parallel.from_first(lambda: Results(folder, settings_of(experiment), record(experiment, arguments)))

@@ -126,6 +126,11 @@ TOLD = {
 }
 
 
-def told(findings: dict[str, list[str]]) -> list[str]:
-    """The findings, a line each."""
-    return [f"{TOLD[kind]}: {len(names):,} ({listing(names)})." for kind, names in findings.items() if names]
+def told(images: Sources) -> list[str]:
+    """What the user should know of the images, a line each."""
+    findings = images.findings.items()
+    lines = [f"{TOLD[kind]}: {len(names):,} ({listing(names)})." for kind, names in findings if names]
+    nested = [name for name in images.train.classes if "/" in name]
+    if nested:
+        lines.append(f"A class is the whole path of the folder that holds its images: {listing(nested, most=3)}.")
+    return lines
