@@ -588,21 +588,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def finetune_with_files_up_to(limit, images, out):
+    """Exit code, output and errors of a process of its own, without what measures coverage, which writes files too."""
+    script = FULL.format(tests=str(Path(__file__).parent), limit=limit)
+    command = [sys.executable, "-c", script, *arguments(images, out, "--method", "plain,l2")]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    pipe = subprocess.PIPE
+    return finish(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environ))
+
+
 @pytest.mark.parametrize("limit", [100, 4_000, 60_000])
 def test_a_full_disk_loses_nothing(images, tmp_path, limit):
-    script = FULL.format(tests=str(Path(__file__).parent), limit=limit)
-    command = [sys.executable, "-c", script, *arguments(images, tmp_path / "out", "--method", "plain,l2")]
-    code, _, err = finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    code, _, err = finetune_with_files_up_to(limit, images, tmp_path / "out")
     assert code == 1
     message = r"^talib_fast: \S+ cannot be written \(File too large\), what was finished before is kept: "
-    assert re.search(message, err, re.M), err
-    assert "Traceback" not in err
+    assert re.search(message, err, re.M) and "Traceback" not in err, err
     for path in (tmp_path / "out").rglob("*.json"):
         json.loads(path.read_text())
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"]
     done = len(results(tmp_path)["runs"]) if (tmp_path / "out" / "results.json").exists() else 0
-    command = [sys.executable, "-c", FULL.format(tests=str(Path(__file__).parent), limit=10**9), *command[3:]]
-    code, out, err = finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    code, out, err = finetune_with_files_up_to(10**9, images, tmp_path / "out")
     assert code == 0, err
     assert len(results(tmp_path)["runs"]) == 2 and (not done or done == 2 or f"Finished already: {done}." in out)
 
