@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..errors import printable
@@ -63,8 +62,3 @@ class _Files:
 def from_files(files: ImageFiles) -> ImageSet:
     names = tuple(printable(path) for path in files.paths)
     return ImageSet(files.classes, files.labels, names, _Files(files))
-
-
-def counts(images: ImageSet) -> list[int]:
-    """How many images each class has."""
-    return torch.bincount(images.labels, minlength=len(images.classes)).tolist()
