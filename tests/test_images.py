@@ -198,6 +198,12 @@ def test_wrong_folders_are_named(tmp_path):
         labelled(folder)
 
 
+def test_validation_may_lack_classes_and_have_empty_folders(tmp_path):
+    place(tmp_path / "a/1.png")
+    (tmp_path / "b").mkdir()
+    assert labelled(tmp_path, least=1).labelled_as(("a", "b")).labels.tolist() == [0]
+
+
 def test_files_and_folders_to_predict(tmp_path):
     place(tmp_path / "b/2.png", tmp_path / "b/c/1.jpg", tmp_path / "odd.name")
     (tmp_path / "b/notes.txt").write_text("")

@@ -42,8 +42,8 @@ def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> Imag
     """The images below a folder. The class of each is the path, below that folder, of the folder that holds it.
 
     So ``Fruit/Apple/1.jpg`` is of the class ``Fruit/Apple``, and ``Apple/1.jpg`` of the class ``Apple``. Hidden files
-    and folders are left out. Raises UsageError where there are less than ``least`` classes, or a folder for one is
-    empty.
+    and folders are left out. Raises UsageError where there are less than ``least`` classes, or, unless one is enough,
+    a folder for one is empty.
     """
     folder = existing(folder, option)
     members: dict[str, list[Path]] = {}
@@ -53,7 +53,7 @@ def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> Imag
             members.setdefault(printable(path.parent.relative_to(folder)), []).append(path)
         else:
             ignored.append(path)
-    for child in subfolders(folder):
+    for child in subfolders(folder) if least > 1 else ():
         name = printable(child.relative_to(folder))
         if not any(held == name or held.startswith(f"{name}/") for held in members):
             suffixes = ", ".join(sorted(SUFFIXES))
