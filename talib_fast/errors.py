@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -20,6 +21,12 @@ def count(number: int, thing: str) -> str:
     """The number and its thing: 1 image, 2 images, 2 classes."""
     plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
     return f"{number:,} {thing if number == 1 else plural}"
+
+
+def listing(names: Sequence[str], most: int = 10) -> str:
+    """Some names, the first of many."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def told(error: Exception) -> str:

@@ -15,9 +15,9 @@ from network_support import library
 from PIL import Image
 from training_support import make_images
 
-from talib_fast.errors import UsageError, UserError
+from talib_fast.errors import UsageError, UserError, listing
 from talib_fast.images.augmentation import RandomCrops, shifted
-from talib_fast.images.checks import check_files, duplicates, listing
+from talib_fast.images.checks import check_files, duplicates
 from talib_fast.images.decoding import ImageError, read
 from talib_fast.images.folder import below, labelled, parts
 from talib_fast.images.imageset import from_files

@@ -36,6 +36,12 @@ def edit(folder, **entries):
     (folder / model.CONFIG).write_text(json.dumps(config | entries))
 
 
+def timm_config(network, head, preprocessing):
+    """What is said of a network of timm's with two classes."""
+    named = {"library": "timm", "network": f"timm:{network}", "head": head}
+    return named | {"num_classes": 2, "classes": ["a", "b"], "preprocessing": preprocessing}
+
+
 class TestOtherLibrariesLoadIt:
     @pytest.mark.parametrize(
         "network",
@@ -65,26 +71,13 @@ class TestOtherLibrariesLoadIt:
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
 
     def test_timm_is_told_nothing_where_its_head_is_elsewhere(self, tmp_path):
-        config = {
-            "library": "timm",
-            "network": "timm:test_resnet",
-            "head": "other",
-            "num_classes": 2,
-            "classes": ["a", "b"],
-        }
-        assert model.timm_entries(config | {"preprocessing": {"size": 64}}) == {}
+        config = timm_config("test_resnet", "other", {"size": 64})
+        assert model.timm_entries(config) == {}
 
     def test_timm_builds_networks_of_another_image_size(self, tmp_path):
         timm = library("timm")
         net = timm.create_model("test_vit", num_classes=2, img_size=96).eval()
-        config = {
-            "library": "timm",
-            "network": "timm:test_vit",
-            "head": "head",
-            "num_classes": 2,
-            "classes": ["a", "b"],
-        }
-        model.save(tmp_path / "kept", net.state_dict(), config | {"preprocessing": asdict(Preprocessing(96))})
+        model.save(tmp_path / "kept", net.state_dict(), timm_config("test_vit", "head", asdict(Preprocessing(96))))
         loaded = timm.create_model(f"local-dir:{tmp_path / 'kept'}", pretrained=True).eval()
         x = torch.randn(2, 3, 96, 96)
         torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=0)

@@ -58,9 +58,3 @@ def duplicates(checked: Sequence[Checked]) -> list[list[int]]:
         if file.damage is None:
             groups.setdefault(file.digest, []).append(index)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def listing(names: Sequence[str], most: int = 10) -> str:
-    """Some names, the first of many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

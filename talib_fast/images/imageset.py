@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import printable
-from .decoding import read
 from .folder import ImageFiles
+from .loading import Files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,14 +51,6 @@ class _Part:
         return self.read_at(self.indices[index], at_least)
 
 
-@dataclass(frozen=True)
-class _Files:
-    files: ImageFiles
-
-    def __call__(self, index: int, at_least: int | None) -> "Image":
-        return read(self.files.paths[index], at_least)
-
-
 def from_files(files: ImageFiles) -> ImageSet:
     names = tuple(printable(path) for path in files.paths)
-    return ImageSet(files.classes, files.labels, names, _Files(files))
+    return ImageSet(files.classes, files.labels, names, Files(files.paths))

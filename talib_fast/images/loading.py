@@ -2,10 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..errors import UserError, first_line
 from ..progress import progress
 from .decoding import ImageError, read
 from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MOST_WORKERS = 8
 LOWEST_PRIORITY = 19
@@ -78,10 +81,20 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Prepared(Dataset[Loaded]):
-    """Images in files, read and prepared: asked for some indices it gives these, as :class:`Loaded`."""
+class Files:
+    """Reads images in files, by their places."""
 
-    sources: Sequence[str | PathLike]
+    paths: Sequence[str | PathLike]
+
+    def __call__(self, index: int, at_least: int | None) -> "Image":
+        return read(self.paths[index], at_least)
+
+
+@dataclass(frozen=True)
+class Prepared(Dataset[Loaded]):
+    """Images read and prepared: asked for some indices it gives these, as :class:`Loaded`."""
+
+    read_at: Callable[[int, int | None], "Image"]
     preprocessing: Preprocessing
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:
@@ -89,7 +102,7 @@ class Prepared(Dataset[Loaded]):
         errors = {}
         for index in indices:
             try:
-                found[index] = self.preprocessing(read(self.sources[index]))
+                found[index] = self.preprocessing(self.read_at(index, None))
             except ImageError as error:
                 errors[index] = error
         size = self.preprocessing.size
@@ -106,7 +119,7 @@ def loaded(
 ) -> Iterator[Loaded]:
     """The images in files, prepared, in batches and in order; behind a progress bar with the words ``show``."""
     batches = batched(range(len(sources)), batch_size)
-    items = in_workers(Prepared(sources, preprocessing), batches, min(workers, len(batches)))
+    items = in_workers(Prepared(Files(sources), preprocessing), batches, min(workers, len(batches)))
     return progress(items, show, len(batches), show=bool(show))
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 28
+DIGITS = tuple("0123456789")
 
 
 def load_sample() -> ImageSet:
@@ -27,8 +28,7 @@ def load_sample() -> ImageSet:
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): {INSTALL_COMMAND} --force-reinstall") from error
     names = tuple(f"digit {number}" for number in range(len(labels)))
-    classes = tuple(str(digit) for digit in range(10))
-    return ImageSet(classes, labels, names, _Digits(pixels), small=True)
+    return ImageSet(DIGITS, labels, names, _Digits(pixels), small=True)
 
 
 @dataclass(frozen=True)

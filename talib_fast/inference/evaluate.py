@@ -4,10 +4,9 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,8 @@ from ..images.folder import ImageFiles, labelled, parts
 from ..images.loading import default_workers, loaded
 from ..version import __version__
 from . import metrics, output
-from .figures import MOST_MISTAKES, THUMBNAIL, draw_confusion, draw_mistakes
+from .figures import THUMBNAIL, draw_confusion, draw_worst_mistakes
 from .model import ImageClassifier, load
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 TOP = 5
 MOST_CONFUSIONS = 10
@@ -87,12 +83,6 @@ class Outcome:
     among_top: Tensor
     matrix: Tensor
     errors: dict[int, ImageError]
-
-    def worst_mistakes(self, most: int) -> list[int]:
-        """Places in ``indices`` of the mistakes with the highest probabilities, these first."""
-        wrong = (self.predicted != self.labels).nonzero().flatten()
-        order = self.probabilities[wrong].argsort(descending=True, stable=True)
-        return wrong[order[:most]].tolist()
 
 
 def classify(classifier: ImageClassifier, images: ImageFiles, batch_size: int, workers: int) -> Outcome:
@@ -203,30 +193,16 @@ def write(out: Path, classifier: ImageClassifier, images: ImageFiles, outcome: O
         print("No plots: they need matplotlib (pip install matplotlib).", file=sys.stderr)
     else:
         output.write_png(out / "confusion.png", draw_confusion(outcome.matrix, classes))
-        wrong = len(outcome.labels) - int(outcome.matrix.diagonal().sum())
-        output.write_png(out / "mistakes.png", draw_mistakes(mistakes(classes, images, outcome), wrong))
+        worst = draw_worst_mistakes(
+            outcome.labels,
+            outcome.predicted,
+            outcome.probabilities,
+            classes,
+            lambda place: read(images.paths[outcome.indices[place]], at_least=THUMBNAIL),
+        )
+        output.write_png(out / "mistakes.png", worst)
         written = list(FILES)
     print(f"\nWritten to {printable(out)}: {', '.join(written)}")
-
-
-def mistakes(classes: Sequence[str], images: ImageFiles, outcome: Outcome) -> list[tuple[Any, str, str, float]]:
-    """The worst mistakes as :func:`draw_mistakes` takes them, each image once more from its file."""
-    return [
-        (
-            small(images.paths[outcome.indices[place]]),
-            classes[int(outcome.labels[place])],
-            classes[int(outcome.predicted[place])],
-            outcome.probabilities[place].item(),
-        )
-        for place in outcome.worst_mistakes(MOST_MISTAKES)
-    ]
-
-
-def small(path: Path) -> "Image":
-    """The image in a file, no larger than it is shown."""
-    image = read(path, at_least=THUMBNAIL)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
 
 
 def record(classifier: ImageClassifier, images: ImageFiles, outcome: Outcome) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Plots of what a classifier confuses: its confusion matrix, and the images that it got wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,27 @@ def draw_mistakes(mistakes: Sequence[tuple[Any, str, str, float]], total: int | 
             caption = f"{percent(probability)} {shortened(predicted, 24)}\nis {shortened(true, 30)}"
             axes.set_title(plain(caption), fontsize=7.5, loc="left", linespacing=1.25)
     return figure
+
+
+def draw_worst_mistakes(
+    labels: Tensor, predicted: Tensor, probabilities: Tensor, classes: Sequence[str], read_at: Callable[[int], Any]
+) -> Any:
+    """:func:`draw_mistakes` of the most confident ones among all predictions.
+
+    Args:
+        labels, predicted: int64 [N].
+        probabilities: of the predicted classes, [N].
+        read_at: gives the image of Pillow's at a place; asked for those that are shown.
+    """
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES].tolist()
+    shown = []
+    for place in worst:
+        image = read_at(place)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))  # so that no more than one is held as large as it is
+        true, guess = classes[int(labels[place])], classes[int(predicted[place])]
+        shown.append((image, true, guess, probabilities[place].item()))
+    return draw_mistakes(shown, len(wrong))
 
 
 def thumbnail(image: Any, side: int = THUMBNAIL) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import UsageError, UserError, count, first_line
+from ..errors import UsageError, UserError, count, first_line, listing
 
 NEW_HEAD = "talib_fast_head"  # what a head is called in the state dict of a network that has no place for one
 REMEDY = "give another --weights file"
@@ -85,7 +85,7 @@ def reason(path: Path, error: Exception) -> str:
         unsafe = []
     if not unsafe:
         return "it is damaged, or no file of torch.save"
-    return f"it holds {shown(sorted(unsafe))}, which might run code: save the state_dict() alone"
+    return f"it holds {listing(sorted(unsafe), SHOWN)}, which might run code: save the state_dict() alone"
 
 
 def plain_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -112,13 +112,9 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], source: str, remedy
         elif value.shape != own.shape:
             wrong.append(f"{name} is {list(value.shape)} instead of {list(own.shape)}")
     if wrong:
-        raise UserError(f"{source} does not fit the network ({shown(wrong)}): {remedy}")
+        raise UserError(f"{source} does not fit the network ({listing(wrong, SHOWN)}): {remedy}")
     lacking, unknown = model.load_state_dict(state, strict=False)
     if lacking or unknown:
-        parts = [f"it lacks {shown(lacking)}"] * bool(lacking) + [f"it has {shown(unknown)} besides"] * bool(unknown)
+        parts = [f"it lacks {listing(lacking, SHOWN)}"] * bool(lacking)
+        parts += [f"it has {listing(unknown, SHOWN)} besides"] * bool(unknown)
         raise UserError(f"{source} does not fit the network ({' and '.join(parts)}): {remedy}")
-
-
-def shown(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -4,7 +4,7 @@ A batch is a pure function of the seed and the step's number, so an interrupted 
 Files are read again whenever they are needed, by worker processes, so that no more than a few batches are in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..images.augmentation import SHIFTS, RandomCrops, shifted
 from ..images.decoding import ImageError
 from ..images.imageset import ImageSet
-from ..images.loading import batched, in_workers
+from ..images.loading import Prepared, batched, in_workers
 from ..images.preprocessing import Preprocessing
 from . import parallel
 from .splits import Splits, mixed_seed, seeded_generator
@@ -50,18 +50,18 @@ class InOrder:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = batched(range(len(self.labels)), self.batch_size)
         for batch, images in zip(batches, self._prepared(batches), strict=True):
-            if isinstance(images, ImageError):
-                raise images
             labels = self.labels[batch].to(self.device)
             yield self.preprocessing.normalize(images.to(self.device, non_blocking=True)), labels
 
-    def _prepared(self, batches: list[list[int]]) -> Iterator[Tensor | ImageError]:
+    def _prepared(self, batches: list[list[int]]) -> Iterator[Tensor]:
         if self.images.small:
             yield from (self.held[batch] for batch in batches)
-        else:
-            dataset = PreparedSet(self.images, self.preprocessing)
-            workers = min(self.workers, len(batches))
-            yield from in_workers(dataset, batches, workers, self.device.type)
+            return
+        dataset = Prepared(self.images.read_at, self.preprocessing)
+        for item in in_workers(dataset, batches, min(self.workers, len(batches)), self.device.type):
+            for error in item.errors.values():
+                raise error
+            yield item.images
 
     @cached_property
     def held(self) -> Tensor:
@@ -75,20 +75,6 @@ class InOrder:
         if self.images.small:
             part.held = self.held[rows]
         return part
-
-
-@dataclass(frozen=True)
-class PreparedSet(Dataset["Tensor | ImageError"]):
-    """Asked for some places it gives the images there, prepared: uint8 [n, 3, S, S], or the error of one."""
-
-    images: ImageSet
-    preprocessing: Preprocessing
-
-    def __getitem__(self, indices: Sequence[int]) -> Tensor | ImageError:
-        try:
-            return torch.stack([self.preprocessing(self.images.read_at(index, None)) for index in indices])
-        except ImageError as error:  # given back, as an exception would reach the other process in torch's words
-            return error
 
 
 @dataclass(frozen=True)

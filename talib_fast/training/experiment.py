@@ -28,7 +28,7 @@ from .data import TaskData
 from .keeping import Keeper, description
 from .memory import release_memory
 from .options import Options
-from .results import Results, locked
+from .results import Results, locked, name_of
 from .splits import Splits, split
 from .tensorboard import summary_writer
 from .trainer import DivergedError, Run
@@ -151,7 +151,7 @@ def train(todo: Sequence[tuple[str, int]], experiment: Experiment, results: Resu
     for number, (method, seed) in enumerate(todo, 1):
         if data is None or data.seed != seed:
             data = parallel.together(partial(load_data, experiment, seed))
-        name = f"{method}-seed{seed}"
+        name = name_of(method, seed)
         checkpoint = folder / "checkpoints" / f"{name}.pt"
         curves = folder / "tensorboard" / name if options.tensorboard else None
         label = f"[{number}/{len(todo)}] {method}, seed {seed}"

@@ -54,7 +54,7 @@ class Keeper:
         result |= {"model": None, "kept": self.keep}
         failure = None
         if self.keep == "all" or (self.keep == "best" and all(score(result) > score(other) for other in kept)):
-            result["model"] = f"models/{name_of(result)}"
+            result["model"] = f"models/{name_of(**result)}"
             failure = parallel.from_first(lambda: self._saved(run, result))
             if failure:
                 result["model"], kept = None, []
@@ -68,7 +68,7 @@ class Keeper:
     def _remove_replaced(self) -> None:
         for run in self.results.runs:
             if not run.get("model"):
-                shutil.rmtree(self.folder / "models" / name_of(run), ignore_errors=True)
+                shutil.rmtree(self.folder / "models" / name_of(**run), ignore_errors=True)
 
     def _saved(self, run: Run, result: dict[str, Any]) -> UserError | None:
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..images.imageset import ImageSet
 from ..inference import metrics
-from ..inference.figures import MOST_MISTAKES, THUMBNAIL, draw_confusion, draw_mistakes
+from ..inference.figures import THUMBNAIL, draw_confusion, draw_worst_mistakes
 from ..plots import drawn
 from .results import predictions_file, score
 from .sources import TOLD
@@ -76,7 +76,14 @@ def answers(folder: Path, run: dict[str, Any], images: ImageSet, plotted: bool) 
     }
     if plotted:
         found["confusion"] = data_url(drawn(draw_confusion(matrix, images.classes)))
-        found["mistakes"] = data_url(drawn(mistakes(images, predicted, probabilities), "jpeg"), "jpeg")
+        worst = draw_worst_mistakes(
+            images.labels,
+            predicted,
+            probabilities,
+            images.classes,
+            lambda place: images.read_at(place, THUMBNAIL),
+        )
+        found["mistakes"] = data_url(drawn(worst, "jpeg"), "jpeg")
     return found
 
 
@@ -92,19 +99,3 @@ def read_predictions(path: Path, images: ImageSet) -> tuple[Tensor, Tensor]:
     places = {name: place for place, name in enumerate(images.classes)}
     predicted = torch.tensor([places[row["predicted"]] for row in rows])
     return predicted, torch.tensor([float(row["probability"]) for row in rows], dtype=torch.float64)
-
-
-def mistakes(images: ImageSet, predicted: Tensor, probabilities: Tensor) -> Any:
-    """The most confident mistakes, drawn."""
-    wrong = (predicted != images.labels).nonzero().flatten()
-    worst = wrong[probabilities[wrong].argsort(descending=True, stable=True)]
-    shown = [
-        (
-            images.read_at(index, THUMBNAIL),
-            images.classes[images.labels[index]],
-            images.classes[predicted[index]],
-            float(probabilities[index]),
-        )
-        for index in worst[:MOST_MISTAKES].tolist()
-    ]
-    return draw_mistakes(shown, total=len(wrong))

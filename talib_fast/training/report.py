@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images.imageset import ImageSet
+from ..inference.output import aligned
 from ..plots import STYLE, drawn
 from ..storage import write_atomically
 from .page import html
@@ -73,13 +74,9 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
 def text(results: dict[str, Any]) -> str:
     """The table for a terminal."""
     lines: list[tuple[str, ...]] = [COLUMNS, *(row.cells() for row in rows(results["runs"]))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    aligned = []
-    for name, *figures in lines:
-        cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        aligned.append("  ".join([name.ljust(widths[0]), *cells]))
-    aligned.insert(1, "  ".join("-" * width for width in widths))
-    return "\n" + "\n".join(aligned) + f"\n\n{caption(results)}"
+    rule = tuple("-" * max(map(len, column)) for column in zip(*lines, strict=True))
+    table = aligned([lines[0], rule, *lines[1:]], right=range(1, len(COLUMNS)))
+    return "\n" + "\n".join(table) + f"\n\n{caption(results)}"
 
 
 def markdown(results: dict[str, Any]) -> str:

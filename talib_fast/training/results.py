@@ -49,14 +49,14 @@ def holder(folder: Path) -> str:
         return "another process"
 
 
-def name_of(run: dict[str, Any]) -> str:
+def name_of(method: str, seed: int, **result: Any) -> str:
     """What a run's files and folders are called."""
-    return f"{run['method']}-seed{run['seed']}"
+    return f"{method}-seed{seed}"
 
 
 def predictions_file(folder: Path, run: dict[str, Any]) -> Path:
     """Where a run's answers to the test images are: file, class, predicted class and its probability."""
-    return folder / "predictions" / f"{name_of(run)}.csv"
+    return folder / "predictions" / f"{name_of(**run)}.csv"
 
 
 def score(run: dict[str, Any]) -> float:

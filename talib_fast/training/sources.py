@@ -5,13 +5,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError, count, printable
-from ..images.checks import Checked, check_files, duplicates, listing
+from ..errors import UserError, count, listing, printable
+from ..images.checks import Checked, check_files, duplicates
 from ..images.folder import ImageFiles, labelled, parts
 from ..images.imageset import ImageSet, from_files
-from ..images.sample import load_sample
+from ..images.sample import DIGITS, load_sample
 from .options import Options
 
 SAMPLE = "the built-in sample of MNIST digits"
@@ -34,14 +33,13 @@ class Sources:
     val: ImageSet | None
     test: ImageSet | None
     digest: str
-    findings: dict[str, Any] = field(default_factory=dict)
+    findings: dict[str, list[str]] = field(default_factory=dict)
 
 
 def find(options: Options) -> dict[str, ImageFiles]:
     """The files that the options name, by part: train, val and test; none for what is built in."""
     if options.sample:
-        digits = tuple(str(digit) for digit in range(10))
-        return {"test": labelled(options.test, "--test", least=1).labelled_as(digits)} if options.test else {}
+        return {"test": labelled(options.test, "--test", least=1).labelled_as(DIGITS)} if options.test else {}
     folders = parts(options.data)
     found = {"train": labelled(folders.get("train", options.data))}
     if "val" in folders:
