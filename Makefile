@@ -34,7 +34,8 @@ fuzz: .venv/test
 
 packages: .venv/test
 	rm -rf dist
-	$(BIN)/python tools/architectures.py csrc/cuda/*.cu
+	$(BIN)/python tools/architectures.py csrc/*.cu csrc/cuda/*.cu
+	$(BIN)/python tools/machine_code.py
 	$(BIN)/python tools/packages.py build dist
 	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) $(NETWORKS) -- $(TOGETHER)
 

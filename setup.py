@@ -36,7 +36,8 @@ def sources(pattern: str) -> list[str]:
 
 
 AUTOGRAD_SOURCES = sources("csrc/autograd/*.cpp")
-COMMON_SOURCES, CPU_SOURCES, CUDA_SOURCES = sources("csrc/*.cpp"), sources("csrc/cpu/*.cpp"), sources("csrc/cuda/*.cu")
+COMMON_SOURCES, CPU_SOURCES = sources("csrc/*.cpp"), sources("csrc/cpu/*.cpp")
+COMMON_CUDA_SOURCES, CUDA_SOURCES = sources("csrc/*.cu"), sources("csrc/cuda/*.cu")
 KERNELS = CppExtension(
     "talib_fast._C", [], define_macros=[("TORCH_TARGET_VERSION", build_parts.STABLE_ABI)], py_limited_api=True
 )
@@ -129,7 +130,8 @@ class Build(BuildExtension):
         """Give the kernels their sources and flags."""
         cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's own flags ask for debug information, most of the library
         nvcc = [*build_parts.NVCC_FLAGS]
-        link = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state", "-ldl"]
+        link = [f"-Wl,--defsym={build_parts.sources_symbol(ROOT / 'csrc')}=0"]
+        link += ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state", "-ldl"]
         cuda_sources: list[str] = []
         for_cuda = {"without_cuda": without_cuda}
         if not without_cuda:
@@ -141,13 +143,14 @@ class Build(BuildExtension):
             cpp_extension.CUDA_HOME = toolkit.root
             threads = build_parts.nvcc_threads(os.environ, os.cpu_count() or 1, len(CUDA_SOURCES))
             nvcc.append(f"--threads={threads}")
-            for stale in Path(self.build_temp).glob("csrc/cuda/*.o"):
-                stale.unlink()  # under a torch without CUDA ninja is not told which headers they depend on
+            for source in (*COMMON_CUDA_SOURCES, *CUDA_SOURCES):
+                # under a torch without CUDA ninja is not told which headers they depend on
+                Path(self.build_temp, source).with_suffix(".o").unlink(missing_ok=True)
             link += [f"-L{path}" for path in toolkit.library_dirs]
             link += ["-lcudart_static", "-lrt", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a"]
         text = build_parts.build_text(torch.__version__, CPU_SOURCES, cuda_sources, for_cuda)
         cxx.append(f"-DTALIB_FAST_BUILD={build_parts.c_string(text)}")
-        KERNELS.sources = [*COMMON_SOURCES, *CPU_SOURCES, *cuda_sources]
+        KERNELS.sources = [*COMMON_SOURCES, *CPU_SOURCES, *(COMMON_CUDA_SOURCES if cuda_sources else ()), *cuda_sources]
         KERNELS.extra_compile_args = {"cxx": cxx, "nvcc": nvcc}
         KERNELS.extra_link_args = link
 

@@ -99,6 +99,7 @@ def both_losses(model: Callable[..., Any], im_q: Tensor, im_k: Tensor, labels: T
 
 def timed(setting: Setting, rounds: int) -> Case:
     """The raw samples of one setting."""
+    progress(setting.label)
     samples, repetitions = harness.interleaved(
         torch.device(setting.device), setting.candidates(), [setting.feed()], rounds
     )
@@ -235,17 +236,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     settings = [Setting(*size, options.device) for size in SIZES]
-    cases = []
-    for number, setting in enumerate(settings, 1):
-        progress(f"{number}/{len(settings)} {setting.label}")
-        cases.append(timed(setting, options.rounds))
-    progress("")
     return {
         "operation": OPERATION,
         "environment": report.environment(torch.device(options.device)),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per step"},
         "calls": calls(settings[0]),
-        "cases": cases,
+        "cases": (timed(setting, options.rounds) for setting in settings),
     }
 
 

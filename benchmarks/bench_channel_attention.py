@@ -14,7 +14,8 @@ of the smaller network, trained for a moment on made-up classes so that its chan
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,28 +137,25 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-def counted(network: Network, device: torch.device) -> list[Case]:
+def counted(network: Network, device: torch.device) -> Iterator[Case]:
     """Operations alone, of one image."""
     torch.manual_seed(0)
     model = ResNet50(network.width, CLASSES).to(device).eval()
     x = torch.randn(1, 3, network.image, network.image, device=device)
-    cases = []
     for layer in CHANNEL_LAYERS:
         progress(f"{network.label} {layer}: operations")
         channels = channels_of(model, layer)
         found = flops(model, layer, x, torch.zeros(1, dtype=torch.long, device=device))
-        cases.append({"network": network.label, "label": layer, "channels": channels, "flops": found})
-    return cases
+        yield {"network": network.label, "label": layer, "channels": channels, "flops": found}
 
 
-def measured(network: Network, batch: int, rounds: int, device: torch.device) -> list[Case]:
+def measured(network: Network, batch: int, rounds: int, device: torch.device) -> Iterator[Case]:
     """Operations, raw samples, and how far the ways agree."""
     progress(f"{network.label}: training")
     model, batches = trained(network, batch, device)
     first = batches[0]
     estimated = channel_attention(model, batches, CHANNEL_LAYERS, method="taylor", progress=False)
     exact = channel_attention(model, batches, CHANNEL_LAYERS, progress=False)
-    cases = []
     for case in counted(network, device):
         layer = case["label"]
         progress(f"{network.label} {layer}: time")
@@ -169,9 +167,7 @@ def measured(network: Network, batch: int, rounds: int, device: torch.device) ->
         candidates = [Candidate(name, attention) for name, attention in way.items()]
         samples, _ = harness.interleaved(device, candidates, [Feed((), first[0], first)], rounds)
         correlation = rank_correlation(estimated[layer], exact[layer])
-        cases.append({**case, "errors": errors, "rank_correlation": correlation, "samples": samples})
-    progress("")
-    return cases
+        yield {**case, "errors": errors, "rank_correlation": correlation, "samples": samples}
 
 
 def together(cases: Sequence[Case]) -> Case:
@@ -323,10 +319,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "ranked_batches": RANKED_BATCHES,
             "units": "seconds per batch",
         },
-        "cases": [
-            *([] if options.quick else counted(FULL, device)),
-            *measured(SMALL, options.batch, options.rounds, device),
-        ],
+        "cases": itertools.chain(
+            () if options.quick else counted(FULL, device),
+            measured(SMALL, options.batch, options.rounds, device),
+        ),
     }
 
 

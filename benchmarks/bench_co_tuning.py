@@ -13,7 +13,7 @@ are given, so that the network's time does not hide its own.
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +190,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     device = torch.device(options.device)
-    cases = []
-    for label, candidates, feeds in (*losses(device), *preparations(device)):
-        progress(label)
-        samples, repetitions = harness.interleaved(device, candidates, feeds, options.rounds)
-        cases.append({"label": label, "passes_per_sample": repetitions, "samples": samples})
-    progress("")
+
+    def cases() -> Iterator[Case]:
+        for label, candidates, feeds in (*losses(device), *preparations(device)):
+            progress(label)
+            samples, repetitions = harness.interleaved(device, candidates, feeds, options.rounds)
+            yield {"label": label, "passes_per_sample": repetitions, "samples": samples}
+
     return {
         "operation": OPERATION,
         "environment": report.environment(device),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per pass"},
         "error": error(device),
-        "cases": cases,
+        "cases": cases(),
     }
 
 

@@ -16,7 +16,7 @@ twenty batches; there evaluation is upstream's loop.
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
     feeds = [Feed((), torch.ones((), device=device), (images,))]
-    cases = []
-    for network in NETWORKS:
-        for kind, sides in work(network, options.device):
-            progress(f"{kind}, {network}")
-            case: Case = {"label": f"{kind}, {network}", "work": kind, "network": network}
-            if kind == PASS:
-                case["errors"] = {name: error(sides, images, name) for name in (OURS, *HALF[options.device])}
-            candidates = [Candidate(name, function) for name, function in sides.items()]
-            case["samples"], _ = harness.interleaved(device, candidates, feeds, options.rounds)
-            cases.append(case)
-    progress("")
+
+    def cases() -> Iterator[Case]:
+        for network in NETWORKS:
+            for kind, sides in work(network, options.device):
+                progress(f"{kind}, {network}")
+                case: Case = {"label": f"{kind}, {network}", "work": kind, "network": network}
+                if kind == PASS:
+                    case["errors"] = {name: error(sides, images, name) for name in (OURS, *HALF[options.device])}
+                candidates = [Candidate(name, function) for name, function in sides.items()]
+                case["samples"], _ = harness.interleaved(device, candidates, feeds, options.rounds)
+                yield case
+
     return {
         "operation": OPERATION,
         "environment": report.environment(device),
@@ -209,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             **{"device": options.device, "rounds": options.rounds, "batch": options.batch, "amx": harness.has_amx()},
             "units": "seconds per pass",
         },
-        "cases": cases,
+        "cases": cases(),
     }
 
 

@@ -89,6 +89,7 @@ def candidates(what: str, channels: int, device: torch.device) -> list[Candidate
 
 def timed(what: str, shape: tuple[int, ...], rounds: int, device: torch.device) -> Case:
     """The raw samples of one shape."""
+    progress(f"{what}, {shape}")
     torch.manual_seed(0)
     inputs = harness.feeds(device, shape, torch.float32, False, sets=1)
     samples, repetitions = harness.interleaved(device, candidates(what, shape[1], device), inputs, rounds)
@@ -170,17 +171,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     device = torch.device(options.device)
     torch.set_num_threads(1)
-    cases = []
     middle = SHAPES[len(SHAPES) // 2]
-    for what, shape in (*((ALONE, shape) for shape in SHAPES), *((what, middle) for what in together())):
-        progress(f"{what}, {shape}")
-        cases.append(timed(what, shape, options.rounds, device))
-    progress("")
+    settings = (*((ALONE, shape) for shape in SHAPES), *((what, middle) for what in together()))
     return {
         "operation": OPERATION,
         "environment": report.environment(device, "stoch_norm"),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per pass"},
-        "cases": cases,
+        "cases": (timed(what, shape, options.rounds, device) for what, shape in settings),
     }
 
 

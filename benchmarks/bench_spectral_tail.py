@@ -83,6 +83,7 @@ def candidates(k: int) -> list[Candidate]:
 
 def timed(setting: Setting, rounds: int) -> Case:
     """The raw samples of one setting."""
+    progress(f"{setting.label} {setting.dtype}")
     samples, repetitions = harness.interleaved(
         torch.device(setting.device), candidates(setting.k), [setting.feed()], rounds
     )
@@ -258,17 +259,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     device = torch.device(options.device)
     settings = [Setting(*shape, dtype, options.device) for dtype in options.dtype for shape in SHAPES]
-    cases = []
-    for number, setting in enumerate(settings, 1):
-        progress(f"{number}/{len(settings)} {setting.label} {setting.dtype}")
-        cases.append(timed(setting, options.rounds))
-    progress("")
     return {
         "operation": OPERATION,
         "environment": report.environment(device, OPERATION),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per pass"},
         "errors": errors(device),
-        "cases": cases,
+        "cases": (timed(setting, options.rounds) for setting in settings),
     }
 
 

@@ -12,7 +12,7 @@ sources 2N forward and 3N backward, with bfloat16 ones beside float32 1.5N and 2
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +173,7 @@ def timed(setting: Setting, rounds: int) -> Case:
     }
 
 
-def measure(settings: Sequence[Setting], rounds: int) -> list[Case]:
+def measure(settings: Sequence[Setting], rounds: int) -> Iterator[Case]:
     """Samples and peak memory of all settings."""
     return harness.measure(settings, lambda setting: timed(setting, rounds), peak_bytes, settings[0])
 

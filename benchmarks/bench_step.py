@@ -34,7 +34,7 @@ import report
 import torch
 from command import BOTH_DTYPES, DTYPES, QUICK_BATCH, QUICK_ROUNDS
 from harness import Candidate, Feed
-from report import LOOKS, Case, Goal, Spread, error_bars, progress, speedup
+from report import LOOKS, Case, Goal, Spread, error_bars, speedup
 from torch import Tensor, nn
 
 from talib_fast import networks
@@ -465,14 +465,12 @@ def settings(options: argparse.Namespace) -> list[Setting]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     asked = settings(options)
-    cases = harness.measure(asked, timed, peak_bytes, asked[0])
-    progress("")
     rounds = " or ".join(sorted({str(setting.rounds) for setting in asked}, key=int))
     return {
         "operation": OPERATION,
         "environment": report.environment(torch.device(options.device)),
         "settings": {"device": options.device, "rounds": rounds, "units": "seconds per step", "amx": harness.has_amx()},
-        "cases": cases,
+        "cases": harness.measure(asked, timed, peak_bytes, asked[0]),
     }
 
 

@@ -197,7 +197,7 @@ def timed(setting: Setting, rounds: int, compiled: bool) -> Case:
     }
 
 
-def measure(settings: Sequence[Setting], rounds: int, compiled: bool) -> list[Case]:
+def measure(settings: Sequence[Setting], rounds: int, compiled: bool) -> Iterator[Case]:
     """Samples and peak memory of all settings."""
     # large enough for every thread
     warm_up = replace(settings[0], batch=8, channels=64, size=28)

@@ -1,4 +1,4 @@
-"""Puts what gpu.sh found into one JSON: ``python benchmarks/gather.py SUMMARY RESULTS JSON``."""
+"""Puts what gpu.sh found so far into one JSON: ``python benchmarks/gather.py SUMMARY RESULTS JSON``."""
 
 import json
 import sys

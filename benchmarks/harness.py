@@ -323,21 +323,21 @@ def measure(
     timed: Callable[[Any], dict[str, Any]],
     peak_bytes: Callable[[Any], dict[str, int]],
     warm_up: Any,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """What ``timed`` finds in each setting, with ``peak_bytes``, which a first pass of ``warm_up`` keeps clean.
 
-    Settings have ``label``, ``layout``, ``dtype`` and ``device``.
+    Settings have ``label``, ``layout``, ``dtype`` and ``device``. On a CPU a process of its own measures memory, and
+    waits while this one takes time.
     """
-    cases = []
-    for number, setting in enumerate(settings, 1):
-        progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
-        cases.append(timed(setting))
-    progress("peak memory")
-    if settings[0].device == "cuda":
-        peaks = list(map(peak_bytes, settings))
-    else:
-        with clean_process() as process:
-            process.submit(peak_bytes, warm_up).result()  # loads what is loaded only once
-            peaks = list(process.map(peak_bytes, settings))
-    progress("")
-    return [{**case, "peak_bytes": peak} for case, peak in zip(cases, peaks, strict=True)]
+    with contextlib.ExitStack() as stack:
+        peak = peak_bytes
+        if settings[0].device == "cpu":
+            process = stack.enter_context(clean_process())
+
+            def peak(setting: Any) -> dict[str, int]:
+                return process.submit(peak_bytes, setting).result()
+
+            peak(warm_up)  # loads what is loaded only once
+        for number, setting in enumerate(settings, 1):
+            progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
+            yield {**timed(setting), "peak_bytes": peak(setting)}

@@ -2,11 +2,13 @@
 
     python benchmarks/kernels.py [--out DIR]
 
-writes ``results.json`` and ``table.md``. The figures are those of PyTorch's profiler; the floor's bytes, which a pass
-has to move whatever the kernel, are the operations' benchmarks'. It needs a GPU.
+writes ``results.json``, after every pass, and ``table.md``. The figures are those of PyTorch's profiler; the floor's
+bytes, which a pass has to move whatever the kernel, are the operations' benchmarks'. A pass never finds its inputs in
+the cache, where these are more than a cache holds, nor the memory that its output goes to. It needs a GPU.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import re
@@ -22,8 +24,8 @@ import bench_stoch_norm as norm
 import command
 import report
 import torch
-from harness import Candidate, Feed, on_chip_bytes
-from report import progress
+from harness import Candidate, Feed, on_chip_bytes, sets_beyond_cache
+from report import Case, progress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -57,20 +59,27 @@ class Kernel:
     occupancy: float  # %, estimated from the launch
 
 
+def in_turns(work: Callable[[Feed], object], feeds: Sequence[Feed]) -> Callable[[], object]:
+    """``work`` on one feed after the other. As many results are kept, so that each goes to other memory too."""
+    supply, kept = itertools.cycle(feeds), collections.deque[object](maxlen=len(feeds))
+    return lambda: kept.append(work(next(supply)))
+
+
 def both_passes(
-    label: str, candidate: Candidate, feed: Feed, forward_bytes: float, backward_bytes: float
+    label: str, candidate: Candidate, feeds: Sequence[Feed], forward_bytes: float, backward_bytes: float
 ) -> list[Pass]:
     """Forward and backward of a benchmark's candidate."""
-    output = candidate.forward(*feed.arguments)
+    outputs = {id(feed): candidate.forward(*feed.arguments) for feed in feeds}
 
-    def backward() -> tuple[Tensor, ...]:
+    def backward(feed: Feed) -> tuple[Tensor, ...]:
+        output = outputs[id(feed)]
         return torch.autograd.grad(
             output, (*feed.leaves, *(candidate.parameters or ())), feed.grad_for(output), retain_graph=True
         )
 
     return [
-        Pass(f"{label}, forward", forward_bytes, lambda: candidate.forward(*feed.arguments)),
-        Pass(f"{label}, backward", backward_bytes, backward),
+        Pass(f"{label}, forward", forward_bytes, in_turns(lambda feed: candidate.forward(*feed.arguments), feeds)),
+        Pass(f"{label}, backward", backward_bytes, in_turns(backward, feeds)),
     ]
 
 
@@ -79,30 +88,32 @@ def stoch_norm_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass
     on_chip = on_chip_bytes(torch.device(device))
     for layout, (channels, size), block in itertools.product(command.LAYOUTS, MAPS, norm.BLOCKS):
         setting = norm.Setting(channels, size, 1, layout, dtype, batch, device, block)
-        (feed,) = setting.feeds(1)
-        ours = norm.candidates(setting, feed)[0]
+        feeds = setting.feeds()
+        ours = norm.candidates(setting, feeds[0])[0]
         samples = {norm.OURS: {"batch_share": [norm.P]}}
         case = {"shape": setting.shape, "dtype": dtype, "parts": setting.parts, "samples": samples}
         forward, backward = (norm.floor_bytes(case, part, on_chip)[0] for part in ("forward", "backward"))
-        yield both_passes(f"stoch_norm {setting.label} {layout} {dtype}", ours, feed, forward, backward)
+        yield both_passes(f"stoch_norm {setting.label} {layout} {dtype}", ours, feeds, forward, backward)
 
 
 def squared_distance_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:
     for label in (distance.DELTA, distance.ATTENTION, distance.L2_SP, distance.L2):
         setting = distance.Setting(label, "contiguous", dtype, batch, device)
-        feed = setting.feeds()[0]
-        case = {"label": label, "target_bytes": feed.nbytes}
+        feeds = setting.feeds()
+        case = {"label": label, "target_bytes": feeds[0].nbytes}
         forward, backward = (distance.floor_bytes(case, part) for part in ("forward", "backward"))
-        ours = distance.candidates(setting, feed)[0]
-        yield both_passes(f"squared_distance {label} {dtype}", ours, feed, forward, backward)
+        ours = distance.candidates(setting, feeds[0])[0]
+        yield both_passes(f"squared_distance {label} {dtype}", ours, feeds, forward, backward)
 
 
 def spectral_tail_passes(device: str, dtype: str) -> Iterator[list[Pass]]:
     for b, f in MATRICES:
         setting = tail.Setting(b, f, 1, dtype, device)
-        feed = setting.feed()
+        feeds = [setting.feed()]
+        nbytes = feeds[0].nbytes
+        feeds += [setting.feed() for _ in range(1, sets_beyond_cache(torch.device(device), nbytes))]
         ours = tail.candidates(1)[0]
-        yield both_passes(f"spectral_tail {setting.label} {dtype}", ours, feed, feed.nbytes, 2 * feed.nbytes)
+        yield both_passes(f"spectral_tail {setting.label} {dtype}", ours, feeds, nbytes, 2 * nbytes)
 
 
 def passes(device: str, dtypes: Iterable[str], batch: int) -> Iterator[list[Pass]]:
@@ -161,6 +172,19 @@ def profiled(work: Callable[[], object]) -> list[Kernel]:
     return kernels
 
 
+def measured() -> Iterator[Case]:
+    """What the profiler tells of every pass."""
+    for group in passes("cuda", command.DEFAULT_DTYPES["cuda"], distance.BATCHES["cuda"]):
+        for one in group:
+            progress(one.label)
+            kernels = profiled(one.work)
+            microseconds = sum(kernel.launches * kernel.microseconds for kernel in kernels)
+            yield {
+                **{"label": one.label, "floor_bytes": one.floor_bytes, "microseconds": microseconds},
+                "kernels": [asdict(kernel) for kernel in kernels],
+            }
+
+
 def table(cases: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A row per pass and one for each kernel in it."""
     header = ["pass, kernel", "µs", "GB/s over the floor", "% of copy_", "launches", "grid", "block", "registers"]
@@ -187,22 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = made.parse_args(arguments)
     if not torch.cuda.is_available():
         made.error("there is no GPU that this torch can use")
-    cases = []
-    for group in passes("cuda", command.DEFAULT_DTYPES["cuda"], distance.BATCHES["cuda"]):
-        for one in group:
-            progress(one.label)
-            kernels = profiled(one.work)
-            microseconds = sum(kernel.launches * kernel.microseconds for kernel in kernels)
-            cases.append(
-                {
-                    **{"label": one.label, "floor_bytes": one.floor_bytes, "microseconds": microseconds},
-                    "kernels": [asdict(kernel) for kernel in kernels],
-                }
-            )
-    progress("")
     where = report.environment(torch.device("cuda"))
-    report.write_json({"operation": OPERATION, "environment": where, "goals": [], "cases": cases}, options.out)
-    lines = table(cases)
+    results = report.collect({"operation": OPERATION, "environment": where, "cases": measured()}, options.out)
+    report.write_json({**results, "goals": []}, options.out)
+    lines = table(results["cases"])
     print(report.align(lines), report.origin(where), sep="\n\n")
     (options.out / "table.md").write_text(f"{report.markdown(lines)}\n\n{report.origin(where)}\n")
 

@@ -263,16 +263,33 @@ def publish(
     write_plot(folder / "plot.png", draw)
 
 
+def collect(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``results`` with all of their ``cases``, of which each is in ``results.json`` as soon as it is measured.
+
+    What a run that was stopped leaves behind has no ``goals``.
+    """
+    cases: list[Case] = []
+    for case in results["cases"]:
+        cases.append(case)
+        write_json({**results, "cases": cases}, folder)
+    progress("")
+    return {**results, "cases": cases}
+
+
 def run(
     options: argparse.Namespace,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     goals: Callable[[dict[str, Any]], Sequence[Goal]],
     publish: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """Measure, and write and publish the results; or publish anew those that ``--from-json`` names."""
+    """Measure, and write and publish the results; or publish anew those that ``--from-json`` names.
+
+    The ``cases`` that ``measure`` gives are measured one by one, as they are taken.
+    """
     folder = options.from_json
     if folder is None:
-        folder, results = options.out, measure(options)
+        folder = options.out
+        results = collect(measure(options), folder)
         results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
         write_json(results, folder)
     publish(json.loads((folder / "results.json").read_text()), folder)

@@ -1,7 +1,6 @@
 """``python -m talib_fast info``: versions, devices, and which backend serves each operation where."""
 
 import platform
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,8 +42,8 @@ def gpus() -> list[str]:
         name = f"cuda:{index}"
         capability = f"compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}"
         lines.append(f"{name:<12}{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
-        mismatch = built_for_others(ops.compiled().build.get("architectures", ""), (gpu.major, gpu.minor))
-        lines += [f"{'':<12}{mismatch}"] if mismatch else []
+        unserved = ops.unserved_gpu(index)
+        lines += [f"{'':<12}{unserved}"] if unserved else []
     return lines
 
 
@@ -58,28 +57,3 @@ def built(build: Mapping[str, str]) -> list[str]:
     else:
         for_cuda = f"{build['cuda']}, by nvcc {build['nvcc']} for {build['architectures']}"
     return [f"  for cpu   {by}", f"  for cuda  {for_cuda}"]
-
-
-def built_for_others(architectures: str, capability: tuple[int, int]) -> str:
-    """Say so if kernels built for ``architectures``, as in ``TORCH_CUDA_ARCH_LIST``, do not run on a GPU.
-
-    Machine code runs from its own minor version on within its major version, one with a letter on exactly its own,
-    and PTX (``+PTX``) on every later GPU. An empty list, and one with a name in it, says nothing.
-    """
-    names = architectures.split()
-    for name in names:
-        parts = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", name)
-        if parts is None:
-            return ""
-        built_for = int(parts[1]), int(parts[2])
-        if built_for == capability or (
-            not parts[3] and built_for < capability and (parts[4] or built_for[0] == capability[0])
-        ):
-            return ""
-    if not names:
-        return ""
-    gpu = "{}.{}".format(*capability)
-    return (
-        f"the CUDA kernels are built for {architectures}, you have {gpu}: "
-        f"install talib_fast again with TORCH_CUDA_ARCH_LIST={gpu}"
-    )

@@ -4,20 +4,26 @@
     subprocess.run([sys.executable, "-c", f"... torch.ops.load_library('{folder}/libtalib_fast_simt.so') ..."],
                    env=sanitizer_environment("thread"))
 
-The process ends with another code than 0 if the sanitizer found something.
+The process ends with another code than 0 if the sanitizer found something. With SIMT_LOG=file in its environment
+``launches(file)`` are the kernels that it ran.
 """
 
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("plain", "address", "thread")
+
+# what the kernels see of an H100 or an H200
+GPU = {"SIMT_MULTIPROCESSORS": "132", "SIMT_SHARED_BYTES": "232448", "SIMT_CACHE_BYTES": "52428800"}
 
 RUNTIMES = {"plain": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 
@@ -85,3 +91,30 @@ def one_process(folder: Path) -> Iterator[None]:
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+class Launch(NamedTuple):
+    """A kernel that ran, named as ``sliced_kernel<Forward<float, false>, 4, true>``."""
+
+    kernel: str
+    blocks: int
+    threads: int  # of a block
+    shared_bytes: int  # of a block, dynamic
+
+
+@functools.cache
+def kernels(library: Path) -> dict[int, str]:
+    """The names of the kernels in a library, by their places in it."""
+    told = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\w+) \w (?:void )?(?:\w+::)*(\w+_kernel(?:<.*?>)?)\(.*\)$", told, re.M)
+    return {int(place, 16): re.sub(r"\w+::", "", name) for place, name in found}
+
+
+def launches(log: Path) -> list[Launch]:
+    """What a process wrote to the file that its SIMT_LOG names."""
+    found = []
+    for line in log.read_text().splitlines():
+        blocks, threads, shared_bytes, place, library = line.split("\t")
+        name = kernels(Path(library))[int(place, 16)]
+        found.append(Launch(name, int(blocks), int(threads), int(shared_bytes)))
+    return found

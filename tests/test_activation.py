@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_stoch_norm import OP, assert_near, inputs, layout, oracle
+from test_stoch_norm import MANY_ITEMS, OP, assert_near, inputs, layout, oracle
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -49,6 +49,33 @@ def fused(args, activation, residual):
 def leaves_of(args, residual):
     leaves = [args["input"], args["weight"], args["bias"], *([] if residual is None else [residual])]
     return [leaf.requires_grad_() for leaf in leaves]
+
+
+def compare_with_composition(shape, dtype, name, activation, adds, device):
+    """Output, moved statistics and gradients."""
+    torch.set_num_threads(2)
+    args, residual = operands(shape, adds, dtype, device, name)
+    args["mask"] = torch.rand(shape[1], device=device) < 0.5
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in args.items()}
+    exact_residual = None if residual is None else residual.double()
+    exact_leaves, leaves = leaves_of(exact, exact_residual), leaves_of(args, residual)
+    expected, *moved = composition(exact, activation, exact_residual)
+    output = fused(args, activation, residual)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-6, torch.float64: 1e-10}[dtype]
+    assert_near(output, expected, tolerance)
+    for got, value in zip((args["running_mean"], args["running_var"]), moved, strict=True):
+        assert_near(got, value, tolerance)
+    # gradients where no kink is near, whose side rounding decides
+    z = oracle(**exact)[0] + (0 if exact_residual is None else exact_residual)
+    kinks = [0, 6] if activation == "relu6" else [-3, 3] if activation == "hardswish" else [0]
+    smooth = torch.stack([(z - kink).abs() > 1e-4 for kink in kinks]).all(0)
+    grad = layout((torch.randn(shape, dtype=torch.float64).to(device) * smooth).to(dtype), name)
+    got = torch.autograd.grad(output, leaves, grad)
+    for gradient, value in zip(got, torch.autograd.grad(expected, exact_leaves, grad.double()), strict=True):
+        assert gradient.dtype == dtype
+        assert_near(gradient, value, 3 * tolerance)
+    if name != "strided":
+        assert all(tensor.stride() == args["input"].stride() for tensor in (output, got[0], *got[3:]))
 
 
 class TestOperation:
@@ -208,29 +235,12 @@ class TestKernels:
         ids=str,
     )
     def test_every_shape_and_dtype(self, shape, dtype, name, activation, adds, device):
-        torch.set_num_threads(2)
-        args, residual = operands(shape, adds, dtype, device, name)
-        args["mask"] = torch.rand(shape[1], device=device) < 0.5
-        exact = {key: value.double() if value.is_floating_point() else value for key, value in args.items()}
-        exact_residual = None if residual is None else residual.double()
-        exact_leaves, leaves = leaves_of(exact, exact_residual), leaves_of(args, residual)
-        expected, *moved = composition(exact, activation, exact_residual)
-        output = fused(args, activation, residual)
-        tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-6, torch.float64: 1e-10}[dtype]
-        assert_near(output, expected, tolerance)
-        for got, value in zip((args["running_mean"], args["running_var"]), moved, strict=True):
-            assert_near(got, value, tolerance)
-        # gradients where no kink is near, whose side rounding decides
-        z = oracle(**exact)[0] + (0 if exact_residual is None else exact_residual)
-        kinks = [0, 6] if activation == "relu6" else [-3, 3] if activation == "hardswish" else [0]
-        smooth = torch.stack([(z - kink).abs() > 1e-4 for kink in kinks]).all(0)
-        grad = layout((torch.randn(shape, dtype=torch.float64).to(device) * smooth).to(dtype), name)
-        got = torch.autograd.grad(output, leaves, grad)
-        for gradient, value in zip(got, torch.autograd.grad(expected, exact_leaves, grad.double()), strict=True):
-            assert gradient.dtype == dtype
-            assert_near(gradient, value, 3 * tolerance)
-        if name != "strided":
-            assert all(tensor.stride() == args["input"].stride() for tensor in (output, got[0], *got[3:]))
+        compare_with_composition(shape, dtype, name, activation, adds, device)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", MANY_ITEMS)
+    def test_more_items_than_blocks(self, name, dtype, device):
+        compare_with_composition(MANY_ITEMS[name], dtype, name, "relu", True, device)
 
     @pytest.mark.parametrize("adds", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,7 +21,7 @@ ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1kPf' for 'sm_120'
 ptxas info    : Function properties for _Z1kPf
     0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 255 registers
+ptxas info    : Used 255 registers, used 1 barriers, 40 bytes smem
 ptxas info    : Compile time = 7.655 ms
 """
 
@@ -31,7 +31,11 @@ def test_what_ptxas_says_is_read():
     assert kernel == architectures.Function("_Z1kPf", "sm_80", 13, 0, 0, 0) and kernel.faults() == ""
     assert helper == architectures.Function("_Z6helperPf", "sm_80", None, 160, 8, 12)
     assert helper.faults() == "160 bytes of stack frame, 8 bytes stored and 12 loaded in spills"
-    assert (spilling.architecture, spilling.registers) == ("sm_120", 255) and "4 loaded" in spilling.faults()
+    assert (spilling.architecture, spilling.registers, spilling.shared) == (
+        "sm_120",
+        255,
+        40,
+    ) and "4 loaded" in spilling.faults()
     assert architectures.table([kernel, helper, spilling]).splitlines() == [
         "sm_80   sm_120  registers of",
         "13      255     _Z1kPf",

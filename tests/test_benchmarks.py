@@ -1,11 +1,16 @@
+import contextlib
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,18 +24,22 @@ import bench_host_overhead as overhead
 import bench_spectral_tail as tail
 import bench_squared_distance as distances
 import bench_stoch_norm as bench
+import build_parts
+import check_library
 import command
 import harness
 import numpy as np
 import pytest
 import report
 import torch
+from compiler_support import needs_compiler
 from resnet import CHANNEL_LAYERS, ResNet50
 from test_stoch_norm import inputs, oracle
 from torch import nn
 
 import talib_fast
 from talib_fast.finetune.stochnorm import StochNorm2d
+from talib_fast.ops.library import Compiled
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = "benchmarks/bench_stoch_norm.py"
@@ -352,6 +361,18 @@ class TestReport:
         assert report.backend_warning("stoch_norm", {"backend": "compiled", "backend_reason": ""}) is None
         warning = report.backend_warning("stoch_norm", {"backend": "PyTorch", "backend_reason": "none was built"})
         assert warning == "WARNING: stoch_norm was served by PyTorch, not by a compiled kernel: none was built."
+
+    def test_what_is_measured_is_kept_when_the_next_case_fails(self, tmp_path):
+        def cases():
+            yield case()
+            raise KeyboardInterrupt
+
+        options = SimpleNamespace(from_json=None, out=tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            report.run(options, lambda options: {**results(), "cases": cases()}, bench.goals, bench.publish)
+        kept = json.loads((tmp_path / "results.json").read_text())
+        assert kept == json.loads(json.dumps(results(case()))) and "goals" not in kept
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
     def test_a_gpu_s_table_has_its_times(self):
         made = results(case(ours=(1e-6, 2e-6)), block(), device="cuda")
@@ -789,71 +810,257 @@ class TestCoTuning:
         assert co_tuning.parse(["--quick"]).out == command.QUICK_RESULTS / "cpu" / "co_tuning"
 
 
-STUB = """#!/usr/bin/env bash
-# stands in for python3 on a machine with a GPU
+class TestCheckLibrary:
+    def fault(self, loaded=True, status="loaded", current=True, backend="compiled"):
+        served = {"stoch_norm": ("compiled", "it is there"), "spectral_tail": (backend, "there is none")}
+        return check_library.fault(Compiled(loaded, status), current, served)
+
+    def test_what_serves_every_operation_has_none(self):
+        assert self.fault() == ""
+
+    def test_what_is_missing_is_said(self):
+        assert self.fault(loaded=False, status="_C.so does not load: bad") == "_C.so does not load: bad"
+        assert self.fault(current=False) == "it was built from other sources"
+        assert self.fault(backend="PyTorch") == "spectral_tail is served by PyTorch: there is none"
+
+    @needs_compiler
+    def test_a_linked_library_knows_its_sources(self, tmp_path):
+        (tmp_path / "csrc").mkdir()
+        source = tmp_path / "csrc" / "a.cpp"
+        source.write_text("int x;")
+        symbol = build_parts.sources_symbol(tmp_path / "csrc")
+        command = ["c++", "-shared", "-s", f"-Wl,--defsym={symbol}=0", source, "-o", tmp_path / "_C.abi3.so"]
+        assert not check_library.is_of(tmp_path / "csrc", tmp_path)
+        subprocess.run(command, check=True)
+        assert check_library.is_of(tmp_path / "csrc", tmp_path)
+        source.write_text("int y;")
+        assert not check_library.is_of(tmp_path / "csrc", tmp_path)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu_is_one_sentence(self):
+        with pytest.raises(SystemExit, match="there is no GPU that this torch can use"):
+            check_library.main()
+
+
+# stands in for python3 on a machine with a GPU: notes what it is asked for, and says and does what the test wants
+PYTHON_STUB = """#!/usr/bin/env bash
 case "$*" in
-  *get_device_capability*) echo 9.0 ;;
+  *get_device_capability*) echo 9.0; exit ;;
   *gather.py*) exec "$REAL_PYTHON" "$@" ;;
-  *tests/test_stoch_norm.py*) echo "small cases" ;;
-  *"pytest tests"*) echo "$TESTS_SAY"; exit "$TESTS_EXIT" ;;
-  *bench_*.py* | *kernels.py*) mkdir -p "${@: -1}"; echo '{}' >"${@: -1}/results.json"; echo "a table" ;;
-  *) cat >/dev/null 2>&1 </dev/null ;;
+  "-c import torch" | "-c import xdist") exit ;;
+  "-c import pytest_timeout") exit "$WITHOUT_TIMEOUTS" ;;
 esac
+echo "${COMPUTE_SANITIZER:+under $COMPUTE_SANITIZER }${TALIB_FAST_BACKEND-auto}: ${*@Q}" >>"$ASKED"
+case "$*" in
+  *check_library.py) [[ -e $BUILT ]] || { echo "stoch_norm is served by PyTorch: no kernels"; exit 1; } ;;
+  *setup.py*) [[ $BUILDS == 1 ]] && touch "$BUILT" ;;
+  *bench_*.py* | *kernels.py*)
+    mkdir -p "${@: -1}"
+    echo '{"cases": [1]}' >"${@: -1}/results.json"
+    echo "a table"
+    ;;
+  *) echo "a test" ;;
+esac
+[[ "$*" != *"$FAILS"* ]] || exit 3
+[[ "$*" != *"$HANGS"* ]] || sleep 30
 """
-SANITIZER = '#!/usr/bin/env bash\n[[ "$*" == *"$FAILING"* ]] && exit 1\nshift 4\nexec "$@"\n'
+# the real one, in a twentieth of the time, and a second more
+TIMEOUT_STUB = """#!/usr/bin/env bash
+echo "$3" >>"$LIMITS"
+exec /usr/bin/timeout "$1" "$2" "$(($3 / 20 + 1))" "${@:4}"
+"""
+SANITIZER_STUB = """#!/usr/bin/env bash
+export COMPUTE_SANITIZER="$2"
+[[ $3 != --kernel-regex ]] || COMPUTE_SANITIZER+=" $4"
+while [[ $1 == --* ]]; do shift 2; done
+exec "$@"
+"""
+
+
+BENCHMARKS = ("squared_distance", "spectral_tail", "step", "bi_tuning", "co_tuning", "host_overhead")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STEPS = {
+    "first": ["library", "smoke", "tests", "kernels", "bench_stoch_norm"],
+    "second": ["library", *SANITIZERS, *(f"bench_{name}" for name in BENCHMARKS)],
+}
 
 
 class TestGpuScript:
-    def run(self, tmp_path, sanitizer=SANITIZER, tests=0, failing="nothing"):
-        tools = {"python-stub": STUB, "nvcc": "#!/bin/sh\n", "compute-sanitizer": sanitizer}
+    @pytest.fixture
+    def run(self, tmp_path):
+        """Runs a half on a machine that is made up."""
         (tmp_path / "bin").mkdir()
-        for name, text in tools.items():
-            if text is not None:
-                (tmp_path / "bin" / name).write_text(text)
-                (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
-        return run(
-            ["bash", "benchmarks/gpu.sh"], PYTHON="python-stub", OUT=str(tmp_path / "out"), COMMIT="abc",
-            PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", CUDA_HOME=str(tmp_path / "nowhere"),
-            TESTS_SAY="a tested thing", TESTS_EXIT=str(tests), FAILING=failing, REAL_PYTHON=sys.executable,
-        )  # fmt: skip
+        stubs = {"python-stub": PYTHON_STUB, "timeout": TIMEOUT_STUB, "compute-sanitizer": SANITIZER_STUB}
+        for name, text in stubs.items():
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+        (tmp_path / "built").touch()
+
+        def run_half(half, **settings):
+            return run(
+                ["bash", "benchmarks/gpu.sh", half],
+                **{
+                    "PYTHON": "python-stub", "OUT": str(tmp_path / "out"), "COMMIT": "abc",
+                    "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "nowhere"),
+                    "REAL_PYTHON": sys.executable, "BUILT": str(tmp_path / "built"), "BUILDS": "1",
+                    "ASKED": str(tmp_path / "asked"), "LIMITS": str(tmp_path / "limits"), "WITHOUT_TIMEOUTS": "0",
+                    "FAILS": "nothing", "HANGS": "nothing", **settings,
+                },
+            )  # fmt: skip
+
+        return run_half
+
+    def asked(self, tmp_path):
+        """Its lines, with quotes where words need them."""
+        return [shlex.join(shlex.split(line)) for line in (tmp_path / "asked").read_text().splitlines()]
+
+    def states(self, tmp_path, half):
+        """What the summary says of each step, without the seconds that it took."""
+        first, *lines = (tmp_path / "out" / f"gpu-{half}.txt").read_text().splitlines()
+        assert first == "GPU architecture 9.0, commit abc"
+        assert [line.split()[0] for line in lines] == STEPS[half]
+        return {line.split()[0]: re.sub(r"^\S+ +\S+( s)? +", "", line) for line in lines}
+
+    @pytest.mark.parametrize("half", ["", "third"])
+    def test_it_is_the_first_half_or_the_second(self, half):
+        done = run(["bash", "benchmarks/gpu.sh", *([half] if half else [])])
+        assert (done.returncode, done.stderr) == (1, f"gpu.sh: expected first or second, got {half or 'nothing'}\n")
 
     def test_no_gpu_is_one_sentence(self, tmp_path):
         done = run(
-            ["bash", "benchmarks/gpu.sh"], PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out")
-        )
+            ["bash", "benchmarks/gpu.sh", "first"],
+            PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out"),
+        )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "gpu.sh: no GPU that this torch can use: nothing was built or measured\n"
         assert not (tmp_path / "out").exists()
 
-    def test_all_steps_pass(self, tmp_path):
-        done = self.run(tmp_path)
+    @pytest.mark.parametrize("half", STEPS)
+    def test_all_steps_pass(self, half, run, tmp_path):
+        done = run(half)
         assert done.returncode == 0, done.stdout + done.stderr
         files = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert files == ["gpu-logs.tar.gz", "gpu-summary.txt", "gpu.json"]
-        first, *summary = (tmp_path / "out" / "gpu-summary.txt").read_text().splitlines()
-        assert first == "GPU architecture 9.0, commit abc"
-        assert [line.split()[0] for line in summary] == [
-            "build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "kernels",
-            "bench_stoch_norm", "bench_squared_distance", "bench_spectral_tail", "bench_step",
-            "bench_bi_tuning", "bench_co_tuning", "bench_host_overhead",
-        ]  # fmt: skip
-        assert all(line.endswith(" pass") for line in summary)
-        gathered = json.loads((tmp_path / "out" / "gpu.json").read_text())
-        assert (gathered["run"], gathered["steps"]) == (first, summary)
-        assert sorted(gathered["benchmarks"]) == [
-            "bi_tuning", "co_tuning", "host_overhead", "kernels", "spectral_tail", "squared_distance", "step",
-            "stoch_norm",
-        ]  # fmt: skip
-        assert done.stdout.endswith("\n".join([first, *summary]) + "\n")
+        assert files == [f"gpu-{half}.json", f"gpu-{half}.tar.gz", f"gpu-{half}.txt"]
+        assert self.states(tmp_path, half) == dict.fromkeys(STEPS[half], "pass")
+        summary = (tmp_path / "out" / f"gpu-{half}.txt").read_text()
+        gathered = json.loads((tmp_path / "out" / f"gpu-{half}.json").read_text())
+        assert [gathered["run"], *gathered["steps"]] == summary.splitlines()
+        measured = {"first": ("kernels", "stoch_norm"), "second": BENCHMARKS}[half]
+        assert gathered["benchmarks"] == {name: {"cases": [1]} for name in measured}
+        assert done.stdout.endswith(summary)
+        with tarfile.open(tmp_path / "out" / f"gpu-{half}.tar.gz") as packed:
+            names = set(packed.getnames())
+        assert {f"logs/{name}.log" for name in STEPS[half]} < names
+        assert {f"results/cuda/{name}/results.json" for name in measured} < names
 
-    def test_later_steps_run_after_a_failure(self, tmp_path):
-        done = self.run(tmp_path, tests=1, failing="racecheck")
-        assert done.returncode == 1
-        summary = (tmp_path / "out" / "gpu-summary.txt").read_text()
-        assert [line.split()[0] for line in summary.splitlines() if "FAIL" in line] == ["tests", "racecheck"]
-        assert "    a tested thing" in done.stdout and "a table" in done.stdout
+    @pytest.mark.parametrize(("half", "together"), [("first", 240), ("second", 400)])
+    def test_steps_fit_into_their_half(self, half, together, run, tmp_path):
+        assert run(half).returncode == 0
+        library, *limits = map(int, (tmp_path / "limits").read_text().split())
+        assert len(limits) == len(STEPS[half]) - 1
+        assert library <= together - 60  # a build leaves the smoke test and most of the tests their time
+        assert sum(limits) <= together + 20  # nothing takes all of its own
+        assert half == "second" or limits[0] == 20
 
-    def test_a_missing_tool_is_a_failure(self, tmp_path):
-        done = self.run(tmp_path, sanitizer=None)
+    def test_what_is_asked_for_in_the_first_half(self, run, tmp_path):
+        assert run("first").returncode == 0
+        check, smoke, tests, kernels, norm = self.asked(tmp_path)
+        assert check == "auto: benchmarks/check_library.py"
+        assert "compiled: -m pytest " in smoke and " -W default tests/test_every_kernel.py -k cuda" in smoke
+        assert re.search(r"compiled: .* tests .* -n \d+ --dist worksteal .*--timeout 40 --timeout-method thread", tests)
+        assert kernels.startswith("compiled: benchmarks/kernels.py --out ")
+        assert "bench_stoch_norm.py --device cuda --rounds 3 " in norm
+        (tmp_path / "asked").unlink()
+        assert run("first", WITHOUT_TIMEOUTS="1").returncode == 0
+        assert "--dist worksteal" in self.asked(tmp_path)[2] and "--timeout" not in self.asked(tmp_path)[2]
+
+    def test_what_is_asked_for_in_the_second_half(self, run, tmp_path):
+        assert run("second").returncode == 0
+        asked = self.asked(tmp_path)[1:]
+        for tool, line in zip(SANITIZERS, asked, strict=False):
+            ours = "" if tool == "initcheck" else " kns=talib_fast"
+            assert line.startswith(f"under {tool}{ours} compiled: -m pytest ") and "tests/test_every_kernel.py" in line
+        for name, line in zip(BENCHMARKS, asked[4:], strict=True):
+            assert line.startswith(f"compiled: benchmarks/bench_{name}.py --device cuda --rounds ")
+        assert "--ways stochnorm 'stochnorm + bss' --out" in asked[6]
+
+    def test_benchmarks_take_the_options_that_they_get(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        parsed = {}
+        for half in STEPS:
+            assert run(half).returncode == 0
+        for line in self.asked(tmp_path):
+            _, script, *options = shlex.split(line)
+            if "bench_" in script:
+                module = importlib.import_module(Path(script).stem)
+                parsed[module.OPERATION] = module.parse(options)
+        assert sorted(parsed) == sorted(("stoch_norm", *BENCHMARKS))
+        assert all(options.device == "cuda" and options.rounds for options in parsed.values())
+        assert parsed["step"].ways == ["stochnorm", "stochnorm + bss"]
+
+    def test_a_library_of_other_sources_is_built_anew(self, run, tmp_path):
+        (tmp_path / "built").unlink()
+        done = run("first")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [line.split()[1] for line in self.asked(tmp_path)[:3]] == [
+            "benchmarks/check_library.py", "setup.py", "benchmarks/check_library.py",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("half", STEPS)
+    def test_an_operation_without_a_kernel_ends_it(self, half, run, tmp_path):
+        (tmp_path / "built").unlink()
+        done = run(half, BUILDS="0")
+        assert done.returncode == 1 and "    stoch_norm is served by PyTorch: no kernels\n" in done.stdout
+        states = self.states(tmp_path, half)
+        assert states.pop("library") == "FAIL" and set(states.values()) == {"FAIL, did not end"}
+        assert [line for line in self.asked(tmp_path) if "pytest" in line or "bench_" in line] == []
+
+    @pytest.mark.parametrize(
+        ("half", "fails", "step"),
+        [
+            ("first", " tests/test_every_kernel", "smoke"),
+            ("first", "--dist worksteal", "tests"),
+            ("first", "kernels.py", "kernels"),
+            ("second", "bench_step", "bench_step"),
+        ],
+    )
+    def test_later_steps_run_after_a_failure(self, half, fails, step, run, tmp_path):
+        done = run(half, FAILS=fails)
         assert done.returncode == 1
-        assert done.stdout.count("FAIL, compute-sanitizer is missing") == 8  # four as they end, four in the summary
+        states = self.states(tmp_path, half)
+        assert states.pop(step) == "FAIL" and set(states.values()) == {"pass"}
+        assert f"    a {'test' if step in ('smoke', 'tests') else 'table'}\n" in done.stdout  # the end of its log
+
+    def test_a_hang_is_stopped_and_later_steps_run(self, run, tmp_path):
+        done = run("first", HANGS=" tests/test_every_kernel")
+        assert done.returncode == 1
+        states = self.states(tmp_path, "first")
+        assert states.pop("smoke") == "FAIL, stopped after 20 s" and set(states.values()) == {"pass"}
+
+    def test_no_step_begins_without_time(self, run, tmp_path):
+        done = run("second", SECONDS="397")  # bash begins to count there
+        assert done.returncode == 1
+        assert self.states(tmp_path, "second")["library"] == "FAIL, no time was left"
+        assert not (tmp_path / "asked").exists()
+
+    def test_a_missing_tool_is_a_failure(self, run, tmp_path):
+        (tmp_path / "bin" / "compute-sanitizer").unlink()
+        done = run("second")
+        states = self.states(tmp_path, "second")
+        assert done.returncode == 1 and {states.pop(name) for name in SANITIZERS} == {
+            "FAIL, compute-sanitizer is missing"
+        }
+        assert set(states.values()) == {"pass"}
+
+    def test_what_there_is_is_in_place_while_a_step_runs(self, run, tmp_path):
+        """Also if the whole run is killed: nothing is left to be done at the end."""
+        with ThreadPoolExecutor(1) as pool:
+            ending = pool.submit(run, "first", HANGS="bench_stoch_norm")
+            found = {"benchmarks": {}}
+            while not ending.done() and "stoch_norm" not in found["benchmarks"]:
+                time.sleep(0.1)
+                with contextlib.suppress(FileNotFoundError):
+                    found = json.loads((tmp_path / "out" / "gpu-first.json").read_text())
+            assert found["benchmarks"]["stoch_norm"] == {"cases": [1]}
+            assert found["steps"][-1].endswith("FAIL, did not end")
+            assert ending.result().returncode == 1

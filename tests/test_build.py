@@ -68,16 +68,13 @@ def test_cuda_kernels_asked_for_by_name_must_be_there(source):
 
 
 KERNEL = """
-#include <torch/csrc/stable/library.h>
-#include "stream.h"
+#include "registration.h"
 __global__ void fill(float* x) { x[threadIdx.x] = 1; }
 torch::stable::Tensor forward(torch::stable::Tensor input) {
   fill<<<1, 32>>>(static_cast<float*>(input.data_ptr()));
   return input;
 }
-STABLE_TORCH_LIBRARY_IMPL(talib_fast, CUDA, m) {
-  if (talib_fast::driver_serves_kernels()) m.impl("stoch_norm_forward", TORCH_BOX(&forward));
-}
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, CUDA, m) { talib_fast::register_kernel<"stoch_norm_forward", &forward>(m); }
 """
 
 
@@ -107,15 +104,24 @@ class TestCuda:
         for major, served in ((12, "PyTorch"), (99, "compiled")):
             driver = tmp_path / "libcuda.so.1"
             (tmp_path / "driver.cpp").write_text(
-                f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {major}080; return 0; }}'
+                "#include <cstdio>\n"
+                f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {major}080; return 0; }}\n'
+                'extern "C" int cuInit(unsigned) { std::fputs("initialised", stderr); return 999; }\n'
             )
             subprocess.run(["c++", "-shared", "-fPIC", "-o", driver, tmp_path / "driver.cpp"], check=True)
-            said = info(source, LD_LIBRARY_PATH=str(tmp_path), PYTHONWARNINGS="ignore")
+            environment = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+            said = info(source, **environment)
             (line,) = re.findall(r"^stoch_norm +cuda .*", said, re.M)
             assert re.match(rf"stoch_norm +cuda +{served} ", line)
             assert bool(re.search(r"the kernels are of CUDA \d+\.\d+, and the driver serves CUDA 12\.8$", line)) == (
                 served == "PyTorch"
             )
+            # a process that is forked after CUDA is initialised could not use it
+            imported = subprocess.run(
+                [sys.executable, "-c", "import talib_fast; print(talib_fast.ops.compiled().loaded)"],
+                cwd=source.parent / "unpacked", capture_output=True, text=True, env={**os.environ, **environment},
+            )  # fmt: skip
+            assert (imported.stdout, imported.stderr) == ("True\n", "")
 
     def test_when_they_fail_the_rest_is_built(self, source):
         (source / "csrc" / "cuda" / "wrong.cu").write_text("__global__ void f(float* x) { x[0] = y; }\n")

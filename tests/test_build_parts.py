@@ -128,14 +128,23 @@ class TestToolkit:
         )
 
 
+# what the nvcc of 12.9 and of 13.0 list, from 7.5 on
+CUDA_12 = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.1", "10.3", "12.0", "12.1"]
+CUDA_13 = ["7.5", "8.0", "8.6", "8.7", "8.8", "8.9", "9.0", "10.0", "11.0", "10.3", "12.0", "12.1"]
+ON_A_CHIP = ["8.7", "8.8", "10.1", "11.0"]  # which take no machine code but their own, or may not
+
+
 @pytest.mark.parametrize(
     ("given", "supported", "visible", "expected"),
     [
-        (None, ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"], [], "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
-        (None, ["5.0", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0"], [], "7.5 8.0 8.6 8.9 9.0+PTX"),
-        ("native", ["7.5", "8.0", "9.0"], [], "7.5 8.0 9.0+PTX"),
+        (None, CUDA_12, [], "7.5 8.0+PTX 8.6 8.9 9.0 10.0 12.0+PTX"),
+        (None, CUDA_13, [], "7.5 8.0+PTX 8.6 8.9 9.0 10.0 11.0 12.0+PTX"),
+        (None, ["5.0", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0"], [], "7.5 8.0+PTX 8.6 8.9 9.0+PTX"),
+        (None, ["7.0", "7.5"], [], "7.5+PTX"),
+        ("native", ["7.5", "8.0", "9.0"], [], "7.5 8.0+PTX 9.0+PTX"),
         (None, ["7.5", "8.0", "9.0"], ["9.0"], "9.0+PTX"),
         (None, ["8.0", "10.0"], ["10.0", "8.0", "10.0"], "8.0 10.0+PTX"),
+        (None, ["7.5", "8.0", "9.0"], ["8.0", "9.0"], "8.0 9.0+PTX"),
         (None, ["8.0", "9.0"], ["12.0"], "9.0+PTX"),
         ("8.0;9.0+PTX", ["7.5"], ["7.5"], "8.0 9.0+PTX"),
         (" Hopper ", ["7.5"], [], "Hopper"),
@@ -144,6 +153,23 @@ class TestToolkit:
 def test_architectures(given, supported, visible, expected):
     environ = {} if given is None else {"TORCH_CUDA_ARCH_LIST": given}
     assert build_parts.architecture_list(environ, supported, visible) == expected
+
+
+def serves(architecture, gpu):
+    """Whether what is compiled for one of a list's architectures runs on a GPU."""
+    name, plus, _ = architecture.partition("+PTX")
+    (major, minor), (gpu_major, gpu_minor) = (map(int, number.split(".")) for number in (name, gpu))
+    in_machine_code = name == gpu if gpu in ON_A_CHIP else major == gpu_major and minor <= gpu_minor
+    return in_machine_code or (bool(plus) and (major, minor) <= (gpu_major, gpu_minor))
+
+
+@pytest.mark.parametrize("supported", [CUDA_12, CUDA_13])
+def test_every_gpu_is_served(supported):
+    built = build_parts.architecture_list({}, supported, []).split()
+    for gpu in {*CUDA_12, *CUDA_13, "12.9", "13.0"}:
+        assert any(serves(architecture, gpu) for architecture in built), gpu
+    in_machine_code = [architecture.removesuffix("+PTX") for architecture in built]
+    assert all(any(serves(name, gpu) for name in in_machine_code) for gpu in set(supported) - {"8.7", "8.8", "10.1"})
 
 
 @pytest.mark.parametrize(
@@ -174,3 +200,16 @@ def test_what_the_library_says_of_itself():
     assert text == "torch=2.13.0\ncpu=a b\ncuda=\nwithout_cuda=why = not\n"
     assert build_parts.autograd_macro("2.13.0+cpu") == ("TALIB_FAST_TORCH", '"2.13.0+cpu"')
     assert build_parts.c_string('say "$HOME" \\ é\n') == r'"say \"\044HOME\" \\ ?\n"'
+
+
+def test_other_sources_are_another_symbol(tmp_path):
+    def symbol(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, content in files.items():
+            (folder / name).mkdir(parents=True)
+            (folder / name / "a.cu").write_text(content)
+        return build_parts.sources_symbol(folder)
+
+    assert symbol(cuda="int x;") == symbol(cuda="int x;")
+    others = [symbol(cuda="int y;"), symbol(gpu="int x;"), symbol(cuda="int x;", cpu=""), symbol(cuda="", cpu="x")]
+    assert len({symbol(cuda="int x;"), *others}) == 5

@@ -193,6 +193,38 @@ def test_backends_follow_the_dispatcher(has_kernel, compiled, expected, monkeypa
         assert served["cpu"] == ("PyTorch", "its compiled kernel needs AVX2, which this processor lacks")
 
 
+class TestGpusWithoutCode:
+    """GPUs that the CUDA kernels are not built for, by a library that is made up."""
+
+    BUILD = Compiled(True, "loaded", {"architectures": "7.5 8.0", "nvcc": "13.0"})
+    WHY = "this GPU is of compute capability 11.0 (cudaErrorNoKernelImageForDevice): install it again"
+    SENTENCE = f"the kernels are built for 7.5 8.0, and {WHY}"
+
+    @pytest.fixture(autouse=True)
+    def _library(self, monkeypatch):
+        monkeypatch.setattr(ops.library, "_COMPILED", self.BUILD)
+        monkeypatch.setattr(ops.library, "_TOLD", set())
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        answers = {None: "", 0: "", 1: self.WHY}
+        monkeypatch.setattr(torch.ops.talib_fast, "unserved", answers.get, raising=False)
+
+    @pytest.mark.parametrize(("index", "sentence"), [(0, ""), (1, SENTENCE)])
+    def test_each_is_asked(self, index, sentence, monkeypatch):
+        assert ops.unserved_gpu(index) == sentence
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: index)
+        expected = ("PyTorch", sentence) if sentence else ("compiled", "the compiled library holds a kernel for it")
+        assert all(devices["cuda"] == expected for devices in ops.backends().values())
+        assert all(devices["cpu"][0] == "compiled" for devices in ops.backends().values())
+
+    def test_one_warning_each(self):
+        with pytest.warns(UserWarning) as told:
+            for _ in range(2):
+                ops.library._tell_unserved(torch.device("cuda", 1))
+        sentence = f"talib_fast falls back to PyTorch on cuda:1: {self.SENTENCE}"
+        assert [str(warning.message) for warning in told] == [sentence]
+
+
 def test_public_names():
     for module, names in {
         "stochnorm": "StochNorm1d StochNorm2d StochNorm3d convert_model",

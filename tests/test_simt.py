@@ -126,6 +126,18 @@ def test_the_device_is_what_the_environment_says(build):
     assert "5 multiprocessors, 1000 bytes of shared memory\n" in said
 
 
+def test_the_log_names_every_launch(build, tmp_path):
+    program = build("plain") / "simt_self_test"
+    code, said = run(program, "ungranted_shared", SIMT_LOG=str(tmp_path / "log"))
+    assert code == 0, said
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    blocks, threads, shared_bytes, place, library = line.split("\t")
+    assert (blocks, threads, shared_bytes) == ("1", "32", str(48 << 10))
+    assert Path(library) == program and int(place, 16) > 0
+    code, said = run(program, "ungranted_shared", SIMT_LOG=str(tmp_path / "no folder" / "log"))
+    assert code != 0 and f"can't write of a launch to SIMT_LOG={tmp_path}/no folder/log, at " in said
+
+
 def test_fibers_of_other_processors(build):
     code, said = run(build("plain") / "simt_self_test_ucontext", blocks=2, seed=3)
     assert code == 0, said
@@ -174,8 +186,9 @@ def test_nvcc_compiles_the_same_kernels(tmp_path):
     for ptx in tmp_path.glob("*.ptx"):
         text = ptx.read_text()
         for instruction in (
-            r"ld\.global\.nc\.v4\.[ubf]32", r"st\.global\.v4\.[ubf]32", r"st\.global\.cs\.v4\.[ubf]32",
-            r"ld\.acquire\.gpu\.u32", r"red\.release\.gpu\.add\.u32", r"atom\.acq_rel\.gpu\.add\.u32", "nanosleep",
+            r"ld\.global\.nc\.v4\.[ubf]32", r"ld\.global\.cs\.v4\.[ubf]32", r"st\.global\.v4\.[ubf]32",
+            r"ld\.relaxed\.gpu\.global\.u32", r"fence\.acq_rel\.gpu", "nanosleep",
+            r"red\.release\.gpu\.global\.inc\.u32", r"atom\.acq_rel\.gpu\.global\.inc\.u32",
         ):  # fmt: skip
             assert re.search(instruction, text), f"{ptx.name} has no {instruction}"
     assert list(tmp_path.glob("*.ptx"))

@@ -275,7 +275,7 @@ class TestKernels:
         weights = [weight.to(dtype) for weight, dtype in zip(weights, reversed(DTYPES), strict=True)]
         self.check(targets, sources, weights)
 
-    @pytest.mark.parametrize("count", [1, 57, 159, 501, 1003])
+    @pytest.mark.parametrize("count", [1, 57, 159, 501, 1003, 4100])
     def test_lists_of_every_length(self, count, device):
         shapes = [(0, 3) if j % 10 == 9 else (1 + j % 3, 3) for j in range(count)]
         targets, sources, weights = lists(torch.float32, device, shapes)
@@ -304,9 +304,10 @@ class TestKernels:
             self.check([layout(target)], [source], [torch.rand(target.size(channel_dim)).to(device)], channel_dim)
 
     def test_equal_input_gives_equal_bits(self, device):
-        targets, sources, weights = lists(torch.float32, device, [(7, 33, 61), (64, 48), (9,) * 4])
-        results = [squared_distance(targets, sources, weights) for _ in range(3)]
-        assert all(torch.equal(total, results[0][0]) and torch.equal(terms, results[0][1]) for total, terms in results)
+        targets, sources, weights = lists(torch.float32, device, [(37, 33, 61), (64, 48), (9,) * 4])
+        for others in ((sources, weights), ()):
+            first, *repeated = (squared_distance(targets, *others) for _ in range(3))
+            assert all(torch.equal(total, first[0]) and torch.equal(terms, first[1]) for total, terms in repeated)
 
     def test_more_threads_give_equal_bits(self):
         targets, sources, _ = lists(torch.float32, "cpu", [(7, 333, 61), (640, 480)])

@@ -1,5 +1,6 @@
 """The benchmark suite as a whole: running it, comparing runs, whole steps, and what the profiler tells of kernels."""
 
+import collections
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import bench_images as images
 import bench_step as step
 import command
 import compare
+import harness
 import kernels
 import pytest
 import report
@@ -412,6 +414,40 @@ class TestKernels:
                 labels.append(one.label)
         assert labels[0] == "copy_" and len(labels) == 1 + 2 * (3 * 2 + 4 + 1)
         assert {label.partition(" ")[0] for label in labels[1:]} == {"stoch_norm", "squared_distance", "spectral_tail"}
+
+    def test_inputs_and_the_memory_of_outputs_take_turns(self):
+        feeds = harness.feeds(torch.device("cpu"), (2, 3, 4, 4), torch.float32, False, sets=3)
+        seen = []
+
+        def forward(x):
+            output = x * 2
+            seen.append((x.data_ptr(), output.data_ptr()))
+            return output
+
+        one, _ = kernels.both_passes("twice", harness.Candidate("twice", forward, ()), feeds, 1, 1)
+        for _ in range(6):
+            one.work()
+        pointers = [feed.leaves[0].data_ptr() for feed in feeds]
+        assert [x for x, _ in seen] == 3 * pointers  # the first three are those that the backward pass goes back to
+        assert len({output for _, output in seen[-3:]} | {output for _, output in seen[:3]}) == 6
+
+    def test_every_pass_is_written_when_it_is_measured(self, monkeypatch, tmp_path):
+        passes = [[kernels.Pass("copy_", 2e6, int)], [kernels.Pass("one", 1e6, int), kernels.Pass("two", 1e6, int)]]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(kernels, "passes", lambda *given: iter(passes))
+        monkeypatch.setattr(kernels.report, "environment", lambda device: collections.defaultdict(str))
+        written = []
+
+        def profiled(work):
+            if len(written) < 3:
+                written.append([path.read_text().count('"label"') for path in tmp_path.iterdir()])
+            return kernels.read(TRACE, 2)
+
+        monkeypatch.setattr(kernels, "profiled", profiled)
+        kernels.main(["--out", str(tmp_path)])
+        assert written == [[], [1], [2]]
+        assert len(json.loads((tmp_path / "results.json").read_text())["cases"]) == 3
+        assert "| two | " in (tmp_path / "table.md").read_text()
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_no_gpu_is_one_sentence(self, capsys):

@@ -21,7 +21,7 @@ FUNCTION = re.compile(
     r"""(?:\ for\ '(?P<architecture>\w+)'\n)?  # of a kernel; what it calls comes after it, without
     ptxas\ info\s*:\ Function\ properties\ for\ (?P<name>\S+)\n
     \s*(?P<stack>\d+)\ bytes\ stack\ frame,\ (?P<stores>\d+)\ bytes\ spill\ stores,\ (?P<loads>\d+)\ bytes\ spill\ loads
-    (?:\nptxas\ info\s*:\ Used\ (?P<registers>\d+)\ registers)?""",
+    (?:\nptxas\ info\s*:\ Used\ (?P<registers>\d+)\ registers(?:.*?\ (?P<shared>\d+)\ bytes\ smem)?)?""",
     re.VERBOSE,
 )
 
@@ -33,9 +33,10 @@ class Function:
     name: str
     architecture: str  # like sm_90
     registers: int | None  # None for a called function
-    stack: int  # bytes, as are the two that follow
+    stack: int  # bytes, as are those that follow
     spill_stores: int
     spill_loads: int
+    shared: int = 0  # without what a launch asks for
 
     def faults(self) -> str:
         """What is wrong with it, if anything is."""
@@ -55,7 +56,7 @@ def read(report: str) -> list[Function]:
     for found in FUNCTION.finditer(report):
         architecture = found["architecture"] or (functions[-1].architecture if functions else "")
         registers = None if found["registers"] is None else int(found["registers"])
-        sizes = int(found["stack"]), int(found["stores"]), int(found["loads"])
+        sizes = (int(found[size] or 0) for size in ("stack", "stores", "loads", "shared"))
         functions.append(Function(found["name"], architecture, registers, *sizes))
     if len(functions) != report.count("bytes stack frame"):
         expected = report.count("bytes stack frame")
@@ -63,14 +64,26 @@ def read(report: str) -> list[Function]:
     return functions
 
 
-def check(source: str, toolkit: build_parts.Toolkit, architectures: Sequence[str]) -> tuple[list[Function], list[str]]:
-    """Compile ``source`` for all ``architectures``; its functions, and in a sentence each what is wrong."""
+def check(
+    source: str, toolkit: build_parts.Toolkit, architectures: Sequence[str], keep: Path | None = None
+) -> tuple[list[Function], list[str]]:
+    """Compile ``source`` for all ``architectures``; its functions, and in a sentence each what is wrong.
+
+    Args:
+        source: path of a ``.cu``.
+        toolkit: whose nvcc compiles it.
+        architectures: like 9.0; with ``keep`` just one.
+        keep: a folder for what is compiled, a ``.cubin`` named as the source, and for the ``.ptx`` that it is made of.
+    """
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
     numbers = [name.replace(".", "") for name in architectures]
+    into = ["-c", "-o", os.devnull]
+    if keep is not None:
+        into = ["-cubin", "-o", str(keep / f"{Path(source).stem}.cubin"), "--keep", "--keep-dir", str(keep)]
     done = subprocess.run(
         [
-            *(toolkit.nvcc, "-c", source, "-o", os.devnull, *build_parts.NVCC_FLAGS),
+            *(toolkit.nvcc, source, *into, *build_parts.NVCC_FLAGS),
             *(f"-DTORCH_TARGET_VERSION={build_parts.STABLE_ABI}", f"-isystem={Path(torch.origin).parent / 'include'}"),
             *("-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", "--threads=2"),
             *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers),

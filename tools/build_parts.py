@@ -4,6 +4,7 @@ Everything but `find_toolkit` is pure. setup.py builds what is decided here; CMa
 the toolkit, the flags and the list of architectures from here.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,11 @@ from pathlib import Path
 
 # the oldest torch whose stable ABI the library keeps to, so that one binary serves every later one
 STABLE_ABI = "0x020a000000000000"
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Machine code serves the later minor versions of its major version, but not from a graphics card to a system on a chip
+# (8.7, and 11.0, which CUDA 12 calls 10.1). PTX serves every later GPU, which compiles it on its first use: that of
+# an early architecture what has no machine code, and that of the last one what is yet to come.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0")
+EARLY_PTX = "8.0"
 OLDEST_CUDA = 12  # the first whose nvcc knows C++20
 
 AUTOGRAD_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden", "-g0")
@@ -193,9 +198,11 @@ def architecture_list(environ: Mapping[str, str], supported: Sequence[str], visi
     given = environ.get("TORCH_CUDA_ARCH_LIST", "")
     if given and given != "native":
         return " ".join(given.replace(";", " ").split())
-    wanted = set(visible) or set(ARCHITECTURES)
-    known = sorted(wanted & set(supported), key=lambda name: tuple(map(int, name.split("."))))
-    return " ".join(known or supported[-1:]) + "+PTX"  # later GPUs compile the last for themselves
+    gpus = set(visible)
+    known = sorted((gpus or set(ARCHITECTURES)) & set(supported), key=lambda name: tuple(map(int, name.split("."))))
+    *others, last = known or supported[-1:]
+    with_ptx = {last} if gpus else {EARLY_PTX, last}
+    return " ".join(f"{name}+PTX" if name in with_ptx else name for name in (*others, last))
 
 
 def nvcc_threads(environ: Mapping[str, str], cores: int, sources: int) -> int:
@@ -220,6 +227,21 @@ def c_string(text: str) -> str:
 def autograd_macro(torch_version: str) -> tuple[str, str]:
     """What the library of autograd nodes is told, to say for which torch it is built."""
     return "TALIB_FAST_TORCH", c_string(torch_version)
+
+
+def sources_symbol(folder: Path) -> str:
+    """A symbol that the library gets when it is linked, and that no library of other sources has.
+
+    The linker is told, not the compiler: a change of one source would compile all of them anew.
+
+    Args:
+        folder: of the sources, all files in which count, with their names.
+    """
+    read = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        read.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return f"talib_fast_sources_{read.hexdigest()[:16]}"
 
 
 def build_text(torch_version: str, cpu: Iterable[str], cuda: Iterable[str], for_cuda: Mapping[str, str]) -> str:

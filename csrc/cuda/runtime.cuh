@@ -110,6 +110,8 @@ struct alignas(sizeof(T) * V) Vector {
   T lane[V];
 };
 
+// A vector moves as one word. As inline PTX: nvcc takes ordinary stores of 8 and 16 bytes apart in unrolled loops, and
+// joins but half of them again.
 #if defined(__CUDACC__)
 template <size_t kBytes>
 struct Word;
@@ -133,79 +135,127 @@ template <>
 struct Word<16> {
   using type = uint4;
 };
+
+template <typename T, int V>
+using Packed = typename Word<sizeof(T) * V>::type;
+
+template <typename Word>
+__device__ __forceinline__ void store_word(void* destination, const Word& word) {
+  *static_cast<Word*>(destination) = word;
+}
+template <>
+__device__ __forceinline__ void store_word(void* destination, const uint2& word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(destination), "r"(word.x), "r"(word.y) : "memory");
+}
+template <>
+__device__ __forceinline__ void store_word(void* destination, const uint4& word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(destination), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+#else
+template <typename T, int V>
+using Packed = Vector<T, V>;
 #endif
 
-// `source` and `destination` of these three are aligned to sizeof(T) * V.
+// `source` and `destination` of what follows are aligned to sizeof(T) * V.
+
+// A vector as the word that it is: to take it apart is to wait for it, so that what is asked for ahead stays packed.
+template <int V, typename T>
+__device__ __forceinline__ Packed<T, V> load_packed(const T* source) {
+  return *reinterpret_cast<const Packed<T, V>*>(source);
+}
+
+// For what nothing reads again soon, and no kernel in flight writes: it leaves the caches to other data.
+template <int V, typename T>
+__device__ __forceinline__ Packed<T, V> load_packed_last(const T* source) {
+#if defined(__CUDACC__)
+  return __ldcs(reinterpret_cast<const Packed<T, V>*>(source));
+#else
+  return load_packed<V>(source);
+#endif
+}
+
+template <typename T, int V>
+__device__ __forceinline__ Vector<T, V> unpack(const Packed<T, V>& packed) {
+  Vector<T, V> value;
+  memcpy(&value, &packed, sizeof(value));
+  return value;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ Packed<T, V> pack(const Vector<T, V>& value) {
+  Packed<T, V> packed;
+  memcpy(&packed, &value, sizeof(packed));
+  return packed;
+}
+
 template <int V, typename T>
 __device__ __forceinline__ Vector<T, V> load_vector(const T* source) {
-#if defined(__CUDACC__)
-  const auto word = *reinterpret_cast<const typename Word<sizeof(T) * V>::type*>(source);
-  Vector<T, V> value;
-  memcpy(&value, &word, sizeof(value));
-  return value;
-#else
-  return *reinterpret_cast<const Vector<T, V>*>(source);
-#endif
+  return unpack<T, V>(load_packed<V>(source));
 }
 
 template <typename T, int V>
 __device__ __forceinline__ void store_vector(T* destination, const Vector<T, V>& value) {
 #if defined(__CUDACC__)
-  typename Word<sizeof(T) * V>::type word;
-  memcpy(&word, &value, sizeof(value));
-  *reinterpret_cast<decltype(word)*>(destination) = word;
+  store_word(destination, pack(value));
 #else
   *reinterpret_cast<Vector<T, V>*>(destination) = value;
 #endif
 }
 
-// For what is not read again soon: leaves the caches to other data.
-template <typename T, int V>
-__device__ __forceinline__ void store_vector_streaming(T* destination, const Vector<T, V>& value) {
+// Counters in global memory through which blocks hand data to each other. After `last` they begin again at 0, as
+// atomicInc's do, so that a kernel leaves them as it found them. What a thread wrote, or saw through __syncthreads,
+// before a release is visible to a thread that acquires the released value.
+
+// Returns when the counter is not below `least`. One fence when it is over: every acquire empties the first-level cache.
 #if defined(__CUDACC__)
-  typename Word<sizeof(T) * V>::type word;
-  memcpy(&word, &value, sizeof(value));
-  __stcs(reinterpret_cast<decltype(word)*>(destination), word);
+__device__ __forceinline__ void wait_acquire(const unsigned* counter, unsigned least) {
+  for (;;) {
+    unsigned value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    if (value >= least) break;
+    __nanosleep(64);
+  }
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
+}
 #else
-  store_vector(destination, value);
+using simt::wait_acquire;
+#endif
+
+__device__ __forceinline__ void increment_release(unsigned* counter, unsigned last) {
+#if defined(__CUDACC__)
+  asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" : : "l"(counter), "r"(last) : "memory");
+#else
+  simt::increment(counter, last, __ATOMIC_RELEASE);
 #endif
 }
 
-// Counters in global memory through which blocks hand data to each other. What a thread wrote, or saw through
-// __syncthreads, before a release is visible to a thread that acquires the released value.
-__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
-#if defined(__CUDACC__)
-  unsigned value;
-  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-#else
-  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
-#endif
-}
-
-__device__ __forceinline__ void add_release(unsigned* counter, unsigned value) {
-#if defined(__CUDACC__)
-  asm volatile("red.release.gpu.add.u32 [%0], %1;" : : "l"(counter), "r"(value) : "memory");
-#else
-  __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
-#endif
-}
-
-// The counter's value before the addition.
-__device__ __forceinline__ unsigned add_acquire_release(unsigned* counter, unsigned value) {
+// The counter's value before.
+__device__ __forceinline__ unsigned increment_acquire_release(unsigned* counter, unsigned last) {
 #if defined(__CUDACC__)
   unsigned old;
-  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
   return old;
 #else
-  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+  return simt::increment(counter, last, __ATOMIC_ACQ_REL);
 #endif
 }
 
 constexpr int kWarp = 32;
 
+// A short division where both are short, which nearly all are.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
+  return a / b;
+}
+
+// The sum over each kLanes neighbouring lanes of a warp, for all of them. Every lane of the warp takes part.
+template <int kLanes = kWarp>
 __device__ __forceinline__ double warp_sum(double value) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
 }
 
@@ -213,32 +263,28 @@ __device__ __forceinline__ double warp_sum(double value) {
 template <int kThreads>
 __device__ __forceinline__ double block_sum(double value, double* warp_sums) {
   constexpr int kWarps = kThreads / kWarp;
+  static_assert((kWarps & (kWarps - 1)) == 0);
   value = warp_sum(value);
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
   __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0)
-    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
-  return sum;
+  return threadIdx.x < kWarp ? warp_sum<kWarps>(warp_sums[threadIdx.x % kWarps]) : 0;
 }
 
-// The operand of a launch's list that this block works on. The blocks of all stand in their order.
+// Which of the operands `low` to `high - 1` of a launch's list this block works on. The blocks of all stand in their
+// order.
 template <typename List>
-__device__ __forceinline__ const auto& find_operand(const List& list) {
-  int low = 0, high = list.count;
+__device__ __forceinline__ int operand_index(const List& list, int low, int high) {
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (list.operands[middle].first_block <= blockIdx.x) low = middle;
     else high = middle;
   }
-  return list.operands[low];
+  return low;
 }
 
-// Between two looks at a counter. Outside this namespace it needs its name in full: POSIX has a pause() too.
-#if defined(__CUDACC__)
-__device__ __forceinline__ void pause() { __nanosleep(64); }
-#else
-using simt::pause;
-#endif
+template <typename List>
+__device__ __forceinline__ const auto& find_operand(const List& list) {
+  return list.operands[operand_index(list, 0, list.count)];
+}
 
 }  // namespace talib_fast

@@ -4,22 +4,13 @@
 #include <array>
 
 #include "../spectral_tail.h"
+#include "registration.h"
 #include "stream.h"
 
 namespace talib_fast {
 namespace {
 
 using namespace spectral_tail;
-
-// An operator of talib_fast that PyTorch serves, with kReturns tensors.
-template <size_t kReturns, typename... Arguments>
-std::array<Tensor, kReturns> call(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, std::max(kReturns, sizeof...(Arguments))> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, kReturns> returned;
-  for (size_t i = 0; i < kReturns; ++i) returned[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return returned;
-}
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const std::vector<Tensor>& inputs,
                                                                            const std::vector<int64_t>& k) {
@@ -33,7 +24,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
       const size_t bytes = tail.value.numel() * tail.value.element_size();
       check(cudaMemsetAsync(tail.value.mutable_data_ptr(), 0, bytes, stream), "cudaMemsetAsync");
     } else if (tail.matrices.m > kMostRows) {
-      const auto [value, vectors] = call<2>("talib_fast::spectral_tail_linalg_forward", tail.input, tail.k);
+      const auto [value, vectors] =
+          call_operator<std::tuple<Tensor, Tensor>>("talib_fast::spectral_tail_linalg_forward", tail.input, tail.k);
       tail.value = value, tail.vectors = vectors;
     } else {
       Operand operand{};
@@ -70,7 +62,8 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
   for (TailGradientCall& tail : calls) {
     if (tail.input.numel() == 0) continue;
     if (tail.matrices.m > kMostRows) {
-      tail.gradient = call<1>("talib_fast::spectral_tail_linalg_backward", tail.grad, tail.input, tail.vectors, tail.k)[0];
+      tail.gradient = call_operator<Tensor>("talib_fast::spectral_tail_linalg_backward", tail.grad, tail.input,
+                                            tail.vectors, tail.k);
       continue;
     }
     Operand operand{};
@@ -93,7 +86,6 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
-  if (!talib_fast::driver_serves_kernels()) return;
-  m.impl("spectral_tail_forward", TORCH_BOX(&talib_fast::spectral_tail_forward));
-  m.impl("spectral_tail_backward", TORCH_BOX(&talib_fast::spectral_tail_backward));
+  talib_fast::register_kernel<"spectral_tail_forward", &talib_fast::spectral_tail_forward>(m);
+  talib_fast::register_kernel<"spectral_tail_backward", &talib_fast::spectral_tail_backward>(m);
 }

@@ -625,7 +625,7 @@ __global__ void __launch_bounds__(kColumnThreads) value_kernel(const __grid_cons
   double* sums = operand.sums + static_cast<int64_t>(index) * count;
   if (threadIdx.x == 0) {
     sums[chunk] = sum;
-    ticket[0] = add_acquire_release(operand.arrived + index, 1);
+    ticket[0] = increment_acquire_release(operand.arrived + index, count - 1);
   }
   __syncthreads();
   if (ticket[0] != count - 1) return;  // the last to arrive goes on; which block that is makes no difference

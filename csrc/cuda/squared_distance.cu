@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "../squared_distance.h"
+#include "counters.cuh"
+#include "registration.h"
 #include "stream.h"
 
 namespace talib_fast {
@@ -24,13 +26,16 @@ Operand make_operand(const Term& term) {
   constexpr uintptr_t kVectorBytes = 16;
   operand.vectors = (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.gradient)) %
                         kVectorBytes == 0;
+  int64_t bytes = term.target.element_size();
   if (term.source) {
+    bytes += term.source->element_size();
     operand.source = term.source->const_data_ptr();
     operand.source_type = static_cast<uint8_t>(float_type(*term.source));
     // a narrower source's vectors have fewer bytes
-    const uintptr_t bytes = kVectorBytes * term.source->element_size() / term.target.element_size();
-    operand.vectors &= reinterpret_cast<uintptr_t>(operand.source) % std::min(bytes, kVectorBytes) == 0;
+    const uintptr_t vector_bytes = kVectorBytes * term.source->element_size() / term.target.element_size();
+    operand.vectors &= reinterpret_cast<uintptr_t>(operand.source) % std::min(vector_bytes, kVectorBytes) == 0;
   }
+  while ((1 << operand.bytes_log2) < bytes) ++operand.bytes_log2;
   return operand;
 }
 
@@ -55,18 +60,16 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
 
   int64_t blocks = 0;
   for (const Launch& launch : launches) blocks += launch.blocks;
-  const int64_t sums_bytes = blocks * sizeof(double), counter_bytes = launches.size() * sizeof(unsigned);
-  const Scratch workspace(targets[0], sums_bytes + counter_bytes);
-  char* memory = workspace.data();
-  Results results{reinterpret_cast<double*>(memory), reinterpret_cast<unsigned*>(memory + sums_bytes), nullptr,
-                  values.mutable_data_ptr(), 0, type == ScalarType::Double};
   const cudaStream_t stream = current_stream(targets[0]);
-  check(cudaMemsetAsync(results.arrived, 0, counter_bytes, stream), "cudaMemsetAsync");
+  const Scratch workspace(targets[0], blocks * static_cast<int64_t>(sizeof(double)));
+  const Counters counters(targets[0], static_cast<int64_t>(operands.size() + launches.size()), stream);
+  Results results{reinterpret_cast<double*>(workspace.data()), counters.data(), nullptr, values.mutable_data_ptr(), 0,
+                  0, type == ScalarType::Double};
   for (const Launch& launch : launches) {
     results.first_term = launch.first;
     if (&launch == &launches.back()) results.total = total.mutable_data_ptr();
     launch_forward(launch, results, stream);
-    results.chunks += launch.blocks, ++results.arrived;
+    results.first_chunk += launch.blocks, results.arrived += launch.count + 1;
   }
   return {total, values};
 }
@@ -89,7 +92,6 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
-  if (!talib_fast::driver_serves_kernels()) return;
-  m.impl("squared_distance_forward", TORCH_BOX(&talib_fast::squared_distance_forward));
-  m.impl("squared_distance_backward", TORCH_BOX(&talib_fast::squared_distance_backward));
+  talib_fast::register_kernel<"squared_distance_forward", &talib_fast::squared_distance_forward>(m);
+  talib_fast::register_kernel<"squared_distance_backward", &talib_fast::squared_distance_backward>(m);
 }

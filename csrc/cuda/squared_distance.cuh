@@ -1,10 +1,11 @@
 // Half squared distances over a list of tensors on the GPU, and their gradients: one launch for the whole list. The
-// list travels in the launch's parameters. Every block takes one chunk of one tensor; the last block to finish adds up
-// what all of them found. All sums are reduced in an order that depends on shapes and launch parameters only: equal
-// input, equal bits.
+// list travels in the launch's parameters. Every block takes one chunk of one tensor; the last block of a tensor to
+// finish adds up what the tensor's blocks found, and the last one of all what all did. All sums are reduced in an order
+// that depends on shapes and launch parameters only: equal input, equal bits.
 #pragma once
 
 #include "../types.h"
+#include "driver.h"
 #include "runtime.cuh"
 
 #include <algorithm>
@@ -28,15 +29,21 @@ struct Operand {
   uint8_t type;              // FloatType
   uint8_t source_type;       // the source's, which makes a pair with it
   bool vectors;              // all addresses suit vectors of 16 bytes of target
+  uint8_t bytes_log2;        // bytes of target and source that an element has, rounded up to a power of two
 };
 
 // The operands of one launch. A launch takes 4 KB of parameters, from CUDA 12.1 on 32 KB.
 template <int kOperands>
 struct List {
+  static constexpr int kStretches = 128;
+
   Operand operands[kOperands];
+  int64_t chunk_bytes;  // of target and source that a block takes
   int count;
-  unsigned blocks;
-  int64_t chunk;  // elements that a block takes
+  // Blocks come in equal stretches; first_operands[i] is the operand of stretch i's first block. A block that looks for
+  // its operand reads parameters one after another, at the start of a launch each from memory: so there are few.
+  int stretch_log2;
+  uint16_t first_operands[kStretches + 1];
 };
 constexpr int kFewOperands = 40;
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
@@ -44,12 +51,7 @@ constexpr int kManyOperands = kFewOperands;
 #else
 constexpr int kManyOperands = 360;
 #endif
-static_assert(sizeof(Operand) == 88 && sizeof(List<kFewOperands>) < 3800 && sizeof(List<kManyOperands>) < 32600);
-
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
-  return a / b;
-}
+static_assert(sizeof(Operand) == 88 && sizeof(List<kFewOperands>) < 4000 && sizeof(List<kManyOperands>) < 32600);
 
 // Where in the weights a thread is, which goes from one of its vectors to the next in equal steps.
 class WeightWalk {
@@ -103,8 +105,9 @@ struct Worker {
   using Element = T;
   using A = acc_t<T>;
   static constexpr int kVector = V;
-  // vectors that are asked for before one is used
-  static constexpr int kUnroll = V == 8 || kSource == Source::kExchanged ? 2 : 4;
+  // vectors of target that are asked for before one is used
+  static constexpr int kUnroll =
+      (V == 8 || kSource == Source::kExchanged ? 2 : 4) * (kSource == Source::kNone && !kWeights ? 2 : 1);
   static constexpr int kSourceVector = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;  // elements that load at once
 
   const T* target;
@@ -248,26 +251,29 @@ __device__ __forceinline__ void write_chunk(const Operand& operand, int64_t begi
 }
 
 struct Chunk {
-  const Operand& operand;
+  int j;  // of operand j
   int64_t begin, end;
 };
 
 // What this block takes. It is returned because a lambda that got it would be too long for nvcc to inline.
 template <int kOperands>
 __device__ __forceinline__ Chunk find_chunk(const List<kOperands>& list) {
-  const Operand& operand = find_operand(list);
-  const int64_t begin = (blockIdx.x - operand.first_block) * list.chunk;
-  const int64_t rest = operand.elements - begin;
-  return {operand, begin, begin + (rest < list.chunk ? rest : list.chunk)};
+  const unsigned stretch = blockIdx.x >> list.stretch_log2;
+  const int j = operand_index(list, list.first_operands[stretch], list.first_operands[stretch + 1] + 1);
+  const Operand& operand = list.operands[j];
+  const int64_t elements = list.chunk_bytes >> operand.bytes_log2;
+  const int64_t begin = (blockIdx.x - operand.first_block) * elements, rest = operand.elements - begin;
+  return {j, begin, begin + (rest < elements ? rest : elements)};
 }
 
 // What the blocks of the forward pass found, and where the results go.
 struct Results {
-  double* chunks;     // [blocks]
-  unsigned* arrived;  // 0 before the launch
-  void* total;        // double where wide, else float; null: a later launch completes it
-  void* terms;        // [terms], likewise
-  int first_term;     // of this launch
+  double* chunks;        // [blocks of all launches]
+  unsigned* arrived;     // [operands of this launch + 1] counters of blocks, the last of all; 0 before and after
+  void* total;           // double where wide, else float; null: a later launch completes it
+  void* terms;           // [terms], likewise
+  int first_term;        // of this launch
+  unsigned first_chunk;  // likewise
   bool wide;
 };
 
@@ -280,44 +286,74 @@ __device__ __forceinline__ void write(void* values, bool wide, int i, double val
   else static_cast<float*>(values)[i] = static_cast<float>(value);
 }
 
+// This thread's share of the sum of chunks, and of that of [begin, end) among them. A thread has the same ones and adds
+// them up in the same order whether it is asked for all or for those alone. It asks for many before it uses one.
+struct Sums {
+  double all = 0, own = 0;
+
+  __device__ __forceinline__ void add(const double* chunks, unsigned first, unsigned last, unsigned begin,
+                                      unsigned end) {
+    constexpr unsigned kLoads = 16;
+    for (unsigned at = first / kThreads * kThreads + threadIdx.x; at < last; at += kLoads * kThreads) {
+      double loaded[kLoads];
+#pragma unroll
+      for (unsigned u = 0; u < kLoads; ++u) {
+        const unsigned i = at + u * kThreads;
+        loaded[u] = first <= i && i < last ? chunks[i] : 0;
+      }
+#pragma unroll
+      for (unsigned u = 0; u < kLoads; ++u) {
+        const unsigned i = at + u * kThreads;
+        all += loaded[u];
+        own += begin <= i && i < end ? loaded[u] : 0;
+      }
+    }
+  }
+};
+
 template <int kOperands>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ List<kOperands> list, const Results results) {
-  constexpr int kWarps = kThreads / kWarp;
-  SIMT_SHARED(double, warp_sums, kWarps);
-  SIMT_SHARED(unsigned, ticket, 1);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  SIMT_SHARED(double, warp_sums, kThreads / kWarp);
+  SIMT_SHARED(bool, is_last, 2);
 
-  if (blockIdx.x < list.blocks) {
-    const auto [operand, begin, end] = find_chunk(list);
-    const double sum = block_sum<kThreads>(sum_chunk(operand, begin, end), warp_sums);
-    if (threadIdx.x == 0) results.chunks[blockIdx.x] = sum;
-  }
-  if (threadIdx.x == 0) ticket[0] = add_acquire_release(results.arrived, 1);
+  const auto [j, begin, end] = find_chunk(list);
+  const double sum = block_sum<kThreads>(sum_chunk(list.operands[j], begin, end), warp_sums);
+  if (threadIdx.x == 0) results.chunks[results.first_chunk + blockIdx.x] = sum;
   __syncthreads();
-  if (ticket[0] != gridDim.x - 1) return;  // the last to arrive goes on; which block that is makes no difference
+  // Two warps count at the same time, for either takes long. Which block is last makes no difference to a result, and
+  // the last of an operand need not be that of all.
+  const unsigned first_own = list.operands[j].first_block;
+  const unsigned last_own = j + 1 < list.count ? list.operands[j + 1].first_block : gridDim.x;
+  const auto comes_last = [](unsigned* counter, unsigned blocks) {
+    return increment_acquire_release(counter, blocks - 1) == blocks - 1;
+  };
+  if (threadIdx.x == 0) is_last[0] = comes_last(results.arrived + j, last_own - first_own);
+  if (threadIdx.x == kWarp)
+    is_last[1] = results.total != nullptr && comes_last(results.arrived + list.count, gridDim.x);
+  __syncthreads();
+  if (!is_last[0] && !is_last[1]) return;
 
-  double sum = 0;  // of the terms that this thread has written
-  for (int j = warp; j < list.count; j += kWarps) {
-    const unsigned last = j + 1 < list.count ? list.operands[j + 1].first_block : list.blocks;
-    double term = 0;
-    for (unsigned block = list.operands[j].first_block + lane; block < last; block += kWarp)
-      term += results.chunks[block];
-    term = warp_sum(term) / 2;
-    if (lane == 0) write(results.terms, results.wide, results.first_term + j, term), sum += term;
+  const unsigned own = results.first_chunk + first_own, own_end = results.first_chunk + last_own;
+  Sums sums;
+  sums.add(results.chunks, is_last[1] ? 0 : own, is_last[1] ? results.first_chunk + gridDim.x : own_end, own, own_end);
+  if (is_last[0]) {
+    const double term = block_sum<kThreads>(sums.own, warp_sums);
+    if (threadIdx.x == 0) write(results.terms, results.wide, results.first_term + j, term / 2);
+    __syncthreads();
   }
-  if (results.total == nullptr) return;
-  for (int j = threadIdx.x; j < results.first_term; j += kThreads) sum += read(results.terms, results.wide, j);
-  sum = block_sum<kThreads>(sum, warp_sums);
-  if (threadIdx.x == 0) write(results.total, results.wide, 0, sum);
+  if (is_last[1]) {
+    const double total = block_sum<kThreads>(sums.all, warp_sums);
+    if (threadIdx.x == 0) write(results.total, results.wide, 0, total / 2);
+  }
 }
 
 template <int kOperands>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const __grid_constant__ List<kOperands> list, const void* __restrict__ grad, bool wide_grad) {
   const double factor = read(grad, wide_grad, 0);
-  const auto [operand, begin, end] = find_chunk(list);
-  write_chunk(operand, begin, end, factor);
+  const auto [j, begin, end] = find_chunk(list);
+  write_chunk(list.operands[j], begin, end, factor);
 }
 
 // ---- Launch
@@ -327,63 +363,71 @@ struct Launch {
   const Operand* operands;
   int first, count;
   unsigned blocks;
-  int64_t chunk;
+  int64_t chunk_bytes;
 };
 
 // How many operands a launch can take.
-inline size_t most_operands() {
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  return driver < 12010 ? kFewOperands : kManyOperands;
-}
+inline size_t most_operands() { return driver_takes_many_parameters() ? kManyOperands : kFewOperands; }
 
 // The one place that decides how the operands are cut; it gives them their blocks. A block takes so much that the sums
-// of all blocks are few, and so little that none is waited for.
+// of all blocks are few, and so little that none is waited for. An empty operand has a block too, for its term.
 inline std::vector<Launch> plan(std::vector<Operand>& operands, int multiprocessors) {
-  // 8192: 32 elements a thread, some rounds of loads, beside which finding the tensor and summing up the block hardly
-  // count. 32 blocks: four times as many as a multiprocessor has room for, so that what the last ones leave idle is
+  // 64 KB: 256 bytes a thread, some rounds of loads, beside which finding the tensor and summing up the block hardly
+  // count. 32 blocks: ten times as many as a multiprocessor has room for, so that what the last ones leave idle is
   // little, and what the last block of all adds up stays a few thousand sums.
-  constexpr int64_t kSmallest = 8192, kBlocksPerMultiprocessor = 32;
-  int64_t elements = 0;
-  for (const Operand& operand : operands) elements += operand.elements;
-  const int64_t chunk =
-      kSmallest * std::max<int64_t>(1, ceil_div(elements, kSmallest * kBlocksPerMultiprocessor * multiprocessors));
+  constexpr int64_t kSmallest = 64 << 10, kBlocksPerMultiprocessor = 32;
+  int64_t bytes = 0;
+  for (const Operand& operand : operands) bytes += operand.elements << operand.bytes_log2;
+  const int64_t chunk_bytes =
+      kSmallest * std::max<int64_t>(1, ceil_div(bytes, kSmallest * kBlocksPerMultiprocessor * multiprocessors));
   std::vector<Launch> launches;
   const size_t most = most_operands();
   for (size_t first = 0; first < operands.size(); first += most) {
     const size_t count = std::min(most, operands.size() - first);
     unsigned blocks = 0;
     for (size_t j = first; j < first + count; ++j) {
-      operands[j].first_block = blocks;
-      blocks += static_cast<unsigned>(ceil_div(operands[j].elements, chunk));
+      Operand& operand = operands[j];
+      operand.first_block = blocks;
+      blocks += std::max(1u, static_cast<unsigned>(ceil_div(operand.elements, chunk_bytes >> operand.bytes_log2)));
     }
-    launches.push_back({&operands[first], static_cast<int>(first), static_cast<int>(count), blocks, chunk});
+    launches.push_back({&operands[first], static_cast<int>(first), static_cast<int>(count), blocks, chunk_bytes});
   }
   return launches;
+}
+
+template <int kOperands>
+void fill(List<kOperands>& list, const Launch& launch) {
+  std::copy_n(launch.operands, launch.count, list.operands);
+  list.count = launch.count, list.chunk_bytes = launch.chunk_bytes;
+  while ((launch.blocks - 1) >> list.stretch_log2 >= List<kOperands>::kStretches) ++list.stretch_log2;
+  int j = 0;
+  for (int stretch = 0; stretch <= List<kOperands>::kStretches; ++stretch) {
+    const uint64_t block = uint64_t{static_cast<unsigned>(stretch)} << list.stretch_log2;
+    while (j + 1 < launch.count && launch.operands[j + 1].first_block <= block) ++j;
+    list.first_operands[stretch] = static_cast<uint16_t>(j);
+  }
 }
 
 // f(the launch's parameters), in a list as short as the operands allow
 template <typename F>
 void with_list(const Launch& launch, const F& f) {
-  const auto fill = [&](auto list) {
-    std::copy_n(launch.operands, launch.count, list.operands);
-    list.count = launch.count, list.blocks = launch.blocks, list.chunk = launch.chunk;
+  const auto with = [&](auto list) {
+    fill(list, launch);
     f(list);
   };
-  if (launch.count <= kFewOperands) fill(List<kFewOperands>{});
-  else fill(List<kManyOperands>{});
+  if (launch.count <= kFewOperands) with(List<kFewOperands>{});
+  else with(List<kManyOperands>{});
 }
 
 inline void launch_forward(const Launch& launch, const Results& results, cudaStream_t stream) {
   with_list(launch, [&](const auto& list) {
     constexpr int kOperands = std::extent_v<decltype(list.operands)>;
-    SIMT_LAUNCH((forward_kernel<kOperands>), dim3(std::max(launch.blocks, 1u)), dim3(kThreads), 0, stream, list,
+    SIMT_LAUNCH((forward_kernel<kOperands>), dim3(launch.blocks), dim3(kThreads), 0, stream, list,
                 results);
   });
 }
 
 inline void launch_backward(const Launch& launch, const void* grad, bool wide_grad, cudaStream_t stream) {
-  if (launch.blocks == 0) return;
   with_list(launch, [&](const auto& list) {
     constexpr int kOperands = std::extent_v<decltype(list.operands)>;
     SIMT_LAUNCH((backward_kernel<kOperands>), dim3(launch.blocks), dim3(kThreads), 0, stream, list, grad, wide_grad);

@@ -2,6 +2,8 @@
 #include "stoch_norm.cuh"
 
 #include "../stoch_norm.h"
+#include "counters.cuh"
+#include "registration.h"
 #include "stream.h"
 
 namespace talib_fast {
@@ -11,11 +13,13 @@ template <typename Op>
 void run(const Op& op, const ChannelView& view, const Tensor& input) {
   if (view.channels == 0) return;
   const stoch_norm::Shape shape{view.outer, view.channels, view.inner};
-  stoch_norm::with_vectors(op, shape, [&](auto vector, auto rows) {
-    const Device device = current_device();
+  const Device device = current_device();
+  const cudaStream_t stream = current_stream(input);
+  stoch_norm::with_vectors(op, shape, device, [&](auto vector, auto rows) {
     const stoch_norm::Plan plan = stoch_norm::choose_plan<Op, vector(), rows()>(shape, device);
     const Scratch workspace(input, static_cast<int64_t>(plan.workspace_bytes));
-    stoch_norm::launch<Op, vector(), rows()>(op, plan, device, workspace.data(), current_stream(input));
+    const Counters counters(input, plan.counters, stream);
+    stoch_norm::launch<Op, vector(), rows()>(op, plan, device, workspace.data(), counters.data(), stream);
   });
 }
 
@@ -105,9 +109,8 @@ struct Kernels {
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
-  if (!talib_fast::driver_serves_kernels()) return;
   using Operators = talib_fast::Operators<talib_fast::Kernels>;
-  m.impl("stoch_norm_forward", TORCH_BOX(&Operators::forward));
-  m.impl("stoch_norm_functional", TORCH_BOX(&Operators::functional));
-  m.impl("stoch_norm_backward", TORCH_BOX(&Operators::backward));
+  talib_fast::register_kernel<"stoch_norm_forward", &Operators::forward>(m);
+  talib_fast::register_kernel<"stoch_norm_functional", &Operators::functional>(m);
+  talib_fast::register_kernel<"stoch_norm_backward", &Operators::backward>(m);
 }

@@ -3,7 +3,7 @@
 //
 // resident: a block takes a group of channels whole, and keeps what it read in shared memory between the passes.
 // sliced:   many blocks share a group. They take items off one list, on which the second pass over a group follows
-//           its first one so closely that it reads from the L2 cache. One launch, no sync with the host.
+//           its first one so closely that it should read from the L2 cache. One launch, no sync with the host.
 //
 // What follows the norm, an activation and a residual, is a part of the kernels with kFused, and costs the others
 // nothing.
@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace talib_fast::stoch_norm {
 
@@ -119,7 +120,7 @@ struct Activated {
 
 // y = (x - center) * slope + offset        dx = dy * scale + (x - center) * slope + offset
 template <typename A>
-struct Constants {
+struct alignas(16) Constants {
   A center, slope, offset, scale;
 };
 
@@ -129,19 +130,46 @@ struct ActivatedConstants : Constants<A> {
   A shift;
 };
 
+// What an operation reads of a channel but its values.
+template <typename A>
+struct Operands {
+  bool batch;      // whether the channel takes the batch's statistics
+  A mean, spread;  // the running mean and variance; in the backward pass the mean and 1 / standard deviation used
+  A weight, bias;
+};
+
 // Count, mean and sum of squared deviations from it.
 template <typename A>
 struct Moments {
   A count, mean, squares;
 
+  // Equal counts, which nearly all are, take no division.
   __device__ __forceinline__ void merge(const Moments& other) {
-    const A sum = count + other.count;
+    const A sum = count + other.count, difference = other.mean - mean;
     if (sum == 0) return;
-    const A difference = other.mean - mean, share = other.count / sum;
+    const A share = count == other.count ? A(0.5) : other.count / sum;
     mean += difference * share;
     // in this order: beside a mean of 1e20 those of no values at all give 0, where its square would give inf * 0
     squares += other.squares + difference * (count * share) * difference;
     count = sum;
+  }
+  // Of lanes with equal counts: of those before `split`, and of the rest.
+  template <int V>
+  __device__ __forceinline__ static void join(const Moments (&lanes)[V], int split, Moments& before, Moments& after) {
+    const A count = lanes[0].count;
+    const int rest = V > split ? V - split : 0;
+    const A share = A(1) / static_cast<A>(V - rest), rest_share = rest > 0 ? A(1) / static_cast<A>(rest) : A(0);
+    before = {count * static_cast<A>(V - rest), lanes[0].mean, 0};
+    after = {count * static_cast<A>(rest), lanes[V - 1].mean, 0};
+    for_each_lane<V>([&](int k) {
+      if (k < split) before.mean += (lanes[k].mean - lanes[0].mean) * share;
+      else after.mean += (lanes[k].mean - lanes[V - 1].mean) * rest_share;
+    });
+    for_each_lane<V>([&](int k) {
+      Moments& joined = k < split ? before : after;
+      const A difference = lanes[k].mean - joined.mean;
+      joined.squares += lanes[k].squares + difference * count * difference;
+    });
   }
   __device__ __forceinline__ Moments from_lane(int distance) const {
     return {__shfl_xor_sync(0xffffffffu, count, distance), __shfl_xor_sync(0xffffffffu, mean, distance),
@@ -155,6 +183,12 @@ struct Products {
   A sum, product;
 
   __device__ __forceinline__ void merge(const Products& other) { sum += other.sum, product += other.product; }
+  template <int V>
+  __device__ __forceinline__ static void join(const Products (&lanes)[V], int split, Products& before,
+                                              Products& after) {
+    before = after = {};
+    for_each_lane<V>([&](int k) { (k < split ? before : after).merge(lanes[k]); });
+  }
   __device__ __forceinline__ Products from_lane(int distance) const {
     return {__shfl_xor_sync(0xffffffffu, sum, distance), __shfl_xor_sync(0xffffffffu, product, distance)};
   }
@@ -184,8 +218,9 @@ struct Forward {
   int64_t count;  // values per channel
   Activated<A> activated;
 
-  __device__ __forceinline__ Constants<A> constants(A mean, A invstd, int64_t c) const {
-    return {mean, invstd * load_or<A>(weight, c, 1), load_or<A>(bias, c, 0), 0};
+  __device__ __forceinline__ Operands<A> fetch(int64_t c) const {
+    const A mean = load<A>(running_mean, c), var = load<A>(running_var, c);
+    return {mask(c), mean, var, load_or<A>(weight, c, 1), load_or<A>(bias, c, 0)};
   }
 
   // All the way to the batch's where the momentum is 1, whatever the old one is.
@@ -194,25 +229,24 @@ struct Forward {
   }
 
   // The constants of a channel on running statistics.
-  __device__ __forceinline__ Constants<A> known(int64_t c) const {
-    return constants(load<A>(running_mean, c), A(1) / sqrt(load<A>(running_var, c) + eps), c);
+  __device__ __forceinline__ Constants<A> known(const Operands<A>& channel) const {
+    return {channel.mean, A(1) / sqrt(channel.spread + eps) * channel.weight, channel.bias, 0};
   }
 
-  __device__ __forceinline__ Constants<A> finish(int64_t c, const Sums& sums) const {
-    const A old_mean = load<A>(running_mean, c), old_var = load<A>(running_var, c);
-    const bool batch = mask(c) && count > 0;
-    const A used_mean = batch ? sums.mean : old_mean;
-    const A used_invstd = A(1) / sqrt((batch ? sums.squares / static_cast<A>(count) : old_var) + eps);
+  __device__ __forceinline__ Constants<A> finish(int64_t c, const Operands<A>& channel, const Sums& sums) const {
+    const bool batch = channel.batch && count > 0;
+    const A used_mean = batch ? sums.mean : channel.mean;
+    const A used_invstd = A(1) / sqrt((batch ? sums.squares / static_cast<A>(count) : channel.spread) + eps);
     mean[c] = used_mean, invstd[c] = used_invstd;
     if (count > 0) {
       const A unbiased = sums.squares / static_cast<A>(count > 1 ? count - 1 : 1);
-      store(moved_mean, c, moved(old_mean, sums.mean));
-      store(moved_var, c, moved(old_var, unbiased));
+      store(moved_mean, c, moved(channel.mean, sums.mean));
+      store(moved_var, c, moved(channel.spread, unbiased));
       if (c == 0 && batches != nullptr) ++*batches;
     } else if (moved_mean.data != running_mean.data) {  // in place they stay as they are: A may be too narrow for them
-      store(moved_mean, c, old_mean), store(moved_var, c, old_var);
+      store(moved_mean, c, channel.mean), store(moved_var, c, channel.spread);
     }
-    return constants(used_mean, used_invstd, c);
+    return {used_mean, used_invstd * channel.weight, channel.bias, 0};
   }
 };
 
@@ -247,59 +281,55 @@ struct Backward {
     return dy;
   }
 
+  __device__ __forceinline__ Operands<A> fetch(int64_t c) const {
+    return {mask(c), mean[c], invstd[c], load_or<A>(weight, c, 1), kFused ? load_or<A>(bias, c, 0) : A(0)};
+  }
+
   // The constants of a channel on running statistics; those of z and its center are wanted in any case.
-  __device__ __forceinline__ K known(int64_t c) const {
-    const Constants<A> constants{mean[c], 0, 0, invstd[c] * load_or<A>(weight, c, 1)};
-    if constexpr (kFused) return {constants, load_or<A>(bias, c, 0)};
+  __device__ __forceinline__ K known(const Operands<A>& channel) const {
+    const Constants<A> constants{channel.mean, 0, 0, channel.spread * channel.weight};
+    if constexpr (kFused) return {constants, channel.bias};
     else return constants;
   }
 
-  __device__ __forceinline__ K finish(int64_t c, const Sums& sums) const {
-    K constants = known(c);
-    const A dgamma = count > 0 ? sums.product * invstd[c] : A(0);  // invstd may be infinite
+  __device__ __forceinline__ K finish(int64_t c, const Operands<A>& channel, const Sums& sums) const {
+    K constants = known(channel);
+    const A dgamma = count > 0 ? sums.product * channel.spread : A(0);  // which may be infinite
     dbias[c] = sums.sum, dweight[c] = dgamma;
-    if (mask(c) && count > 0) {
+    if (channel.batch && count > 0) {
       const A share = -constants.scale / static_cast<A>(count);
-      constants.slope = share * dgamma * invstd[c], constants.offset = share * sums.sum;
+      constants.slope = share * dgamma * channel.spread, constants.offset = share * sums.sum;
     }
     return constants;
   }
 };
 
-// How a tensor [outer, channels, inner] is cut. A group of channels is a block's unit: one channel where its values
-// lie in runs (inner > 1), a few neighbouring ones where they don't (inner == 1). Its threads form `columns` columns;
-// a column walks over `steps` vectors. In slices these are `slice_steps` each.
+// How a tensor [outer, channels, inner] is cut. A group of channels is what a block takes whole, or blocks share:
+//
+// runs: one channel, whose elements lie in runs of `inner`. All of a vector are of that channel.
+// rows: as many neighbouring channels as fill vectors: in channels_last (inner = 1) those of some 128 bytes, elsewhere
+//       those until a run ends where a vector does, as 8 channels of 7 × 7. Their elements are rows, one after another
+//       in memory, and a vector's are of several channels: in channels_last all of others, elsewhere of two at most.
+//
+// In rows a block's threads form columns, a vector wide, and go down the rows. A column's vectors are its steps.
 struct Geometry {
-  int64_t channels, groups, steps, slices, slice_steps;
-  int64_t inner_steps;  // vectors in a run
-  int64_t row;          // elements from a run to the channel's next one
-  int64_t run;          // elements in a run
-  int columns;          // a power of two, at most a warp
-  int group_channels;
-  bool whole_words;     // of signs: a word's elements are written by one warp at a time
-  // a thread's way from one of its vectors to the next, blockDim.x / columns steps on:
+  int64_t channels, run;              // run: inner
+  int64_t row;                        // elements from a run to the channel's next one, and from a row to the next
+  int64_t steps, slice_steps;         // of a column; in a slice
+  unsigned groups, slices;            // slices: of a group
+  unsigned sections, section_slices;  // many slices are merged by sections, so that no block has all of them to merge
+  int group_channels, log_channels;   // a power of two, and which
+  int columns, lane_rows;             // of a block's threads: columns × rows
+  int log_lanes;                      // so many neighbouring lanes merge a channel's sums, likewise
+  int scratch_bytes;                  // of shared memory, beside what is kept
+  bool whole_words;                   // of signs: a word's elements are written by one warp at a time
+  // in runs a thread's way from one of its vectors to the next, a block's threads on; in rows jump alone:
+  int64_t inner_steps;        // vectors in a run
   int64_t jump, jump_in_run;  // elements; vectors within the run
   int64_t wrap;               // elements on top if that leads past the end of the run
 };
 
-// Where a thread is in its column. All that is equal for all threads stays in the launch's parameters.
-struct Walk {
-  const Geometry& g;
-  int64_t at, step_in_run;
-
-  __device__ __forceinline__ Walk(const Geometry& geometry, int64_t base, int64_t first, int vector) : g(geometry) {
-    const int64_t run = g.inner_steps == 1 ? first : first / g.inner_steps;
-    step_in_run = first - run * g.inner_steps;
-    at = base + run * g.row + step_in_run * vector;
-  }
-  __device__ __forceinline__ void advance() {
-    at += g.jump;
-    step_in_run += g.jump_in_run;
-    if (step_in_run >= g.inner_steps) step_in_run -= g.inner_steps, at += g.wrap;
-  }
-};
-
-// What one thread knows of its block's work on a group. V elements a vector; kRows: each is of a channel of its own.
+// What one thread knows of its block's work on a group. V elements a vector; kRows: each with constants of its own.
 template <typename Op, int V, bool kRows>
 struct Worker {
   using T = typename Op::Element;
@@ -308,88 +338,152 @@ struct Worker {
   using K = typename Op::K;
   static constexpr int kTensors = Op::kTensors;
   static constexpr int kChannels = kRows ? V : 1;  // per vector
-  // loads ahead, as many as registers allow: two tensors whose elements have constants of their own take most
+  // What the first pass needs of the channels: the backward pass centers, and runs whether they are known and may be
+  // written. Of a group in rows one channel nearly always takes the batch's statistics.
+  static constexpr bool kFirstPassNeedsConstants = kTensors == 2 || !kRows;
+  // Vectors asked for ahead in the two passes, as many as registers allow: elements that have constants of their own
+  // take most, and so does what follows the norm.
   static constexpr bool kFew = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2);
-  static constexpr int kUnroll = kFew ? 2 : Op::kFused ? (V == 1 ? 4 : 3) : (V == 1 ? 8 : 4);
+  static constexpr int kSecondAhead = kFew ? 2 : Op::kFused ? (V == 1 ? 4 : 3) : (V == 1 ? 8 : 4);
+  static constexpr int kFirstAhead = kTensors == 1 && kSecondAhead == 3 ? 4 : kSecondAhead;
 
   struct Values {
-    Vector<T, V> x, beside;  // dy, or dz in its place; the residual
-    unsigned signs;
+    Packed<T, V> x, beside;  // dy, or dz in its place; the residual
+    unsigned signs;          // the word that has the vector's
   };
 
   const Op& op;
   const Geometry& g;
-  Sums* sums;    // [warps, group_channels] shared
-  K* constants;  // [group_channels] shared
-  int64_t group;
+  K* constants;           // [group_channels] shared
+  Operands<A>* operands;  // [group_channels] shared
+  Sums* sums;             // [sum_entries] shared
+  int column, lane_row;
+  int64_t group = 0;
 
-  __device__ __forceinline__ int column() const { return threadIdx.x % g.columns; }
-  __device__ __forceinline__ int lane_row() const { return threadIdx.x / g.columns; }
-  __device__ __forceinline__ int lane_rows() const { return blockDim.x / g.columns; }
+  __device__ __forceinline__ Worker(const Op& op, const Geometry& g, unsigned char* shared)
+      : op(op),
+        g(g),
+        constants(reinterpret_cast<K*>(shared)),
+        operands(reinterpret_cast<Operands<A>*>(constants + g.group_channels)),
+        sums(reinterpret_cast<Sums*>(operands + g.group_channels)),
+        column(kRows ? threadIdx.x % g.columns : 0),
+        lane_row(kRows ? threadIdx.x / g.columns : threadIdx.x) {}
+
+  // Sums in shared memory: a channel's of every warp, or where lanes are of two channels both of every thread.
+  static __host__ __device__ int sum_entries(const Geometry& g, int threads) {
+    return kRows && g.run > 1 ? 2 * threads : threads / kWarp * g.group_channels;
+  }
+  static size_t scratch_bytes(const Geometry& g, int threads) {
+    // with the larger constants, so that what follows the norm does not change the schedule, and with it the sums
+    const size_t channel = sizeof(Operands<A>) + sizeof(ActivatedConstants<A>);
+    return (g.group_channels * channel + sum_entries(g, threads) * sizeof(Sums) + 15) / 16 * 16;
+  }
+
+  __device__ __forceinline__ int64_t first_element() const { return group * g.group_channels * g.run + column * V; }
   __device__ __forceinline__ int64_t channel(int i) const { return group * g.group_channels + i; }
   __device__ __forceinline__ bool is_channel(int i) const { return i < g.group_channels && channel(i) < g.channels; }
-  __device__ __forceinline__ bool has_column() const { return is_channel(column() * kChannels); }
-
-  __device__ __forceinline__ void load_residual(int64_t at, Values& values) const {
-    if constexpr (Op::kFused)
-      if (op.residual != nullptr) values.beside = load_vector<V>(op.residual + at);
+  __device__ __forceinline__ bool has_column() const {
+    return !kRows || (lane_row < g.lane_rows && first_element() < g.row);
   }
 
-  // Calls take(at, values, step, true) for the thread's vectors among the steps [begin, end), a few loads ahead,
-  // with values of load(at, step). Where lanes join their signs, all of a warp take part: those without a vector there
-  // get false, and no values.
-  template <typename Load, typename Take>
-  __device__ __forceinline__ void for_each_vector(int64_t begin, int64_t end, const Load& load,
-                                                  const Take& take) const {
-    if (!Op::kWritesSigns && !has_column()) return;
-    const int rows = lane_rows();
-    const int behind = Op::kWritesSigns ? threadIdx.x % kWarp / g.columns : 0;  // the warp's first lane
-    const int64_t own_end = Op::kWritesSigns && !has_column() ? begin : end;
-    const int64_t base = kRows ? channel(column() * V) : group * g.run;
-    Walk walk(g, base, begin + lane_row(), V);
-    int step = 0;
-    for (int64_t i = begin + lane_row(); i - behind < end; i += int64_t(kUnroll) * rows, step += kUnroll) {
-      int64_t at[kUnroll];
-      Values values[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        at[u] = walk.at;
-        walk.advance();
-        if (i + u * rows < own_end) values[u] = load(at[u], step + u);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (i - behind + u * rows < end) take(at[u], values[u], step + u, i + u * rows < own_end);
-    }
-  }
+  // Rows of runs: the channel in the group of a vector's first lane, and how many lanes are of it.
+  __device__ __forceinline__ int first_channel() const { return column * V / static_cast<int>(g.run); }
+  __device__ __forceinline__ int split() const { return (first_channel() + 1) * static_cast<int>(g.run) - column * V; }
 
-  // Whether no channel of the group takes the batch's statistics; if so, they are written in the first pass. Of many
-  // channels one nearly always does: the code for it is not worth its registers where they are scarce.
-  __device__ __forceinline__ bool is_known() const {
-    if constexpr (kRows && Op::kWritesSigns) {
-      __syncthreads();
-      return false;
-    }
-    bool batch = false;
-    for (int i = threadIdx.x; is_channel(i); i += blockDim.x) batch |= op.mask(channel(i));
-    return !__syncthreads_or(batch);
+  // The channel of a group that a thread fetches operands of, if it is one: the last threads do, for the first one's
+  // warp waits for counters.
+  __device__ __forceinline__ int fetched_channel() const { return static_cast<int>(blockDim.x - 1 - threadIdx.x); }
+
+  // Brings the operands of a group's channels to shared memory. A barrier has to follow, but not for the thread that
+  // fetches a channel's.
+  __device__ __forceinline__ void fetch(int64_t from_group) const {
+    const int i = fetched_channel();
+    const int64_t c = from_group * g.group_channels + i;
+    if (i < g.group_channels && c < g.channels) operands[i] = op.fetch(c);
   }
 
   // Shares the constants that do not depend on the sums. A barrier has to follow.
   __device__ __forceinline__ void share_known_constants() const {
-    for (int i = threadIdx.x; is_channel(i); i += blockDim.x) constants[i] = op.known(channel(i));
+    const int i = fetched_channel();
+    if (is_channel(i)) constants[i] = op.known(operands[i]);
+  }
+
+  // Those of the thread's elements, from the group's.
+  __device__ __forceinline__ void read_constants(const K* from, K (&constant)[kChannels]) const {
+    if (!has_column()) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) constant[k] = K{};
+    } else if (!kRows || g.run == 1) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) constant[k] = from[column * kChannels + k];
+    } else {
+      const int first = first_channel(), lanes = split();
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) constant[k] = from[k < lanes ? first : first + 1];
+    }
+  }
+
+  __device__ __forceinline__ void load_residual(int64_t at, Values& values) const {
+    if constexpr (Op::kFused)
+      if (op.residual != nullptr) values.beside = load_packed<V>(op.residual + at);
+  }
+
+  // Calls take(at, values, step, true) for the thread's vectors among `count` steps from `begin` on, a few loads ahead,
+  // with values of load(at, step). Where lanes join their signs, all of a warp take part: those without a vector there
+  // get false, and no values.
+  template <int kAhead, typename Load, typename Take>
+  __device__ __forceinline__ void for_each_vector(int64_t begin, int count, const Load& load, const Take& take) const {
+    const bool has = has_column();
+    if (!Op::kWritesSigns && !has) return;
+    const int rows = g.lane_rows;
+    int behind = 0;  // the warp's first lane, in rows
+    if constexpr (Op::kWritesSigns && kRows) behind = lane_row - __shfl_sync(0xffffffffu, lane_row, 0);
+    if constexpr (Op::kWritesSigns && !kRows) behind = threadIdx.x % kWarp;
+    const int own_count = Op::kWritesSigns && !has ? 0 : count;
+    int64_t at, step_in_run = 0;
+    if constexpr (kRows) {
+      at = first_element() + (begin + lane_row) * g.row;
+    } else {
+      const int64_t first = begin + lane_row, run = divide(first, g.inner_steps);
+      step_in_run = first - run * g.inner_steps;
+      at = group * g.run + run * g.row + step_in_run * V;
+    }
+    int step = 0;
+    for (int i = lane_row; i - behind < count; i += kAhead * rows, step += kAhead) {
+      int64_t places[kAhead];
+      Values values[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        places[u] = at;
+        at += g.jump;
+        if constexpr (!kRows) {
+          step_in_run += g.jump_in_run;
+          if (step_in_run >= g.inner_steps) step_in_run -= g.inner_steps, at += g.wrap;
+        }
+        if (i + u * rows < own_count) values[u] = load(places[u], step + u);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        if (i - behind + u * rows < count) take(places[u], values[u], step + u, i + u * rows < own_count);
+    }
+  }
+
+  static __device__ __forceinline__ void unpack_to(const Packed<T, V>& packed, A (&values)[V]) {
+    const Vector<T, V> vector = unpack<T, V>(packed);
+    for_each_lane<V>([&](int lane) { values[lane] = to_acc(vector.lane[lane]); });
   }
 
   // Of the backward pass: dy in the type to calculate in, or dz in its place.
   __device__ __forceinline__ void gradient(const Values& values, const K (&constant)[kChannels], A (&dz)[V]) const {
     if constexpr (kTensors == 2)
-      for_each_lane<V>([&](int lane) { dz[lane] = to_acc(values.beside.lane[lane]); });
+      unpack_to(values.beside, dz);
     if constexpr (kTensors == 2 && Op::kFused) {
       if (op.signs != nullptr) return;  // it is dz
-      A z[V];
+      A z[V], x[V];
+      unpack_to(values.x, x);
       for_each_lane<V>([&](int lane) {
         const K& k = constant[kRows ? lane : 0];
-        z[lane] = fma(to_acc(values.x.lane[lane]) - k.center, k.scale, k.shift);
+        z[lane] = fma(x[lane] - k.center, k.scale, k.shift);
       });
       op.activated.differentiate(z, dz);
     }
@@ -397,11 +491,13 @@ struct Worker {
 
   // The first pass makes dz of dy, where signs say how.
   __device__ __forceinline__ void apply_signs(int64_t at, Values& values) const {
+    const unsigned signs = values.signs >> sign_bit(at);
+    Vector<T, V> dz = unpack<T, V>(values.beside);
     for_each_lane<V>([&](int lane) {
-      T& value = values.beside.lane[lane];
-      if (!(values.signs >> lane & 1)) value = from_acc<T>(op.activated.times_slope(to_acc(value)));
+      if (!(signs >> lane & 1)) dz.lane[lane] = from_acc<T>(op.activated.times_slope(to_acc(dz.lane[lane])));
     });
-    store_vector(op.dz + at, values.beside);
+    store_vector(op.dz + at, dz);
+    values.beside = pack(dz);
   }
 
   // Joins the signs of neighbouring lanes to words; the first lane of each stores it. All of the warp have to be here.
@@ -433,15 +529,19 @@ struct Worker {
 
   __device__ __forceinline__ void write(int64_t at, const Values& values, const A (&dz)[V],
                                         const K (&constant)[kChannels], bool active) const {
-    A value[V];
+    A value[V], x[V];
+    unpack_to(values.x, x);
     if constexpr (kTensors == 1) {
       for_each_lane<V>([&](int lane) {
         const K& k = constant[kRows ? lane : 0];
-        value[lane] = fma(to_acc(values.x.lane[lane]) - k.center, k.slope, k.offset);
+        value[lane] = fma(x[lane] - k.center, k.slope, k.offset);
       });
       if constexpr (Op::kFused) {
-        if (op.residual != nullptr)
-          for_each_lane<V>([&](int lane) { value[lane] += to_acc(values.beside.lane[lane]); });
+        if (op.residual != nullptr) {
+          A residual[V];
+          unpack_to(values.beside, residual);
+          for_each_lane<V>([&](int lane) { value[lane] += residual[lane]; });
+        }
         if (op.signs != nullptr) {
           unsigned signs = 0;
           for_each_lane<V>([&](int lane) { signs |= unsigned(op.activated.derivative_is_one(value[lane])) << lane; });
@@ -452,7 +552,7 @@ struct Worker {
     } else {
       for_each_lane<V>([&](int lane) {
         const K& k = constant[kRows ? lane : 0];
-        const A affine = (to_acc(values.x.lane[lane]) - k.center) * k.slope + k.offset;
+        const A affine = (x[lane] - k.center) * k.slope + k.offset;
         // dx on running statistics does not depend on x, which may be infinite
         value[lane] = dz[lane] * k.scale + (k.slope == 0 ? k.offset : affine);
       });
@@ -462,130 +562,189 @@ struct Worker {
     if (active) store_vector(op.out + at, result);
   }
 
-  // Those of the thread's channels, from the group's.
-  __device__ __forceinline__ void read_constants(const K* from, K (&constant)[kChannels]) const {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k)
-      constant[k] = has_column() ? from[column() * kChannels + k] : K{};
-  }
-
-  // The first pass over the steps [begin, end): the thread's sums, and the output if it is `known`. What is not
+  // The first pass over `count` steps from `begin` on: the thread's sums, and the output if it is `known`. What is not
   // written yet goes to keep(values, step).
   template <typename Keep>
-  __device__ __forceinline__ void sum(int64_t begin, int64_t end, bool known, Sums (&result)[kChannels],
+  __device__ __forceinline__ void sum(int64_t begin, int count, bool known, Sums (&result)[kChannels],
                                       const Keep& keep) const {
     K constant[kChannels];
-    read_constants(constants, constant);
+    if constexpr (kFirstPassNeedsConstants) read_constants(constants, constant);
     A center[kChannels], first[kChannels] = {}, second[kChannels] = {};
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) center[k] = kTensors == 2 ? constant[k].center : A(0);
-    int64_t vectors = 0;
+    int vectors = 0;
     const auto load = [&](int64_t at, int) {
       Values values;
-      values.x = load_vector<V>(op.x + at);
-      if constexpr (kTensors == 2) values.beside = load_vector<V>(op.dy + at);
+      values.x = load_packed<V>(op.x + at);
+      if constexpr (kTensors == 2) values.beside = load_packed<V>(op.dy + at);
       if constexpr (kTensors == 2 && Op::kFused)
-        if (op.signs != nullptr) values.signs = op.signs[sign_word(at)] >> sign_bit(at);
+        if (op.signs != nullptr) values.signs = op.signs[sign_word(at)];
       return values;
     };
     const auto add = [&](const Values& values, const A (&dz)[V]) {
+      A x[V];
+      unpack_to(values.x, x);
       if constexpr (kTensors == 1) {  // squares are taken of differences to the thread's first value
         if (vectors == 0) {
 #pragma unroll
-          for (int k = 0; k < kChannels; ++k) center[k] = to_acc(values.x.lane[k]);
+          for (int k = 0; k < kChannels; ++k) center[k] = x[k];
         }
       }
       ++vectors;
       for_each_lane<V>([&](int lane) {
         const int k = kRows ? lane : 0;
-        const A difference = to_acc(values.x.lane[lane]) - center[k];
+        const A difference = x[lane] - center[k];
         const A term = kTensors == 1 ? difference : dz[lane];
         first[k] += term;
         second[k] += term * difference;
       });
     };
-    for_each_vector(begin, end, load, [&](int64_t at, Values& values, int step, bool active) {
+    for_each_vector<kFirstAhead>(begin, count, load, [&](int64_t at, Values& values, int step, bool active) {
       if constexpr (Op::kFused && kTensors == 2)
         if (op.signs != nullptr) apply_signs(at, values);
       A dz[V];
       gradient(values, constant, dz);
       if (active) add(values, dz);
-      if (!known) {
-        if (active) keep(values, step);
-        return;
+      if constexpr (!kRows) {
+        if (known) {
+          if constexpr (kTensors == 1)  // a residual not ahead: that would take too many registers
+            if (active) load_residual(at, values);
+          write(at, values, dz, constant, active);
+          return;
+        }
       }
-      if constexpr (kTensors == 1)  // a residual not ahead: that would take too many registers
-        if (active) load_residual(at, values);
-      write(at, values, dz, constant, active);
+      if (active) keep(values, step);
     });
+    if constexpr (kTensors == 1) {
+      const A values = static_cast<A>(vectors) * (V / kChannels), share = vectors == 0 ? A(0) : A(1) / values;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      if constexpr (kTensors == 1) {
-        const A count = static_cast<A>(vectors * (V / kChannels));
-        const A shifted = vectors == 0 ? A(0) : first[k] / count;
-        const A squares = second[k] - shifted * first[k];
-        result[k] = {count, center[k] + shifted, squares < 0 ? A(0) : squares};
-      } else {
-        result[k] = {first[k], second[k]};
+      for (int k = 0; k < kChannels; ++k) {
+        const A shifted = first[k] * share, squares = second[k] - shifted * first[k];
+        result[k] = {values, center[k] + shifted, squares < 0 ? A(0) : squares};
       }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) result[k] = {first[k], second[k]};
     }
   }
 
-  // Reduces the threads' sums. Thread i < group_channels gets those of the group's channel i.
-  __device__ __forceinline__ Sums reduce(Sums (&thread_sums)[kChannels]) const {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k)
-      for (int distance = kWarp / 2; distance >= g.columns; distance /= 2)
-        thread_sums[k].merge(thread_sums[k].from_lane(distance));
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    if (lane < g.columns) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) sums[warp * g.group_channels + lane * kChannels + k] = thread_sums[k];
+  // The second pass over them.
+  template <typename Load>
+  __device__ __forceinline__ void write_all(int64_t begin, int count, const Load& load,
+                                            const K (&constant)[kChannels]) const {
+    for_each_vector<kSecondAhead>(begin, count, load, [&](int64_t at, const Values& values, int, bool active) {
+      write(at, values, constant, active);
+    });
+  }
+
+  // take(i, sums) in one thread for every channel i of the group, with what neighbouring lanes merge of its entries in
+  // shared memory: `add` merges those that are a lane's.
+  template <typename Add, typename Take>
+  __device__ __forceinline__ void merge_entries(const Add& add, const Take& take) const {
+    const int lanes = 1 << g.log_lanes, lane = threadIdx.x % lanes, own = threadIdx.x >> g.log_lanes;
+    for (int first = 0; first < g.group_channels; first += blockDim.x >> g.log_lanes) {
+      const int i = first + own;
+      Sums total{};
+      if (i < g.group_channels) add(total, i, lane, lanes);
+      for (int distance = lanes / 2; distance > 0; distance /= 2) total.merge(total.from_lane(distance));
+      if (lane == 0 && is_channel(i)) take(i, total);
     }
+  }
+
+  // The same with `rows` entries a channel, [rows, group_channels].
+  template <typename Take>
+  __device__ __forceinline__ void merge_rows(int rows, const Take& take) const {
     __syncthreads();
-    Sums total{};
-    const int i = threadIdx.x;
-    if (i < g.group_channels)
-      for (int w = 0; w < warps; ++w) total.merge(sums[w * g.group_channels + i]);
-    return total;
+    merge_entries(
+        [&](Sums& total, int i, int lane, int lanes) {
+          for (int r = lane; r < rows; r += lanes) total.merge(sums[r * g.group_channels + i]);
+        },
+        take);
+  }
+
+  // Reduces the threads' sums: take(i, sums) in one thread for every channel i of the group. There is a barrier in it.
+  template <typename Take>
+  __device__ __forceinline__ void reduce(Sums (&thread_sums)[kChannels], const Take& take) const {
+    if (!kRows || g.run == 1) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k)
+        for (int distance = kWarp / 2; distance >= g.columns; distance /= 2)
+          thread_sums[k].merge(thread_sums[k].from_lane(distance));
+      const int lane = threadIdx.x % kWarp;
+      if (lane < g.columns) {
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k)
+          sums[threadIdx.x / kWarp * g.group_channels + lane * kChannels + k] = thread_sums[k];
+      }
+      merge_rows(blockDim.x / kWarp, take);
+    } else {  // columns are no part of a warp: a channel's entries are those of its columns in all rows
+      Sums::join(thread_sums, split(), sums[2 * threadIdx.x], sums[2 * threadIdx.x + 1]);
+      __syncthreads();
+      const int run = static_cast<int>(g.run);
+      merge_entries(
+          [&](Sums& total, int i, int lane, int lanes) {
+            const int first = i * run / V, columns = ((i + 1) * run - 1) / V - first + 1;
+            for (int e = lane; e < columns * g.lane_rows; e += lanes) {
+              const int row = e / columns, from = first + e - row * columns;
+              total.merge(sums[2 * (row * g.columns + from) + (from * V < i * run)]);
+            }
+          },
+          take);
+    }
+  }
+
+  // The same of `count` times [group_channels] in global memory.
+  template <typename Take>
+  __device__ __forceinline__ void merge(const Sums* partial, unsigned count, const Take& take) const {
+    constexpr int kAhead = 4;
+    const unsigned i = threadIdx.x & (g.group_channels - 1), row = threadIdx.x >> g.log_channels;
+    const unsigned rows = blockDim.x >> g.log_channels;
+    Sums mine{};
+    for (unsigned from = row; row < rows && from < count; from += kAhead * rows) {
+      Sums ahead[kAhead] = {};
+#pragma unroll
+      for (unsigned u = 0; u < kAhead; ++u)
+        if (from + u * rows < count) ahead[u] = partial[uint64_t(from + u * rows) * g.group_channels + i];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) mine.merge(ahead[u]);
+    }
+    for (int distance = kWarp / 2; distance >= g.group_channels; distance /= 2)
+      mine.merge(mine.from_lane(distance));
+    const bool wide = g.group_channels >= kWarp;  // then no two lanes of a warp are of one channel
+    const int lane = threadIdx.x % kWarp;
+    if (wide ? row < rows : lane < g.group_channels)
+      sums[(wide ? row : threadIdx.x / kWarp) * g.group_channels + i] = mine;
+    merge_rows(wide ? rows : blockDim.x / kWarp, take);
   }
 };
-
-template <typename Op>
-__host__ __device__ inline size_t scratch_bytes(int group_channels, int threads) {
-  const size_t sums = threads / kWarp * sizeof(typename Op::Sums);
-  return (group_channels * (sizeof(typename Op::K) + sums) + 15) / 16 * 16;
-}
-
-template <typename Op, int V, bool kRows>
-__device__ __forceinline__ Worker<Op, V, kRows> make_worker(const Op& op, const Geometry& g, unsigned char* shared) {
-  using Sums = typename Op::Sums;
-  using K = typename Op::K;
-  K* constants = reinterpret_cast<K*>(shared);
-  return {op, g, reinterpret_cast<Sums*>(constants + g.group_channels), constants, 0};
-}
 
 template <typename Op, int V, bool kRows>
 __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, const Geometry g) {
   using W = Worker<Op, V, kRows>;
-  using Element = Vector<typename Op::Element, V>;
+  using Element = Packed<typename Op::Element, V>;
   SIMT_DYN_SHARED(unsigned char, shared);
-  W worker = make_worker<Op, V, kRows>(op, g, shared);
+  W worker(op, g, shared);
   worker.group = blockIdx.x;
+  const int steps = static_cast<int>(g.steps);
   // a thread finds again what it put there itself: [steps of a thread, tensors, threads]
-  Element* kept = reinterpret_cast<Element*>(shared + scratch_bytes<Op>(g.group_channels, blockDim.x)) + threadIdx.x;
+  Element* kept = reinterpret_cast<Element*>(shared + g.scratch_bytes) + threadIdx.x;
 
-  worker.share_known_constants();
-  const bool known = worker.is_known();
+  worker.fetch(worker.group);
+  bool known = false;
+  if constexpr (W::kFirstPassNeedsConstants) {
+    worker.share_known_constants();
+    __syncthreads();
+    known = !kRows && !worker.operands[0].batch;
+  }
   typename Op::Sums sums[W::kChannels];
-  worker.sum(0, g.steps, known, sums, [&](const typename W::Values& values, int step) {
+  worker.sum(0, steps, known, sums, [&](const typename W::Values& values, int step) {
     kept[W::kTensors * step * blockDim.x] = values.x;
     if constexpr (W::kTensors == 2) kept[(2 * step + 1) * blockDim.x] = values.beside;
   });
-  const typename Op::Sums total = worker.reduce(sums);
-  if (worker.is_channel(threadIdx.x))
-    worker.constants[threadIdx.x] = op.finish(worker.channel(threadIdx.x), total);
-  if (known || !g.steps) return;
+  worker.reduce(sums, [&](int i, const typename Op::Sums& total) {
+    worker.constants[i] = op.finish(worker.channel(i), worker.operands[i], total);
+  });
+  if (known || steps == 0) return;
   __syncthreads();
 
   typename Op::K constant[W::kChannels];
@@ -597,110 +756,144 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, c
     else worker.load_residual(at, values);
     return values;
   };
-  worker.for_each_vector(0, g.steps, load, [&](int64_t at, const typename W::Values& values, int, bool active) {
-    worker.write(at, values, constant, active);
-  });
+  worker.write_all(0, steps, load, constant);
 }
 
-// The list of items of the sliced schedule: `lag` groups ahead, the first pass over a group and the second pass over
-// an earlier one in turns.
+// The list of items of the sliced schedule. First passes over slices are as far ahead of second ones as a group is long
+// and `lag` slices more; then they take turns. The second pass over a group begins with the slice that was read last.
 struct Item {
-  bool first_pass;
-  int64_t group, slice;
+  bool exists, first_pass;
+  unsigned group, slice;
 
-  __device__ __forceinline__ Item(unsigned ticket, const Geometry& g, int64_t lag) {
-    const int64_t ahead = lag * g.slices, turns = 2 * (g.groups - lag) * g.slices;
-    int64_t i = ticket;
-    if (i < ahead) {
-      first_pass = true, group = i / g.slices;
-    } else if (i -= ahead; i < turns) {
-      first_pass = i / g.slices % 2 == 0, group = i / g.slices / 2 + (first_pass ? lag : 0);
-    } else {
-      i -= turns;
-      first_pass = false, group = g.groups - lag + i / g.slices;
+  __device__ __forceinline__ Item(unsigned ticket, const Geometry& g, unsigned lag) {
+    const unsigned all = g.groups * g.slices, ahead = g.slices + lag;
+    unsigned i = ticket;
+    first_pass = i < ahead;
+    if (!first_pass) {
+      const unsigned turns = i - ahead, both = 2 * (all - ahead);
+      first_pass = turns < both && turns % 2 == 1;
+      i = turns >= both ? turns - both + all - ahead : first_pass ? ahead + turns / 2 : turns / 2;
     }
-    slice = i % g.slices;
+    exists = ticket < 2 * all;
+    group = i / g.slices, slice = i - group * g.slices;
+    if (!first_pass) slice = g.slices - 1 - slice;
   }
 };
 
 // What blocks share in global memory.
 template <typename Op>
 struct Workspace {
+  typename Op::K* constants;    // [groups, group_channels]
+  typename Op::Sums* slices;    // [groups, slices, group_channels]
+  typename Op::Sums* sections;  // [groups, sections, group_channels], if there are several
+  // counters, 0 before and after:
   unsigned* next_ticket;
-  unsigned* arrived;          // [groups]: slices summed, plus one when the constants are there
-  typename Op::Sums* sums;    // [groups, slices, group_channels]
-  typename Op::K* constants;  // [groups, group_channels]
+  unsigned* arrived;           // [groups]: slices or sections summed, one for the constants, second passes begun
+  unsigned* arrived_sections;  // [groups, sections], if there are several: slices summed
 };
 
 template <typename Op, int V, bool kRows>
 __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
-    sliced_kernel(const Op op, const Geometry g, const Workspace<Op> workspace, const int64_t lag) {
+    sliced_kernel(const Op op, const Geometry g, const Workspace<Op> workspace, const unsigned lag) {
   using W = Worker<Op, V, kRows>;
   using Sums = typename Op::Sums;
   SIMT_DYN_SHARED(unsigned char, shared);
-  SIMT_SHARED(unsigned, message, 2);  // from thread 0 to the block: the ticket, and how many slices had arrived
-  W worker = make_worker<Op, V, kRows>(op, g, shared);
-  const int64_t items = 2 * g.groups * g.slices;
+  SIMT_SHARED(unsigned, tickets, 2);  // drawn by thread 0: this item's and the next one's, in turns
+  SIMT_SHARED(unsigned, before, 1);   // a counter, before thread 0 incremented it
+  W worker(op, g, shared);
+  // every block draws one ticket for which there is no item: with the last of them the counter is 0 again
+  const unsigned last_ticket = 2 * g.groups * g.slices + gridDim.x - 1;
+  const unsigned arrivals = g.sections > 1 ? g.sections : g.slices;
+
+  // Fetches what the next item needs, while something else is on its way. For a second pass that is the mask alone: a
+  // block that finishes the group may be writing the rest.
+  const auto look_ahead = [&](unsigned ticket) {
+    const Item item(ticket, g, lag);
+    if (!item.exists) return;
+    if (W::kFirstPassNeedsConstants && item.first_pass) worker.fetch(item.group);
+    if (!kRows && !item.first_pass && worker.fetched_channel() == 0) worker.operands[0].batch = op.mask(item.group);
+  };
 
   // A ticket orders nothing but itself: the data go from block to block by `arrived`.
-  if (threadIdx.x == 0) message[0] = atomicAdd(workspace.next_ticket, 1u);
+  if (threadIdx.x == 0) tickets[0] = atomicInc(workspace.next_ticket, last_ticket);
   __syncthreads();
-  for (unsigned ticket = message[0]; ticket < items; ticket = message[0]) {
+  look_ahead(tickets[0]);
+  for (int turn = 0;; turn ^= 1) {
+    __syncthreads();  // what is in shared memory of this item is there, and of the one before done with
+    const Item item(tickets[turn], g, lag);
+    if (!item.exists) return;
     // A block holds a later ticket beside its own. An item waits for smaller tickets only, and a block takes its own in
     // their order, so the smallest ticket that is not done is being worked on and waits for nothing.
     unsigned next = 0;
-    if (threadIdx.x == 0) next = atomicAdd(workspace.next_ticket, 1u);
-    const Item item(ticket, g, lag);
-    const int64_t begin = item.slice * g.slice_steps;
-    const int64_t end = begin + g.slice_steps < g.steps ? begin + g.slice_steps : g.steps;
+    if (threadIdx.x == 0) next = atomicInc(workspace.next_ticket, last_ticket);
+    const int64_t begin = item.slice * g.slice_steps, rest = g.steps - begin;
+    const int count = static_cast<int>(rest < g.slice_steps ? rest : g.slice_steps);
+    const bool known = !kRows && !worker.operands[0].batch;
     worker.group = item.group;
+    typename Op::K* constants = workspace.constants + worker.group * g.group_channels;
     unsigned* arrived = workspace.arrived + item.group;
-    typename Op::K* constants = workspace.constants + item.group * g.group_channels;
-    if (item.first_pass) worker.share_known_constants();
-    const bool known = worker.is_known();
+    const unsigned last_arrival = known ? arrivals - 1 : arrivals + g.slices;
 
     if (item.first_pass) {
-      Sums sums[W::kChannels];
-      worker.sum(begin, end, known, sums, [](const typename W::Values&, int) {});
-      const Sums slice_total = worker.reduce(sums);
-      Sums* group_sums = workspace.sums + item.group * g.slices * g.group_channels;
-      const int i = threadIdx.x;
-      if (i < g.group_channels) group_sums[item.slice * g.group_channels + i] = slice_total;
-      __syncthreads();
-      if (threadIdx.x == 0) message[1] = add_acquire_release(arrived, 1);
-      __syncthreads();
-      if (message[1] == g.slices - 1) {  // the last to arrive; which block that is makes no difference to the result
-        Sums merged[W::kChannels] = {};
-        for (int64_t slice = worker.lane_row(); slice < g.slices; slice += worker.lane_rows())
-#pragma unroll
-          for (int k = 0; k < W::kChannels; ++k)
-            merged[k].merge(group_sums[slice * g.group_channels + worker.column() * W::kChannels + k]);
-        const Sums total = worker.reduce(merged);
-        if (worker.is_channel(threadIdx.x))
-          constants[threadIdx.x] = op.finish(worker.channel(threadIdx.x), total);
+      if constexpr (W::kFirstPassNeedsConstants) {
+        worker.share_known_constants();
         __syncthreads();
-        if (threadIdx.x == 0) add_release(arrived, 1);
       }
-    } else if (!known) {
-      if (threadIdx.x == 0)
-        while (load_acquire(arrived) <= g.slices) pause();
+      Sums sums[W::kChannels];
+      worker.sum(begin, count, known, sums, [](const typename W::Values&, int) {});
+      if (threadIdx.x == 0) tickets[turn ^ 1] = next;
+      const Sums* partial = workspace.slices + worker.group * g.slices * g.group_channels;
+      Sums* own = workspace.slices + (worker.group * g.slices + item.slice) * g.group_channels;
+      worker.reduce(sums, [&](int i, const Sums& total) { own[i] = total; });
       __syncthreads();
-      typename Op::K constant[W::kChannels];
-      worker.read_constants(constants, constant);
+      const unsigned section = g.sections > 1 ? item.slice / g.section_slices : 0;
+      const unsigned first_slice = section * g.section_slices;
+      unsigned parts = g.slices - first_slice < g.section_slices ? g.slices - first_slice : g.section_slices;
+      unsigned* counter = arrived;
+      if (g.sections > 1) counter = workspace.arrived_sections + uint64_t(item.group) * g.sections + section;
+      if (threadIdx.x == 0) before[0] = increment_acquire_release(counter, g.sections > 1 ? parts - 1 : last_arrival);
+      look_ahead(tickets[turn ^ 1]);
+      __syncthreads();
+      bool is_last = before[0] == parts - 1;  // which block that is makes no difference to the result
+      if (is_last && g.sections > 1) {
+        Sums* merged = workspace.sections + (worker.group * g.sections + section) * g.group_channels;
+        worker.merge(partial + uint64_t(first_slice) * g.group_channels, parts,
+                     [&](int i, const Sums& total) { merged[i] = total; });
+        __syncthreads();
+        if (threadIdx.x == 0) before[0] = increment_acquire_release(arrived, last_arrival);
+        __syncthreads();
+        partial = workspace.sections + worker.group * g.sections * g.group_channels, parts = g.sections;
+        is_last = before[0] == parts - 1;
+      }
+      if (is_last) {
+        worker.merge(partial, parts, [&](int i, const Sums& total) {
+          const int64_t c = worker.channel(i);
+          constants[i] = op.finish(c, op.fetch(c), total);
+        });
+        __syncthreads();
+        if (threadIdx.x == 0 && !known) increment_release(arrived, last_arrival);
+      }
+    } else {
+      if (threadIdx.x == 0) {
+        if (!known) {
+          wait_acquire(arrived, arrivals + 1);
+          atomicInc(arrived, last_arrival);
+        }
+        tickets[turn ^ 1] = next;  // not before: it may still be on its way
+      }
+      __syncthreads();
+      typename Op::K constant[W::kChannels] = {};
+      if (!known) worker.read_constants(constants, constant);
+      look_ahead(tickets[turn ^ 1]);
       const auto load = [&](int64_t at, int) {
         typename W::Values values;
-        values.x = load_vector<V>(op.x + at);
-        if constexpr (W::kTensors == 2) values.beside = load_vector<V>(op.gradient() + at);
+        values.x = load_packed_last<V>(op.x + at);
+        if constexpr (W::kTensors == 2) values.beside = load_packed<V>(op.gradient() + at);
         else worker.load_residual(at, values);
         return values;
       };
-      worker.for_each_vector(begin, end, load, [&](int64_t at, const typename W::Values& values, int, bool active) {
-        worker.write(at, values, constant, active);
-      });
+      if (!known) worker.write_all(begin, count, load, constant);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) message[0] = next;
-    __syncthreads();
   }
 }
 
@@ -715,84 +908,121 @@ struct Plan {
   int threads, blocks;
   bool resident;
   size_t shared_bytes, workspace_bytes;
-  int64_t lag;  // sliced: by how many groups the first pass is ahead of the second
+  int64_t counters;  // in global memory
+  unsigned lag;      // sliced: of the second pass behind the first one, in slices beyond a group
 };
+
+inline int most_threads(const Device& device) {
+  return std::min(kMaxThreads, device.threads_per_block / kWarp * kWarp);
+}
+inline int few_threads(const Device& device) { return std::min(kSlicedThreads, most_threads(device)); }
+
+// The largest n with 1 << n <= value.
+constexpr int log2_floor(int64_t value) { return value < 2 ? 0 : 1 + log2_floor(value / 2); }
 
 // The one place that decides how a launch looks, for vectors of V elements.
 template <typename Op, int V, bool kRows>
 Plan choose_plan(const Shape& shape, const Device& device) {
-  constexpr int64_t kVectorBytes = Op::kTensors * V * sizeof(typename Op::Element);
-  constexpr int kRowBytes = 128;  // of each row, a group of channels takes this much: whole lines
-  // long enough that a ticket, two reductions and a wait for the constants are little beside it, and short enough that
-  // the blocks are done at nearly the same time
-  constexpr int64_t kMostSliceBytes = 32 << 10;
-  const int most_threads = std::min(kMaxThreads, device.threads_per_block / kWarp * kWarp);
-  const int few_threads = std::min(kSlicedThreads, most_threads);
+  using W = Worker<Op, V, kRows>;
+  constexpr int64_t kElementBytes = sizeof(typename Op::Element), kVectorBytes = Op::kTensors * V * kElementBytes;
+  // What an item costs beside its loop is then a third of it in rows, two fifths in runs (benchmarks/gpu_model.py). With
+  // longer ones it would be less, but blocks have nothing to do at the end, and the second pass finds less in the cache.
+  constexpr int64_t kMostSliceBytes = (kRows ? 48 : 64) << 10;
+  // A block alone reads that much in the time that sharing it among blocks would take beside the reading.
+  constexpr int64_t kSmallGroupBytes = 64 << 10;
+  constexpr int kRowBytes[] = {128, 64, 32};  // of channels_last: lines, or parts of them that memory still reads whole
+  const bool channels_last = kRows && shape.inner == 1;
   Plan plan{};
   Geometry& g = plan.geometry;
   g.channels = shape.channels;
-  g.columns = 1;
-  if (kRows)
-    while (g.columns < kWarp && 2 * g.columns * V * sizeof(typename Op::Element) <= kRowBytes &&
-           g.columns * V < shape.channels && 2 * g.columns * V <= most_threads)
-      g.columns *= 2;
-  g.group_channels = kRows ? g.columns * V : 1;
-  g.groups = ceil_div(shape.channels, g.group_channels);
-  g.steps = shape.outer * shape.inner / (kRows ? 1 : V);
-  g.inner_steps = kRows ? 1 : shape.inner / V;
-  g.row = shape.channels * shape.inner;
   g.run = shape.inner;
-  g.whole_words = (kRows ? shape.channels : shape.inner) % kSignsPerWord == 0 &&
-                  (!kRows || g.group_channels % kSignsPerWord == 0);
+  g.row = shape.channels * shape.inner;
+  g.steps = kRows ? shape.outer : shape.outer * shape.inner / V;
+  g.inner_steps = kRows ? 1 : shape.inner / V;
 
-  const auto shared_bytes = [&](int threads, bool resident) {
-    const int64_t kept = resident ? ceil_div(g.steps * g.columns, threads) * threads * kVectorBytes : 0;
-    return static_cast<int64_t>(scratch_bytes<Op>(g.group_channels, threads)) + kept;
+  const auto cut = [&](int row_bytes) {
+    g.columns = 1;
+    if (channels_last)
+      while (g.columns < kWarp && 2 * g.columns * V * kElementBytes <= row_bytes && g.columns * V < shape.channels &&
+             2 * g.columns * V <= few_threads(device))
+        g.columns *= 2;
+    else if (kRows) g.columns = static_cast<int>(shape.inner / std::gcd<int64_t>(shape.inner, V));
+    g.group_channels = kRows ? static_cast<int>(g.columns * V / shape.inner) : 1;
+    g.log_channels = log2_floor(g.group_channels);
+    g.groups = static_cast<unsigned>(ceil_div(shape.channels, g.group_channels));
+    g.whole_words = g.row % kSignsPerWord == 0 && g.group_channels * g.run % kSignsPerWord == 0;
   };
-  const auto set_threads = [&](int threads) {
-    const int64_t stride = threads / g.columns;
-    plan.threads = threads;
-    g.jump_in_run = stride % g.inner_steps;
-    g.jump = stride / g.inner_steps * g.row + g.jump_in_run * V;
+  const auto group_bytes = [&] { return g.steps * g.columns * kVectorBytes; };
+  const auto set_threads = [&](int most, bool resident) {
+    g.lane_rows = most / g.columns;
+    plan.threads = static_cast<int>(ceil_div(g.lane_rows * g.columns, kWarp) * kWarp);
+    const int warps = plan.threads / kWarp;
+    const int entries = kRows && !channels_last ? kWarp : std::min(kWarp, 2 * warps - 1);
+    g.log_lanes = log2_floor(std::min(entries, plan.threads / g.group_channels));
+    g.jump_in_run = kRows ? 0 : g.lane_rows % g.inner_steps;
+    g.jump = kRows ? g.lane_rows * g.row : g.lane_rows / g.inner_steps * g.row + g.jump_in_run * V;
     g.wrap = g.row - g.inner_steps * V;
+    g.scratch_bytes = static_cast<int>(W::scratch_bytes(g, plan.threads));
+    plan.shared_bytes = g.scratch_bytes + (resident ? ceil_div(g.steps, g.lane_rows) * plan.threads * kVectorBytes : 0);
+    return static_cast<int64_t>(plan.shared_bytes);
   };
-  // Few groups leave multiprocessors idle, unless they are too small to share.
-  const bool enough = 2 * g.groups >= device.multiprocessors || g.steps * g.columns * kVectorBytes <= kMostSliceBytes;
-  plan.resident = enough && shared_bytes(most_threads, true) <= device.shared_bytes;
+
+  for (const int row_bytes : kRowBytes) {
+    cut(row_bytes);
+    // Few groups leave multiprocessors idle: half of them, and a few less, still read at the memory's speed.
+    const bool enough = 16 * int64_t{g.groups} >= 7 * device.multiprocessors || group_bytes() <= kSmallGroupBytes;
+    plan.resident = enough && set_threads(most_threads(device), true) <= device.shared_bytes;
+    if (plan.resident || !channels_last) break;
+  }
   if (plan.resident) {
     // one or two blocks are all that a multiprocessor holds of large groups: make them wide
-    set_threads(4 * shared_bytes(few_threads, true) <= device.shared_bytes ? few_threads : most_threads);
+    if (4 * set_threads(few_threads(device), true) > device.shared_bytes) set_threads(most_threads(device), true);
     plan.blocks = static_cast<int>(g.groups);
-    plan.shared_bytes = shared_bytes(plan.threads, true);
-    g.slices = 1;
-    g.slice_steps = g.steps;
+    g.slices = g.sections = 1;
     return plan;
   }
-  set_threads(few_threads);
-  plan.shared_bytes = shared_bytes(plan.threads, false);
+
+  // What the blocks read and write between the two passes over a group has to stay in the cache: a group, and a slice
+  // for each of them. Six tenths of it leave room for a residual and a cache that replaces what is not the oldest.
   const int64_t blocks = kBlocksPerMultiprocessor * device.multiprocessors;
-  // What the blocks read between the two passes over a group has to stay in the cache: `lag` groups, which is one slice
-  // a block and a group more, and as much again as is written meanwhile, and as is read of a residual. A quarter leaves
-  // room for all of it, and for a cache that replaces what is not the oldest. Slices are the same whatever follows the
-  // norm, and so are the sums, bit for bit; they end where all threads have had equally many vectors.
-  const int64_t slice_bytes = std::min<int64_t>(kMostSliceBytes, device.cache_bytes / 4 / blocks);
-  const int64_t rows = plan.threads / g.columns;
-  g.slice_steps = std::max<int64_t>(slice_bytes / (g.columns * kVectorBytes) / rows, 1) * rows;
-  g.slices = ceil_div(g.steps, g.slice_steps);
-  plan.blocks = static_cast<int>(std::min(blocks, 2 * g.groups * g.slices));
-  plan.lag = std::min(g.groups, ceil_div(plan.blocks, g.slices) + 1);
-  plan.workspace_bytes = sizeof(typename Op::K) * g.groups * g.group_channels +
-                         sizeof(typename Op::Sums) * g.groups * g.slices * g.group_channels +
-                         sizeof(unsigned) * (g.groups + 1);
+  const int64_t most_slice = std::max<int64_t>(1, std::min<int64_t>(kMostSliceBytes, device.cache_bytes / 3 / blocks));
+  const auto stays_in_cache = [&] {
+    return (group_bytes() + blocks * most_slice) * (Op::kTensors + 1) / Op::kTensors <= device.cache_bytes / 10 * 6;
+  };
+  cut(kRowBytes[0]);
+  if (channels_last && !stays_in_cache()) {
+    cut(kRowBytes[1]);
+    if (!stays_in_cache()) cut(kRowBytes[0]);
+  }
+  set_threads(few_threads(device), false);
+  // Slices are the same whatever follows the norm, and so are the sums, bit for bit; they end where all threads have had
+  // equally many vectors. If blocks have but a few each, then equally many.
+  int64_t slices = ceil_div(group_bytes(), most_slice);
+  const int64_t rounds = ceil_div(g.groups * slices, blocks);
+  if (rounds <= 4) slices = std::max(slices, rounds * blocks / g.groups);
+  g.slice_steps = ceil_div(ceil_div(g.steps, slices), g.lane_rows) * g.lane_rows;
+  g.slices = static_cast<unsigned>(ceil_div(g.steps, g.slice_steps));
+  const int64_t merged_at_once = 4 * std::max(plan.threads >> g.log_channels, 1);
+  g.section_slices = g.slices <= 2 * merged_at_once
+                         ? g.slices
+                         : std::max<unsigned>(merged_at_once, 1u << (log2_floor(g.slices) + 1) / 2);
+  g.sections = static_cast<unsigned>(ceil_div(g.slices, g.section_slices));
+  const int64_t items = int64_t{g.groups} * g.slices, sections = g.sections > 1 ? int64_t{g.groups} * g.sections : 0;
+  plan.blocks = static_cast<int>(std::min(blocks, 2 * items));
+  plan.lag = static_cast<unsigned>(std::min<int64_t>(items - g.slices, plan.blocks));
+  plan.workspace_bytes = sizeof(typename Op::Sums) * (items + sections) * g.group_channels +
+                         sizeof(typename Op::K) * g.groups * g.group_channels;
+  plan.counters = 1 + g.groups + sections;
   return plan;
 }
 
 template <typename Op, int V, bool kRows>
-void launch(const Op& op, const Plan& plan, const Device& device, void* memory, cudaStream_t stream) {
+void launch(const Op& op, const Plan& plan, const Device& device, void* memory, unsigned* counters,
+            cudaStream_t stream) {
   const Geometry& g = plan.geometry;
   if constexpr (Op::kWritesSigns)
     if (op.signs != nullptr && !g.whole_words) {
-      const int64_t elements = g.channels * g.steps * (kRows ? 1 : V);
+      const int64_t elements = g.steps * (kRows ? g.row : g.channels * V);
       check(cudaMemsetAsync(op.signs, 0, sizeof(unsigned) * ceil_div(elements, kSignsPerWord), stream),
             "cudaMemsetAsync");
     }
@@ -804,10 +1034,11 @@ void launch(const Op& op, const Plan& plan, const Device& device, void* memory, 
   }
   Workspace<Op> workspace;
   workspace.constants = static_cast<typename Op::K*>(memory);
-  workspace.sums = reinterpret_cast<typename Op::Sums*>(workspace.constants + g.groups * g.group_channels);
-  workspace.next_ticket = reinterpret_cast<unsigned*>(workspace.sums + g.groups * g.slices * g.group_channels);
-  workspace.arrived = workspace.next_ticket + 1;
-  check(cudaMemsetAsync(workspace.next_ticket, 0, sizeof(unsigned) * (g.groups + 1), stream), "cudaMemsetAsync");
+  workspace.slices = reinterpret_cast<typename Op::Sums*>(workspace.constants + int64_t{g.groups} * g.group_channels);
+  workspace.sections = workspace.slices + int64_t{g.groups} * g.slices * g.group_channels;
+  workspace.next_ticket = counters;
+  workspace.arrived = counters + 1;
+  workspace.arrived_sections = workspace.arrived + g.groups;
   SIMT_LAUNCH((sliced_kernel<Op, V, kRows>), dim3(plan.blocks), dim3(plan.threads), plan.shared_bytes, stream, op, g,
               workspace, plan.lag);
 }
@@ -815,22 +1046,32 @@ void launch(const Op& op, const Plan& plan, const Device& device, void* memory, 
 // The widest vectors that the shape and the addresses allow; f(integral_constant<V>, bool_constant<kRows>). In float64,
 // whose exponential functions are long, there are none for what follows the norm.
 template <typename Op, typename F>
-void with_vectors(const Op& op, const Shape& shape, const F& f) {
-  constexpr int kWidest = sizeof(typename Op::Element) < 8 ? 4 : Op::kFused ? 1 : 2;
-  const bool rows = shape.inner == 1;
-  const int64_t run = rows ? shape.channels : shape.inner;
-  const auto fits = [&](int vector) {
-    const auto aligned = [&](const void* pointer) {
-      return reinterpret_cast<uintptr_t>(pointer) % (vector * sizeof(typename Op::Element)) == 0;
-    };
+void with_vectors(const Op& op, const Shape& shape, const Device& device, const F& f) {
+  using T = typename Op::Element;
+  constexpr int kWidest = sizeof(T) < 8 ? 16 / sizeof(T) : Op::kFused ? 1 : 2;
+  const auto is_aligned = [&](int64_t bytes) {
+    const auto aligned = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
     bool others;
     if constexpr (Op::kTensors == 1) others = aligned(op.residual);
     else others = aligned(op.dy) && aligned(op.dz);
-    return run % vector == 0 && aligned(op.x) && aligned(op.out) && others;
+    return aligned(op.x) && aligned(op.out) && others;
   };
-  const auto call = [&](auto vector) { rows ? f(vector, std::true_type{}) : f(vector, std::false_type{}); };
-  if (fits(kWidest)) return call(std::integral_constant<int, kWidest>{});
-  call(std::integral_constant<int, 1>{});
+  // Whether f was called. Rows of runs need as many columns as vectors end at no channel, and a block has to hold them.
+  const auto call = [&](auto vector) {
+    constexpr int V = vector();
+    if (!is_aligned(V * sizeof(T))) return false;
+    const int64_t common = std::gcd<int64_t>(shape.inner, V);
+    if (shape.inner == 1 && shape.channels % V == 0) f(vector, std::true_type{});
+    else if (common == V) f(vector, std::false_type{});
+    else if (shape.inner >= V && shape.channels % (V / common) == 0 && shape.inner / common <= few_threads(device))
+      f(vector, std::true_type{});
+    else return false;
+    return true;
+  };
+  if (call(std::integral_constant<int, kWidest>{})) return;
+  if constexpr (kWidest == 8)
+    if (call(std::integral_constant<int, 4>{})) return;
+  if constexpr (kWidest > 1) call(std::integral_constant<int, 1>{});
 }
 
 }  // namespace talib_fast::stoch_norm

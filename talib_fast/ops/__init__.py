@@ -1,6 +1,6 @@
 """The three operations that carry the fine-tuning methods, each with autograd, on every device."""
 
-from .library import backends, compiled, compiled_nodes
+from .library import backends, compiled, compiled_nodes, unserved_gpu
 from .spectral_tail import spectral_tail
 from .squared_distance import squared_distance
 from .stoch_norm import stoch_norm
@@ -12,4 +12,5 @@ __all__ = [
     "spectral_tail",
     "squared_distance",
     "stoch_norm",
+    "unserved_gpu",
 ]

@@ -30,14 +30,21 @@ _LIBRARY = torch.library.Library("talib_fast", "DEF")
 def define(schema: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
     """Define an operator and return its callable. It has no derivative: that is its :class:`Function`'s.
 
-    ``implementation`` serves every device for which no compiled kernel is registered; ``fake`` gives the shapes,
-    dtypes and strides of the outputs without computing them; ``tags`` say more of it to a compiler.
+    ``implementation`` serves every device for which no compiled kernel is registered, and as ``..._in_pytorch`` a GPU
+    that the registered kernel does not run on, from which that calls it; ``fake`` gives the shapes, dtypes and strides
+    of the outputs without computing them; ``tags`` say more of it to a compiler.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    # else PyTorch goes through the arguments of every call for a derivative that is missing
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    name, bracket, rest = schema.partition("(")
+
+    def in_place_of_a_kernel(*args: Any) -> Any:
+        _tell_unserved((args[0] if isinstance(args[0], Tensor) else args[0][0]).device)
+        return implementation(*args)
+
+    for own_name, serves in ((name, implementation), (f"{name}_in_pytorch", in_place_of_a_kernel)):
+        _LIBRARY.define(own_name + bracket + rest, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _LIBRARY.impl(own_name, serves, "CompositeExplicitAutograd")
+        # else PyTorch goes through the arguments of every call for a derivative that is missing
+        _LIBRARY.impl(own_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"talib_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.talib_fast, name).default
 
@@ -108,8 +115,7 @@ class Compiled:
         status: the same in a sentence, with the reason.
         build: what the library of kernels says of its build: ``compiler``, ``torch`` (the version of its headers),
             ``cpu`` and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
-            ``without_cuda``, the reason why there are no CUDA kernels; and where there is one the CUDA of the
-            ``driver``.
+            ``without_cuda``, the reason why there are no CUDA kernels.
     """
 
     loaded: bool
@@ -117,14 +123,34 @@ class Compiled:
     build: Mapping[str, str] = field(default_factory=dict)
 
 
-def _outdated_driver(build: Mapping[str, str]) -> str:
-    """Why a library registers none of the CUDA kernels that it holds; empty if it does, or holds none."""
-    if not build.get("cuda") or "driver" not in build:
+def _unserved(gpu: int | None = None) -> str:
+    """What the library says of why its CUDA kernels serve no GPU, or not that one; empty if they do, or are not there.
+
+    That the driver is too old is known at once; to ask a GPU initialises CUDA.
+    """
+    ask = getattr(torch.ops.talib_fast, "unserved", None)
+    return ask(gpu) if ask is not None else ""
+
+
+def unserved_gpu(index: int) -> str:
+    """Why the compiled kernels do not run on a GPU, and what to do; empty if they do, or none are registered for GPUs.
+
+    The GPU is asked, which initialises CUDA.
+    """
+    if not (why := _unserved(index)):
         return ""
-    kernels, driver = (int(build[name].partition(".")[0]) for name in ("nvcc", "driver"))
-    if driver >= kernels:
-        return ""
-    return f"the kernels are of CUDA {build['nvcc']}, and the driver serves CUDA {build['driver']}"
+    built_for = _COMPILED.build.get("architectures", "others")
+    return f"the kernels are built for {built_for}, and {why}"
+
+
+_TOLD: set[torch.device] = set()
+
+
+def _tell_unserved(device: torch.device) -> None:
+    """Warn, once, that a GPU's calls are left to PyTorch."""
+    if device not in _TOLD:
+        _TOLD.add(device)
+        warnings.warn(f"talib_fast falls back to PyTorch on {device}: {unserved_gpu(device.index or 0)}", stacklevel=3)
 
 
 def _load_compiled() -> Compiled:
@@ -146,8 +172,8 @@ def _load_compiled() -> Compiled:
             torch.ops.load_library(library)
             lines = torch.ops.talib_fast.build_info().splitlines()
             build = dict(line.split("=", 1) for line in lines)
-            if outdated := _outdated_driver(build):
-                warnings.warn(f"talib_fast falls back to PyTorch on GPUs: {outdated}", stacklevel=2)
+            if why := _unserved():
+                warnings.warn(f"talib_fast falls back to PyTorch on GPUs: {why}", stacklevel=2)
             return Compiled(True, f"{library.name} is loaded", build)
         except OSError as error:
             reason = f"{library.name} does not load: {error}"
@@ -216,20 +242,29 @@ def node_function(name: str) -> Callable | None:
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """Which backend serves each operation on each device, and why: ``{operation: {device: (backend, reason)}}``."""
+    """Which backend serves each operation on each device, and why: ``{operation: {device: (backend, reason)}}``.
+
+    ``cuda`` stands for the current GPU, if there is one. It is asked, which initialises CUDA.
+    """
     served: dict[str, dict[str, tuple[str, str]]] = {}
+    this_gpu = unserved_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else ""
     for operation in OPERATIONS:
         served[operation] = {}
         for device in ("cpu", "cuda"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"talib_fast::{operation}_forward", device.upper()):
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"talib_fast::{operation}_forward", device.upper()
+            )
+            if has_kernel and device == "cuda" and this_gpu:
+                served[operation][device] = ("PyTorch", this_gpu)
+            elif has_kernel:
                 served[operation][device] = ("compiled", "the compiled library holds a kernel for it")
             elif not _COMPILED.loaded:
                 served[operation][device] = ("PyTorch", _COMPILED.status)
             elif device == "cuda" and "without_cuda" in _COMPILED.build:
                 reason = f"the compiled library holds no CUDA kernels: {_COMPILED.build['without_cuda']}"
                 served[operation][device] = ("PyTorch", reason)
-            elif device == "cuda" and (outdated := _outdated_driver(_COMPILED.build)):
-                served[operation][device] = ("PyTorch", outdated)
+            elif device == "cuda" and (why := _unserved()):
+                served[operation][device] = ("PyTorch", why)
             elif device == "cpu":
                 served[operation][device] = ("PyTorch", "its compiled kernel needs AVX2, which this processor lacks")
             else:

@@ -1,6 +1,7 @@
 // Launches kernels: fibers for CUDA threads, what they wait for, shared memory, and blocks in flight.
 #pragma once
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -861,6 +862,25 @@ inline int driver_version = 0;  // as it was told to a caller who asked
 
 inline size_t shared_limit() { return setting("SIMT_SHARED_BYTES", kDefaultSharedBytes); }
 
+// A line of SIMT_LOG's file: the launch's size, and the kernel by its place in the library that has it, where `nm` knows
+// it by name and with its template arguments.
+inline void log(const Launch& launch, At at) {
+  const char* name = std::getenv("SIMT_LOG");
+  if (!name || !*name) {
+    return;
+  }
+  Dl_info library{};
+  std::FILE* file = std::fopen(name, "a");
+  if (!file || !dladdr(launch.kernel, &library)) {
+    die(at, "can't write of a launch to SIMT_LOG=%s,", name);
+  }
+  const dim3 grid = launch.grid, block = launch.block;
+  const auto place = reinterpret_cast<uintptr_t>(launch.kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase);
+  std::fprintf(file, "%u\t%u\t%zu\t%zx\t%s\n", grid.x * grid.y * grid.z, block.x * block.y * block.z,
+               launch.dynamic_bytes, static_cast<size_t>(place), library.dli_fname);
+  std::fclose(file);
+}
+
 inline void run(Launch& launch, At at) {
   const dim3 grid = launch.grid, block = launch.block;
   constexpr uint64_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 0xffff;
@@ -877,6 +897,7 @@ inline void run(Launch& launch, At at) {
     die(at, "launch of %s with %zu bytes of dynamic shared memory: the kernel is allowed %zu, the device has %zu,",
         launch.kernel_name, launch.dynamic_bytes, granted, launch.shared_limit);
   }
+  log(launch, at);
   launch.seed = setting("SIMT_SEED", 0);
   launch.block_count = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t in_flight = setting("SIMT_BLOCKS", 1);

@@ -130,12 +130,10 @@ __global__ void missing_release(float* value, unsigned* ready, float* out) {
     if (kPlanted) {
       atomicAdd(ready, 1u);
     } else {
-      add_release(ready, 1);
+      increment_release(ready, 1);
     }
   } else {
-    while (load_acquire(ready) == 0) {
-      pause();
-    }
+    wait_acquire(ready, 1);
     out[0] = value[0];
   }
 }
@@ -144,10 +142,13 @@ template <bool kPlanted>
 __global__ void missing_acquire(float* value, unsigned* ready, float* out) {
   if (blockIdx.x == 0) {
     value[0] = 2.0f;
-    add_release(ready, 1);
+    increment_release(ready, 1);
   } else {
-    while ((kPlanted ? atomicAdd(ready, 0u) : load_acquire(ready)) == 0) {
-      pause();
+    if (kPlanted) {
+      while (atomicAdd(ready, 0u) == 0) {
+      }
+    } else {
+      wait_acquire(ready, 1);
     }
     out[0] = value[0];  // BUG missing_acquire
   }
@@ -157,11 +158,9 @@ __global__ void missing_acquire(float* value, unsigned* ready, float* out) {
 template <bool kPlanted>
 __global__ void endless_wait(unsigned* ready) {
   if (blockIdx.x == (kPlanted ? 0 : 1)) {
-    while (load_acquire(ready) == 0) {
-      pause();  // BUG endless_wait
-    }
+    wait_acquire(ready, 1);  // BUG endless_wait
   } else {
-    add_release(ready, 1);
+    increment_release(ready, 1);
   }
 }
 

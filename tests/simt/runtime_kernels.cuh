@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256)
       sum += value;
     }
     store_vector(y + i, out);
-    store_vector_streaming(copy + i, in);
+    store_vector(copy + i, unpack<T, V>(load_packed_last<V>(x + i)));
   }
 #pragma unroll
   for (int offset = warpSize / 2; offset; offset /= 2) {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(256)
       sum += warp_sums[w];
     }
     partial[blockIdx.x] = sum;
-    is_last[0] = add_acquire_release(arrived, 1) == gridDim.x - 1;
+    is_last[0] = increment_acquire_release(arrived, gridDim.x) == gridDim.x - 1;
     if (is_last[0]) {
       sum = 0;
       for (unsigned b = 0; b < gridDim.x; ++b) {
@@ -65,14 +65,12 @@ __global__ void collect_from_others(T* __restrict__ slots, unsigned* arrived, T*
         total += to_acc(staged[i]);
       }
       slots[blockIdx.x] = from_acc<T>(total);
-      add_release(arrived, 1);
+      increment_release(arrived, gridDim.x);
     }
     return;
   }
   if (threadIdx.x == 0) {
-    while (load_acquire(arrived) != gridDim.x - 1) {
-      pause();
-    }
+    wait_acquire(arrived, gridDim.x - 1);
     acc_t<T> total = 0;
     for (unsigned b = 0; b + 1 < gridDim.x; ++b) {
       total += to_acc(slots[b]);

@@ -11,6 +11,8 @@
 //   SIMT_THREADS=n          threads that a block can have, 1024 by default
 //   SIMT_CACHE_BYTES=n      its second-level cache, 1048576 by default
 //   SIMT_DRIVER=n           its driver's version, 13000 by default
+//   SIMT_UNSERVED=1         nothing is compiled for it
+//   SIMT_LOG=file           gets a line: blocks, threads, bytes of dynamic shared memory, and which kernel
 //
 // What it can't tell: speed, bank conflicts, weak memory order (the host's is strong; ThreadSanitizer knows only what
 // is ordered by a barrier or an acquire), or what nvcc's optimiser does.
@@ -95,17 +97,31 @@ T __shfl_xor_sync(unsigned mask, T value, int flip, int width = warpSize, simt::
 
 namespace simt {
 template <typename T, typename Update>
-T update_atomically(T* address, Update update) {
+T update_atomically(T* address, Update update, int order = __ATOMIC_RELAXED) {
   T old;
   __atomic_load(address, &old, __ATOMIC_RELAXED);
   for (;;) {
     T wanted = update(old);
-    if (__atomic_compare_exchange(address, &old, &wanted, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    if (__atomic_compare_exchange(address, &old, &wanted, true, order, __ATOMIC_RELAXED)) {
       return old;
     }
   }
 }
+
+// Returns when the counter is not below `least`.
+inline void wait_acquire(const unsigned* counter, unsigned least, At at = At::current()) {
+  while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < least) {
+    pause(at);
+  }
+}
+
+// Up to `last`, and then from 0 again.
+inline unsigned increment(unsigned* address, unsigned last, int order) {
+  return update_atomically(address, [=](unsigned old) { return old >= last ? 0 : old + 1; }, order);
+}
 }  // namespace simt
+
+inline unsigned atomicInc(unsigned* address, unsigned last) { return simt::increment(address, last, __ATOMIC_RELAXED); }
 
 template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
@@ -213,6 +229,10 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice:
       return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    default:
+      break;
   }
   return "unrecognized error code";
 }
@@ -229,6 +249,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    default:
+      break;
   }
   return "unrecognized error code";
 }
@@ -249,6 +271,22 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
                                    simt::At at = simt::At::current()) {
   simt::check_stream(stream, "cudaMemsetAsync", at);
   std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = 0;  // there is one
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
   return cudaSuccess;
 }
 
@@ -278,6 +316,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrL2CacheSize:
       *value = static_cast<int>(simt::setting("SIMT_CACHE_BYTES", 1 << 20));
       return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
     case cudaDevAttrWarpSize:
       *value = warpSize;
       return cudaSuccess;
@@ -294,6 +338,11 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   }
   simt::SharedMemoryGrants::instance().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value), at);
   return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return simt::setting("SIMT_UNSERVED", 0) ? simt::fail(cudaErrorNoKernelImageForDevice) : cudaSuccess;
 }
 
 template <typename Kernel>

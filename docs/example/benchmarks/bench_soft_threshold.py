@@ -117,13 +117,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that the options ask for."""
     device = torch.device(options.device)
-    cases = [timed(size, dtype, device, options.rounds) for dtype in options.dtype for size in SIZES]
-    progress("")
     return {
         "operation": OPERATION,
         "environment": report.environment(device, OPERATION),
         "settings": {"device": options.device, "rounds": options.rounds, "units": "seconds per pass"},
-        "cases": cases,
+        "cases": (timed(size, dtype, device, options.rounds) for dtype in options.dtype for size in SIZES),
     }
 
 

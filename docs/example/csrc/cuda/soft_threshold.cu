@@ -3,6 +3,7 @@
 #include "soft_threshold.cuh"
 
 #include "../soft_threshold.h"
+#include "registration.h"
 #include "stream.h"
 
 namespace talib_fast {
@@ -47,7 +48,6 @@ Tensor soft_threshold_backward(const Tensor& grad_output, const Tensor& input, d
 }  // namespace talib_fast
 
 STABLE_TORCH_LIBRARY_IMPL(talib_fast, TALIB_FAST_KERNEL_DEVICE, m) {
-  if (!talib_fast::driver_serves_kernels()) return;
-  m.impl("soft_threshold_forward", TORCH_BOX(&talib_fast::soft_threshold_forward));
-  m.impl("soft_threshold_backward", TORCH_BOX(&talib_fast::soft_threshold_backward));
+  talib_fast::register_kernel<"soft_threshold_forward", &talib_fast::soft_threshold_forward>(m);
+  talib_fast::register_kernel<"soft_threshold_backward", &talib_fast::soft_threshold_backward>(m);
 }

@@ -1,0 +1,50 @@
+// The CUDA driver: the one place that asks for its version and says what follows.
+#pragma once
+
+#include <string>
+
+#include "runtime.cuh"
+
+#if defined(__CUDACC__)
+#include <dlfcn.h>
+#endif
+
+namespace talib_fast {
+
+// The newest CUDA that the driver serves, as CUDART_VERSION writes it (13010 is 13.1); 0 if there is no driver.
+inline int driver_version() {
+#if defined(__CUDACC__)
+  // not by cudaDriverGetVersion, which initialises CUDA: a process forked after that could not use it
+  static const int version = [] {
+    int found = 0;
+    if (void* driver = dlopen("libcuda.so.1", RTLD_NOW))
+      if (void* get = dlsym(driver, "cuDriverGetVersion")) reinterpret_cast<int (*)(int*)>(get)(&found);
+    return found;
+  }();
+  return version;
+#else
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+#endif
+}
+
+// Why no kernel is registered, so that PyTorch's implementations serve every GPU; empty if they are. Within a major
+// version of CUDA every driver runs them.
+inline std::string unserved_by_driver() {
+#if defined(__CUDACC__)
+  const int driver = driver_version();
+  if (driver == 0 || driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "the kernels are of CUDA " + text(CUDART_VERSION) + ", and the driver serves CUDA " + text(driver);
+#else
+  return "";
+#endif
+}
+
+// Whether a launch takes 32 KB of parameters, not 4 KB.
+inline bool driver_takes_many_parameters() { return driver_version() >= 12010; }
+
+}  // namespace talib_fast
