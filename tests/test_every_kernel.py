@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # 128 KB, and too few for each multiprocessor to have one.
 RESIDENT = [(6, 24, 4, 8), (5, 12, 2, 6), (5, 7, 2, 6), (3, 7, 5, 3), (4, 16, 7, 7)]
 SLICED = {
-    "contiguous": [(2, 4, 192, 192), (2, 4, 198, 190), (1, 4, 271, 271)],
+    "contiguous": [(2, 4, 192, 192), (2, 4, 198, 190), (1, 4, 271, 271), (200, 8, 7, 7)],
     "channels_last": [(1, 8, 104, 104), (1, 12, 104, 104), (1, 7, 104, 104)],
 }
 

@@ -1,5 +1,5 @@
 // Stochastic normalisation on the GPU. Both directions take sums per channel, derive constants from them and write
-// with these; a channel on running statistics is written while it is summed. Two schedules:
+// with these; a channel on running statistics whose values lie in runs is written while it is summed. Two schedules:
 //
 // resident: a block takes a group of channels whole, and keeps what it read in shared memory between the passes.
 // sliced:   many blocks share a group. They take items off one list, on which the second pass over a group follows
