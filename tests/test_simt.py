@@ -186,7 +186,7 @@ def test_nvcc_compiles_the_same_kernels(tmp_path):
     for ptx in tmp_path.glob("*.ptx"):
         text = ptx.read_text()
         for instruction in (
-            r"ld\.global\.(nc\.)?v4\.[ubf]32", r"ld\.global\.cs\.v4\.[ubf]32", r"st\.global\.v4\.[ubf]32",
+            r"ld\.global\.v4\.[ubf]32", r"ld\.global\.cs\.v4\.[ubf]32", r"st\.global\.v4\.[ubf]32",
             r"ld\.relaxed\.gpu\.global\.u32", r"fence\.acq_rel\.gpu", "nanosleep",
             r"red\.release\.gpu\.global\.inc\.u32", r"atom\.acq_rel\.gpu\.global\.inc\.u32",
         ):  # fmt: skip

@@ -110,8 +110,8 @@ struct alignas(sizeof(T) * V) Vector {
   T lane[V];
 };
 
-// A vector moves as one word. As inline PTX: nvcc takes ordinary stores of 8 and 16 bytes apart in unrolled loops, and
-// joins but half of them again.
+// A vector moves as one word. Stores of 8 and 16 bytes are inline PTX: nvcc takes ordinary ones apart in unrolled loops,
+// and joins only half of them again.
 #if defined(__CUDACC__)
 template <size_t kBytes>
 struct Word;
