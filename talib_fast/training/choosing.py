@@ -1,0 +1,35 @@
+"""What validation likes best; test images choose nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .recipes import canonical
+
+
+def merit(trial: Mapping[str, Any]) -> tuple[float, float, int]:
+    """What trials of equal length are ranked by: accuracy, at equal accuracy cross-entropy, then the earlier one."""
+    return trial["accuracy"], -trial["cross_entropy"], -trial["number"]
+
+
+def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The best of the longest trials that were finished; None where none was."""
+    finished = [trial for trial in trials if trial["state"] == "finished"]
+    longest = [trial for trial in finished if trial["steps"] == max(other["steps"] for other in finished)]
+    return max(longest, key=merit, default=None)
+
+
+def best_run(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The run whose model is the best as far as validation can say; None where nothing can choose.
+
+    After trials it is the first run of the method with the best one, else the run with the best accuracy on its
+    validation images.
+    """
+    runs = results["runs"]
+    if len(runs) < 2:
+        return runs[0] if runs else None
+    trial = best_trial(results["trials"])
+    if trial is not None:
+        own = [run for run in runs if canonical(run["method"]) == canonical(trial["method"])]
+        return own[0] if own else None
+    validated = [run for run in runs if "val_accuracy" in run]
+    return max(validated, key=lambda run: run["val_accuracy"]) if len(validated) == len(runs) else None
