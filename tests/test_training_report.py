@@ -4,11 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
+from test_training_trial_report import halved, trial, tuned
 
 from talib_fast.images.imageset import ImageSet
 from talib_fast.inference.output import write_csv
-from talib_fast.training import report
+from talib_fast.training import report, trial_report
 from talib_fast.training.recipes import RECIPES
 from talib_fast.training.results import predictions_file
 
@@ -29,6 +31,7 @@ def make_results(methods, seeds, device="cpu", data="the built-in sample of MNIS
             "losses": [3.0 / (step + 1) for step in range(30)],
             "cross_entropies": [2.0 / (step + 1) for step in range(30)],
             "accuracies": [[10, 50.0], [20, 60.0], [30, 70.0 + seed + place]],
+            "seconds": [1.0 + seed, 2.0 + seed, 3.0 + seed],
         }
         for place, method in enumerate(methods)
         for seed in seeds
@@ -40,6 +43,9 @@ def make_results(methods, seeds, device="cpu", data="the built-in sample of MNIS
         "batch_size": 24,
         "image_size": 64,
         "device": device,
+        "lr": 0.02,
+        "tune": None,
+        "candidates": None,
     }
     return {
         "command": "python -m talib_fast finetune",
@@ -49,8 +55,14 @@ def make_results(methods, seeds, device="cpu", data="the built-in sample of MNIS
         "python": "3",
         "data": {"name": data, "classes": ["a", "b"], "ignored": [], "duplicate": []},
         "settings": settings,
+        "trials": [],
         "runs": runs,
     }
+
+
+def add_trials(results, searched):
+    results["trials"] = searched["trials"]
+    results["settings"] |= searched["settings"]
 
 
 def no_images(seed):
@@ -123,23 +135,134 @@ def test_plots(tmp_path, methods, seeds):
             assert image.width > 900 and len(image.convert("RGB").getcolors(10**6)) > 5
     axes = report.draw_accuracy(results).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == methods
-    left, right = report.draw_curves(results).axes
-    assert len(left.lines) == len(right.lines) == len(methods)
-    last = right.lines[0].get_ydata()[-1]
-    assert last == pytest.approx(70 + sum(seeds) / len(seeds))
+    left, middle, right = report.draw_curves(results).axes
+    assert len(left.lines) == len(middle.lines) == len(right.lines) == len(methods)
+    mean = sum(seeds) / len(seeds)
+    assert list(middle.lines[0].get_ydata()) == list(right.lines[0].get_ydata()) == [50, 60, pytest.approx(70 + mean)]
+    assert list(middle.lines[0].get_xdata()) == [10, 20, 30]
+    assert right.lines[0].get_xdata() == pytest.approx([1 + mean, 2 + mean, 3 + mean])
 
 
 def test_without_matplotlib_there_is_still_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.write(make_results(["plain"], [0]), tmp_path, no_images)
+    results = make_results(["plain"], [0])
+    add_trials(results, tuned())
+    report.write(results, tmp_path, no_images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "table.md"]
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("made", [tuned, halved])
+def test_trials_have_a_table_and_a_plot_of_their_own(tmp_path, made):
+    results = make_results(["plain", "l2_sp"], [0])
+    add_trials(results, made())
+    report.write(results, tmp_path, no_images)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {*written, "results.json"} == set(report.files(results))  # the experiment writes that one
+    assert "trials.png" in report.files(results)
+    shown = Page((tmp_path / "report.html").read_text())
+    assert shown.tags.count("img") == 3
+    assert [section.title for section in report.sections(results)] == [
+        "Accuracy by method",
+        trial_report.section(results).title,
+    ]
+
+
+def test_files_are_those_that_can_be_drawn(monkeypatch):
+    results = make_results(["plain"], [0])
+    assert report.files(results) == ["report.html", "results.json", "table.md", "accuracy.png", "curves.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.files(results) == ["report.html", "results.json", "table.md"]
+
+
+def gaining(**points):
+    """Runs that gain so many points over plain fine-tuning, by seed."""
+    results = make_results(["plain", *points], [0, 1, 2])
+    for run in results["runs"]:
+        gained = points.get(run["method"], [0, 0, 0])[run["seed"]]
+        run["accuracy"] = 50.0 + 10 * run["seed"] + gained
+    return results
+
+
+def test_gains_over_plain_are_bold_where_the_corrected_interval_leaves_out_zero():
+    # 4.303 / √3 = 2.48; of two comparisons 6.205 / √3 = 3.58
+    section = report.gains(gaining(l2=[5, 6, 7], bss=[2, 3, 4])["runs"])
+    assert section.rows == [("l2", "+6.0 ± 3.6", "+3.5 to +8.5", "3"), ("bss", "+3.0 ± 3.6", "+0.5 to +5.5", "3")]
+    assert section.bold == {(0, 1)} and len(section.findings) == 2
+    lines = section.markdown().splitlines()
+    assert lines[1:4] == [
+        "|---|---:|---:|---:|",
+        "| l2 | **+6.0 ± 3.6** | +3.5 to +8.5 | 3 |",
+        "| bss | +3.0 ± 3.6 | +0.5 to +5.5 | 3 |",
+    ]
+    assert lines[-2:] == [f"- {finding}" for finding in section.findings]
+
+
+def test_the_page_has_the_same_gains_in_bold(tmp_path):
+    report.write(gaining(l2=[5, 6, 7], bss=[2, 3, 4]), tmp_path, no_images)
+    shown = Page((tmp_path / "report.html").read_text())
+    assert shown.tags.count("strong") == 1
+    assert shown.words.count("+6.0 ± 3.6") == shown.words.count("+3.0 ± 3.6") == 1
+
+
+def test_a_gain_with_one_seed_has_no_interval():
+    results = gaining(l2=[5, 6, 7], bss=[2, 3, 4], delta=[1, 1, 1])
+    runs = [run for run in results["runs"] if run["method"] in ("plain", "l2") or run["seed"] == 1]
+    assert report.gains(runs).rows[1:] == [("delta", "+1.0", "-", "1"), ("bss", "+3.0", "-", "1")]
+    runs = [run for run in runs if run["method"] != "plain" or run["seed"] != 1]
+    assert report.gains(runs).rows[1:] == [("delta", "-", "-", "0"), ("bss", "-", "-", "0")]
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(["l2", "bss"], [0, 1]), (["plain"], [0, 1]), (["plain", "l2"], [0])])
+def test_no_gains_without_plain_another_method_and_two_seeds(methods, seeds):
+    assert report.gains(make_results(methods, seeds)["runs"]) is None
+
+
+def chosen(results):
+    found = report.choice(results)
+    return found.heading, found.run["method"], found.reason
+
+
+def test_nothing_chooses_without_validation_images():
+    heading, method, reason = chosen(make_results(["plain", "bss"], [0]))
+    assert (heading, method) == ("The first run", "plain")
+    assert reason == "Nothing chose between the runs: no validation images (--tune or --method auto would choose)."
+
+
+def test_a_single_run_is_no_choice():
+    assert chosen(make_results(["bss"], [0])) == ("The run", "bss", "")
+
+
+def test_validation_images_choose():
+    results = make_results(["plain", "bss", "l2"], [0])
+    for run, accuracy in zip(results["runs"], (60.0, 80.0, 70.0), strict=True):
+        run |= {"val_images": 1000, "val_accuracy": accuracy}
+    reason = "It was chosen for being right on 80.0 % of 1,000 validation images."
+    assert chosen(results) == ("The best run", "bss", reason)
+
+
+def test_trials_choose():
+    results = make_results(["plain", "bss", "l2"], [0])
+    results["trials"] = [trial("plain", 0, 60), trial("bss", 0, 80), trial("l2", 0, 90, state="pruned")]
+    reason = "Trials chose its method and settings: 80.0 % of 100 validation images."
+    whole = " The model here was then trained on all labelled images."
+    assert chosen(results) == ("The best run", "bss", reason + whole)
+    for run in results["runs"]:
+        run |= {"val_images": 10, "val_accuracy": 50.0}
+    assert chosen(results) == ("The best run", "bss", reason)
+
+
+@pytest.mark.parametrize(("methods", "heading"), [(["plain"], "The run"), (["plain", "l2"], "The first run")])
+def test_the_chosen_methods_run_may_be_missing(methods, heading):
+    results = make_results(methods, [0])
+    results["trials"] = [trial("bss", 0, 80)]
+    assert chosen(results) == (heading, "plain", "Trials chose bss, of which no run is finished.")
+
+
 def test_methods_have_colours_of_their_own():
-    combined = ["bss+stochnorm", "lwf+bss"]
-    colours = report.method_colours([*RECIPES, *combined])
-    assert len({colours[method] for method in [*RECIPES, *combined]}) == len(RECIPES) + 2
+    methods = [*RECIPES, *(f"combination {number}" for number in range(len(report.COMBINED)))]
+    colours = report.method_colours(methods)
+    assert len({to_rgb(colours[method]) for method in methods}) == len(methods)
 
 
 class Page(HTMLParser):
@@ -165,21 +288,20 @@ def page(results, folder, images):
 
 def test_the_page_has_all_of_it_and_asks_for_nothing_else(tmp_path):
     results = make_results(["plain", "bss+stochnorm"], [0, 1], data="photos/<birds>")
-    results["runs"][3]["model"] = "models/bss+stochnorm-seed1"
+    results["runs"][0]["model"] = "models/plain-seed0"
     results["data"] |= {"duplicate": ["x.png = <y>.png"], "classes": ["<b>owl</b>", "tit"]}
     labels = torch.tensor([0, 0, 0, 1])
     names = tuple(f"{number}.png" for number in range(4))
     images = ImageSet(("<b>owl</b>", "tit"), labels, names, lambda index, size: Image.new("RGB", (9, 9)))
     rows = [(name, images.classes[label], "tit", "0.75") for name, label in zip(names, labels, strict=True)]
     header = ("file", "class", "predicted", "probability")
-    write_csv(predictions_file(tmp_path, results["runs"][3]), header, rows)
+    write_csv(predictions_file(tmp_path, results["runs"][0]), header, rows)
     shown = page(results, tmp_path, images)
     text = " ".join(" ".join(shown.words).split())
     for words in (
-        "The best run: bss+stochnorm, seed 1",
-        "72.0 % of 1,234 test images are right (95 % interval 4.6 to 69.9 %); the mean over the classes is 50.0 %",
-        "It was chosen by the test images themselves, so this figure is too high.",
-        "models/bss+stochnorm-seed1",
+        "The first run: plain, seed 0",
+        "70.0 % of 1,234 test images are right (95 % interval 4.6 to 69.9 %); the mean over the classes is 50.0 %",
+        "models/plain-seed0",
         "<b>owl</b> 3 0.0 - 0.0",
         "tit 1 100.0 25.0 40.0",
         "Files with the same content in one class: 1 x.png = <y>.png",

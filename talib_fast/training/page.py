@@ -1,8 +1,9 @@
-"""The report as one HTML file that needs no other: table, plots, mistakes, images and settings."""
+"""What a report consists of, and the report as one HTML file that needs no other."""
 
 import base64
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,69 @@ from torch import Tensor
 from ..images.imageset import ImageSet
 from ..inference import metrics
 from ..inference.figures import THUMBNAIL, draw_confusion, draw_worst_mistakes
+from ..inference.output import aligned
 from ..plots import drawn
-from .results import predictions_file, score
+from .results import predictions_file
 from .sources import TOLD
 
 TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a table, what its figures mean, and what they show.
+
+    Attributes:
+        caption: what the figures mean, in a few sentences.
+        findings: what they show, a sentence each.
+        words: the columns that hold words and begin at the same place; the others end there.
+        bold: the cells that stand out in Markdown and HTML, (row, column).
+        plots: the names of the plots that belong to it, with what each one shows.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    caption: str
+    findings: Sequence[str] = ()
+    words: tuple[int, ...] = (0,)
+    bold: frozenset[tuple[int, int]] = frozenset()
+    plots: Mapping[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """For a terminal."""
+        rule = tuple("-" * max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True))
+        right = [place for place in range(len(self.columns)) if place not in self.words]
+        table = aligned([self.columns, rule, *self.rows], right)
+        return "\n".join([*table, "", self.caption, *(["", *self.findings] if self.findings else [])])
+
+    def markdown(self) -> str:
+        rule = "".join("|---" if place in self.words else "|---:" for place in range(len(self.columns)))
+        cells = [
+            [f"**{cell}**" if (row, column) in self.bold else cell for column, cell in enumerate(own)]
+            for row, own in enumerate(self.rows)
+        ]
+        table = [f"| {' | '.join(self.columns)} |", f"{rule}|", *(f"| {' | '.join(own)} |" for own in cells)]
+        findings = [f"- {finding}" for finding in self.findings]
+        return "\n".join([*table, "", self.caption, *(["", *findings] if findings else [])])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The run that a page shows closely, its heading, and what chose it; an empty reason where there was no choice."""
+
+    run: dict[str, Any]
+    heading: str
+    reason: str
 
 
 def html(
     results: dict[str, Any],
     folder: Path,
     title: str,
-    caption: str,
-    columns: Sequence[str],
-    rows: Sequence[Any],
-    plots: dict[str, bytes],
+    sections: Sequence[Section],
+    choice: Choice,
+    plots: Mapping[str, bytes],
     test_images: Callable[[int], ImageSet],
 ) -> str:
     """The page's text.
@@ -34,7 +83,6 @@ def html(
     Args:
         results: what results.json holds.
         folder: where the runs' predictions are.
-        columns, rows: of the table; a row has ``cells()``.
         plots: PNG files by name; none where matplotlib is missing.
         test_images: those that a seed's runs were tested on.
     """
@@ -43,15 +91,14 @@ def html(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    best = max(results["runs"], key=score)
+    run = choice.run
     return environment.get_template(TEMPLATE).render(
         title=title,
-        caption=caption,
-        columns=columns,
-        rows=[row.cells() for row in rows],
+        sections=sections,
         plots={name: data_url(content) for name, content in plots.items()},
-        best=best,
-        answers=answers(folder, best, test_images(best["seed"]), plotted=bool(plots)),
+        choice=choice,
+        run=run,
+        answers=answers(folder, run, test_images(run["seed"]), plotted=bool(plots)),
         findings=[(TOLD[kind], names) for kind, names in results["data"].items() if kind in TOLD and names],
         results=results,
     )

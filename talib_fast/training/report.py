@@ -1,22 +1,26 @@
-"""What came out: the table on the terminal and in Markdown, the plots, and the page that has all of it."""
+"""What came out: the tables on the terminal and in Markdown, the plots, and the page that has all of it."""
 
+import importlib.util
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..images.imageset import ImageSet
-from ..inference.output import aligned
 from ..plots import STYLE, drawn
 from ..storage import write_atomically
-from .page import html
+from . import trial_report
+from .choosing import best_run, best_trial
+from .comparison import by_method, comparisons, points, span
+from .page import Choice, Section, html
 from .recipes import RECIPES, canonical
 
-FILES = ("report.html", "results.json", "table.md", "accuracy.png", "curves.png")
-# of combined methods: the colours of C0 to C9 again, in another order
-COMBINED = ("pink", "gray", "olive", "cyan", "brown", "purple", "red", "green", "orange", "blue")
+# of combined methods: none is among C0 to C9
+COMBINED = ("black", "gold", "navy", "maroon", "teal", "magenta", "darkolivegreen", "coral", "slateblue", "turquoise")
 COLUMNS = ("method", "accuracy, %", "seeds", "s/step", "preparation, s", "peak MiB")
+GAINS = ("method", "points above plain", "by itself", "seeds")
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,8 @@ class Row:
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per method that has runs, in the methods' usual order, combinations behind them."""
-    found: dict[str, list[dict[str, Any]]] = {}  # by a name that does not depend on the order of what is combined
-    for run in runs:
-        found.setdefault(canonical(run["method"]), []).append(run)
-    methods = [name for name in RECIPES if name in found] + [name for name in found if name not in RECIPES]
     table = []
-    for own in map(found.__getitem__, methods):
+    for own in by_method(runs).values():
         table.append(
             Row(
                 own[0]["method"],
@@ -71,24 +71,56 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
     return table
 
 
+def sections(results: dict[str, Any]) -> list[Section]:
+    """The report's tables: accuracies, gains over plain fine-tuning, and trials, as far as there are such."""
+    accuracy = Section(
+        "Accuracy by method",
+        COLUMNS,
+        [row.cells() for row in rows(results["runs"])],
+        caption(results),
+        plots={
+            "accuracy": "Accuracy of each method, a dot for each seed",
+            "curves": "Cross-entropy and accuracy over the steps, and accuracy over the training time, by method",
+        },
+    )
+    return [accuracy, *(part for part in (gains(results["runs"]), trial_report.section(results)) if part)]
+
+
+def gains(runs: Sequence[dict[str, Any]]) -> Section | None:
+    """What each method gains over plain fine-tuning; None where no method has two seeds in common with it."""
+    found = comparisons(runs)
+    if not any(len(one.differences) > 1 for one in found):
+        return None
+    table, bold = [], set()
+    for place, one in enumerate(found):
+        cells = ["-", "-"]
+        if one.mean is not None:
+            cells[0] = points(one.mean)
+            if one.half_width is not None:
+                cells = [f"{cells[0]} ± {one.corrected_half_width:.1f}", span(one.mean, one.half_width)]
+        if one.beyond_chance:
+            bold.add((place, 1))
+        table.append((one.method, *cells, str(len(one.differences))))
+    number = found[0].number
+    wide = f", so wide that all {number} hold at once (Bonferroni)" if number > 1 else ""
+    meant = (
+        f"Mean difference to plain with the same seed ± half its 95 % interval (Student's t){wide}, bold in table.md "
+        "and report.html where it leaves out zero; by itself: the interval of one comparison alone. Intervals are for "
+        "other seeds, which choose labelled images and their order, not for other data, networks or settings."
+    )
+    return Section("Points above plain", GAINS, table, meant, [one.sentence() for one in found], bold=frozenset(bold))
+
+
 def text(results: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    lines: list[tuple[str, ...]] = [COLUMNS, *(row.cells() for row in rows(results["runs"]))]
-    rule = tuple("-" * max(map(len, column)) for column in zip(*lines, strict=True))
-    table = aligned([lines[0], rule, *lines[1:]], right=range(1, len(COLUMNS)))
-    return "\n" + "\n".join(table) + f"\n\n{caption(results)}"
+    """The tables for a terminal."""
+    return "\n" + "\n\n".join(section.text() for section in sections(results))
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table for a README, with the command that made it."""
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
-        *("| " + " | ".join(row.cells()) + " |" for row in rows(results["runs"])),
-    ]
+    """The tables for a README, with the command that made them."""
     versions = f"talib_fast {results['talib_fast']}, torch {results['torch']}, Python {results['python']}"
     origin = f"`{results['command']}` ({results['device']}; {versions})"
-    return "\n".join([*lines, "", caption(results), "", origin, ""])
+    return "\n\n".join([*(section.markdown() for section in sections(results)), origin]) + "\n"
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -119,23 +151,62 @@ def data_name(results: dict[str, Any]) -> str:
     return results["data"]["name"].removeprefix("the built-in sample of ")
 
 
+def choice(results: dict[str, Any]) -> Choice:
+    """The run that the page shows closely: the best one, or the first where nothing chose."""
+    runs, best, trial = results["runs"], best_run(results), best_trial(results["trials"])
+    run = dict(best or runs[0])
+    heading = "The run" if len(runs) == 1 else "The best run" if best else "The first run"
+    reason = ""
+    if trial and best and canonical(trial["method"]) == canonical(run["method"]):
+        right = f"{trial['accuracy']:.1f} % of {trial_report.validation_images(trial):,} validation images"
+        whole = "" if run["val_images"] else " The model here was then trained on all labelled images."
+        reason = f"Trials chose its method and settings: {right}.{whole}"
+    elif trial:
+        reason = f"Trials chose {trial['method']}, of which no run is finished."
+    elif best is None:
+        reason = "Nothing chose between the runs: no validation images (--tune or --method auto would choose)."
+    elif len(runs) > 1:
+        right = f"{run['val_accuracy']:.1f} % of {run['val_images']:,} validation images"
+        reason = f"It was chosen for being right on {right}."
+    return Choice(run, heading, reason)
+
+
+def plots(results: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What draws each plot of the report, by name; none where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    found: dict[str, Callable[[], Any]] = {
+        "accuracy": partial(draw_accuracy, results),
+        "curves": partial(draw_curves, results),
+    }
+    if trial_report.section(results):
+        found["trials"] = partial(trial_report.draw, results, title(results), colours(results))
+    return found
+
+
+def files(results: dict[str, Any]) -> list[str]:
+    """The names of the report's files, ``results.json`` among them."""
+    return ["report.html", "results.json", "table.md", *(f"{name}.png" for name in plots(results))]
+
+
 def write(results: dict[str, Any], folder: Path, test_images: Callable[[int], ImageSet]) -> None:
-    """Write the table, the page and, where matplotlib is installed, the plots.
+    """Write the tables, the page and, where matplotlib is installed, the plots.
 
     ``test_images(seed)`` gives those that the seed's runs were tested on.
     """
     write_atomically(folder / "table.md", lambda file: file.write(markdown(results).encode()))
-    plots: dict[str, bytes] = {}
-    try:
+    images: dict[str, bytes] = {}
+    drawings = plots(results)
+    if drawings:
         import matplotlib
-    except ImportError:
-        print("No plots: they need matplotlib (pip install matplotlib).")
-    else:
+
         with matplotlib.rc_context(STYLE):
-            plots = {"accuracy": drawn(draw_accuracy(results)), "curves": drawn(draw_curves(results))}
-    for name in plots:
-        write_atomically(folder / f"{name}.png", lambda file, name=name: file.write(plots[name]))  # type: ignore[misc]
-    page = html(results, folder, title(results), caption(results), COLUMNS, rows(results["runs"]), plots, test_images)
+            images = {name: drawn(draw()) for name, draw in drawings.items()}
+    else:
+        print("No plots: they need matplotlib (pip install matplotlib).")
+    for name in images:
+        write_atomically(folder / f"{name}.png", lambda file, name=name: file.write(images[name]))  # type: ignore[misc]
+    page = html(results, folder, title(results), sections(results), choice(results), images, test_images)
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
 
 
@@ -144,11 +215,11 @@ def draw_accuracy(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     table = rows(results["runs"])
-    colours = method_colours([row.method for row in table])
+    shades = colours(results)
     figure = Figure(figsize=(7.2, 1.5 + 0.36 * len(table)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(table):
-        colour = colours[row.method]
+        colour = shades[canonical(row.method)]
         axes.plot(row.accuracies, [place] * len(row.accuracies), "o", color=colour, alpha=0.35, ms=5, mew=0)
         axes.errorbar(row.mean, place, xerr=row.deviation, fmt="D", color=colour, ms=6, capsize=4, lw=1.6)
         axes.annotate(
@@ -172,35 +243,46 @@ def draw_accuracy(results: dict[str, Any]) -> Any:
 
 
 def draw_curves(results: dict[str, Any]) -> Any:
-    """Cross-entropy on the training batches and accuracy over the steps, means over seeds."""
+    """Cross-entropy of the training batches and accuracy over the steps, and accuracy over time; means over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.2, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    table = rows(results["runs"])
-    colours = method_colours([row.method for row in table])
-    for row in table:
-        own = [run for run in results["runs"] if canonical(run["method"]) == canonical(row.method)]
-        colour = colours[row.method]
-        losses = [statistics.fmean(values) for values in zip(*(run["cross_entropies"] for run in own), strict=True)]
+    figure = Figure(figsize=(12.6, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    right.sharey(middle)
+    shades = colours(results)
+    for name, own in by_method(results["runs"]).items():
+        losses = means(run["cross_entropies"] for run in own)
         smooth = moving_average(losses, max(1, len(losses) // 15))
-        left.plot(range(1, len(smooth) + 1), smooth, color=colour, lw=1.4)
+        left.plot(range(1, len(smooth) + 1), smooth, color=shades[name], lw=1.4)
+        reached = means([accuracy for _, accuracy in run["accuracies"]] for run in own)
         steps = [step for step, _ in own[0]["accuracies"]]
-        means = [statistics.fmean(run["accuracies"][place][1] for run in own) for place in range(len(steps))]
-        right.plot(steps, means, "o-", color=colour, lw=1.4, ms=4, label=row.method)
+        middle.plot(steps, reached, "o-", color=shades[name], lw=1.4, ms=4, label=own[0]["method"])
+        right.plot(means(run["seconds"] for run in own), reached, "o-", color=shades[name], lw=1.4, ms=4)
     left.set(xlabel="step", ylabel="cross-entropy", yscale="log")
     left.set_title("training batches (moving average)", loc="left", fontsize=10)
-    right.set(xlabel="step", ylabel="accuracy, %")
-    validated = any(run["val_images"] for run in results["runs"])
-    right.set_title("validation images" if validated else "test images", loc="left", fontsize=10)
+    images = "validation images" if any(run["val_images"] for run in results["runs"]) else "test images"
+    middle.set(xlabel="step", ylabel=f"accuracy on the {images}, %")
+    middle.set_title("by steps", loc="left", fontsize=10)
+    right.set(xlabel="training time, s")
+    right.set_title("by time, without preparation and evaluation", loc="left", fontsize=10)
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(title(results), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
+def means(series: Iterable[Sequence[float]]) -> list[float]:
+    """The mean at each place of equally long series."""
+    return [statistics.fmean(values) for values in zip(*series, strict=True)]
+
+
 def title(results: dict[str, Any]) -> str:
     name = Path(data_name(results)).name or data_name(results)
     return f"{results['settings']['network']} → {name}, {labels(results['settings'])}"
+
+
+def colours(results: dict[str, Any]) -> dict[str, str]:
+    """The colour of every method that has runs or trials, by its canonical name."""
+    return method_colours(list(by_method([*results["runs"], *results["trials"]])))
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
@@ -209,7 +291,7 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
     single = [name for name in RECIPES if name not in ("plain", "linear")]
     own = {"plain": "0.35", "linear": "0.65"} | dict(zip(single, palette, strict=True))
     others = [name for name in methods if name not in own]
-    return own | {name: f"tab:{COMBINED[place % len(COMBINED)]}" for place, name in enumerate(others)}
+    return own | {name: COMBINED[place % len(COMBINED)] for place, name in enumerate(others)}
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:

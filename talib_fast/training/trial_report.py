@@ -1,0 +1,293 @@
+"""What trials say: the settings that they found, or how close successive halving's candidates came to its winner."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import count
+from .choosing import best_trial, merit
+from .comparison import by_method, paired_images, points
+from .page import Section
+from .recipes import RECIPES, canonical, parse
+
+Trial = Mapping[str, Any]
+TUNED = ("method", "validation accuracy, %", "with the defaults, %", "finished", "pruned", "time, s", "settings found")
+HALVED = ("method", "steps", "validation accuracy, %", "winner's at that step, %", "difference, points", "settings")
+CHOSEN = (
+    "Accuracies are of validation images; the best is a bit too high, since it was chosen for it, and no test image "
+    "chose anything."
+)
+MOST_COLUMNS = 4
+RATIOS = 10.0  # the colours are of trade-offs from a tenth to ten times the default; what is further out has the last
+
+
+def section(results: Mapping[str, Any]) -> Section | None:
+    """The trials' table and what it says; None where none was finished."""
+    winner = best_trial(results["trials"])
+    if winner is None:
+        return None
+    return halving(results, winner) if halved(results) else tuning(results, winner)
+
+
+def halved(results: Mapping[str, Any]) -> bool:
+    return results["settings"]["candidates"] is not None
+
+
+def tuning(results: Mapping[str, Any], winner: Trial) -> Section:
+    """What was found for each method."""
+    trials = results["trials"]
+    budget = (
+        f"Settings tuned with {count(results['settings']['tune'], 'trial')} of {count(winner['steps'], 'step')} for "
+        f"every method, pruned where they fell behind: {count(len(trials), 'trial')} in {duration(trials)}."
+    )
+    return Section(
+        "Settings found by trials",
+        TUNED,
+        [tuned_cells(own) for own in by_method(trials).values()],
+        f"{budget} {judged_on(winner)} {CHOSEN}",
+        words=(0, len(TUNED) - 1),
+        plots={"trials": "Validation accuracy of each trial by learning rate, a panel for each method"},
+    )
+
+
+def tuned_cells(own: Sequence[Trial]) -> tuple[str, ...]:
+    """A method's line: its best trial, the one with the defaults, and what the search took."""
+    best = best_trial(own)
+    default = best_trial([trial for trial in own if trial["number"] == 0])
+    states = Counter(trial["state"] for trial in own)
+    return (
+        own[0]["method"],
+        *("-" if trial is None else f"{trial['accuracy']:.1f}" for trial in (best, default)),
+        str(states["finished"]),
+        str(states["pruned"]),
+        f"{sum(trial.get('seconds', 0.0) for trial in own):.0f}",
+        "-" if best is None else words(best),
+    )
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method's best candidate beside the winner in the last rung that it reached.
+
+    ``difference`` is in points above the winner, which had the same steps and images, ``half_width`` half its 95 %
+    interval, corrected so that all rivals' hold at once.
+    """
+
+    trial: Trial
+    winner: Trial
+    difference: float
+    half_width: float
+
+    @property
+    def told_apart(self) -> bool:
+        return abs(self.difference) > self.half_width
+
+    def cells(self) -> tuple[str, ...]:
+        difference = f"{points(self.difference)} ± {self.half_width:.1f}"
+        return candidate_cells(self.trial, f"{self.winner['accuracy']:.1f}", difference)
+
+
+def candidate_cells(trial: Trial, winners: str, difference: str) -> tuple[str, ...]:
+    return trial["method"], f"{trial['steps']:,}", f"{trial['accuracy']:.1f}", winners, difference, words(trial)
+
+
+def rivals(trials: Sequence[Trial], winner: Trial) -> list[Rival]:
+    """The other methods' best candidates, those that came furthest first."""
+    others = [best_trial(own) for name, own in by_method(trials).items() if name != canonical(winner["method"])]
+    best = sorted((trial for trial in others if trial), key=lambda trial: (trial["steps"], merit(trial)), reverse=True)
+    winners = {trial["rung"]: trial for trial in trials if candidate(trial) == candidate(winner)}
+    found = []
+    for trial in best:
+        same = winners[trial["rung"]]
+        found.append(Rival(trial, same, *paired_images(right(trial), right(same), len(best))))
+    return found
+
+
+def halving(results: Mapping[str, Any], winner: Trial) -> Section:
+    """How close the other methods came to the winner."""
+    trials = results["trials"]
+    others = rivals(trials, winner)
+    return Section(
+        "The best method by successive halving",
+        HALVED,
+        [candidate_cells(winner, "-", "-"), *(rival.cells() for rival in others)],
+        " ".join(
+            [
+                halving_budget(results),
+                judged_on(winner),
+                "Each method's best candidate beside the winner after the same steps; difference ± half of its 95 % "
+                "interval over the images (Agresti and Min's), so wide that all hold at once (Bonferroni).",
+                CHOSEN,
+            ]
+        ),
+        closeness(winner, others),
+        words=(0, len(HALVED) - 1),
+        plots={"trials": "Validation accuracy of each candidate over the steps of the rungs"},
+    )
+
+
+def halving_budget(results: Mapping[str, Any]) -> str:
+    trials, settings = results["trials"], results["settings"]
+    each = f"{count(settings['tune'], 'setting')} each" if settings["tune"] else "default settings"
+    sizes = Counter(trial["steps"] for trial in trials)
+    rungs = ", ".join(f"{number} of {steps:,} steps" for steps, number in sorted(sizes.items()))
+    return (
+        f"{count(len(settings['candidates']), 'method')} with {each}, and the better ones go on: {rungs}, in "
+        f"{duration(trials)}."
+    )
+
+
+def closeness(winner: Trial, others: Sequence[Rival]) -> list[str]:
+    """Which methods can be told from the winner, in sentences."""
+    close = [rival.trial["method"] for rival in others if not rival.told_apart]
+    behind = [rival for rival in others if rival.told_apart]
+    found = []
+    if close:
+        found.append(f"Not told apart from {winner['method']} by these images: {', '.join(close)}.")
+    if behind:
+        names = ", ".join(rival.trial["method"] for rival in behind)
+        found.append(f"Behind {winner['method']} by more than chance, given the steps that they had: {names}.")
+    if any(rival.trial["steps"] < winner["steps"] for rival in others):
+        found.append(f"Whether those with fewer than {winner['steps']:,} steps would have caught up was not tried.")
+    return found
+
+
+def candidate(trial: Trial) -> tuple[str, int]:
+    """What the trials of one candidate in all rungs share."""
+    return canonical(trial["method"]), trial["number"]
+
+
+def right(trial: Trial) -> str:
+    """A digit per validation image of all folds."""
+    return "".join(fold["right"] for fold in trial["folds"])
+
+
+def validation_images(trial: Trial) -> int:
+    return len(right(trial))
+
+
+def judged_on(trial: Trial) -> str:
+    folds = f" in {trial['of_folds']} folds" if trial["of_folds"] > 1 else ""
+    return f"Judged on {count(validation_images(trial), 'validation image')}{folds}."
+
+
+def words(trial: Trial) -> str:
+    """A trial's settings."""
+    if trial["number"] == 0:
+        return "defaults"
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in trial["settings"].items()
+    )
+
+
+def duration(trials: Sequence[Trial]) -> str:
+    """How long the trials took together."""
+    seconds = sum(trial.get("seconds", 0.0) for trial in trials)
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def draw(results: Mapping[str, Any], title: str, colours: Mapping[str, str]) -> Any:
+    """The trials' plot, a matplotlib Figure; ``colours`` are of methods by their canonical name."""
+    figure = draw_rungs(results, colours) if halved(results) else draw_search(results)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def draw_rungs(results: Mapping[str, Any], colours: Mapping[str, str]) -> Any:
+    """Validation accuracy over the rungs' steps: a line for each candidate, the winner's thicker."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    trials = [trial for trial in results["trials"] if "accuracy" in trial]
+    winner = best_trial(trials)
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, own in by_method(trials).items():
+        label: str | None = own[0]["method"]
+        for number in sorted({trial["number"] for trial in own}):
+            line = sorted((trial["steps"], trial["accuracy"]) for trial in own if trial["number"] == number)
+            won = winner is not None and (name, number) == candidate(winner)
+            style: dict[str, Any] = {"lw": 3.0, "ms": 8, "zorder": 3} if won else {"lw": 1.1, "ms": 4, "alpha": 0.8}
+            axes.plot(*zip(*line, strict=True), "o-", color=colours[name], label=label, **style)
+            label = None
+    steps = sorted({trial["steps"] for trial in trials})
+    axes.set(xscale="log", xlabel="steps", ylabel="validation accuracy, %")
+    axes.set_xticks(steps, [f"{value:,}" for value in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("a line for each candidate; thick: the winner", loc="left", fontsize=9, color="0.35")
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def draw_search(results: Mapping[str, Any]) -> Any:
+    """Validation accuracy by learning rate: a panel for each method, of combined ones for each part's trade-off."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    judged = by_method(trial for trial in results["trials"] if "accuracy" in trial)
+    panels = [(own, part) for own in judged.values() for part in searched(own)]
+    columns = min(MOST_COLUMNS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.0 + 2.3 * columns, 1.5 + 2.0 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    scale = ScalarMappable(LogNorm(1 / RATIOS, RATIOS, clip=True), matplotlib.colormaps["viridis"])
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (own, part) in zip(grid, panels, strict=False):
+        draw_panel(axes, own, part, scale, results["settings"])
+    for axes in grid[: len(panels)][-columns:]:
+        axes.tick_params(labelbottom=True)  # matplotlib labels the last line alone, which may be a part of one
+    figure.supxlabel("learning rate", fontsize=10)
+    figure.supylabel("validation accuracy, %", fontsize=10)
+    if any(part for _, part in panels):
+        bar = figure.colorbar(scale, ax=list(grid[: len(panels)]), aspect=30, pad=0.02, format="%g")
+        bar.set_label("trade-off / its default")
+    marks = {"trial": "o", "defaults": "s", "chosen": "*"}
+    key = [Line2D([], [], marker=mark, ls="", color="0.4", ms=6, label=name) for name, mark in marks.items()]
+    pruned = Line2D([], [], marker="o", ls="", color="0.4", mfc="none", ms=6, label="pruned")
+    figure.legend(handles=[*key, pruned], loc="outside upper right", ncols=4, frameon=False)
+    return figure
+
+
+def draw_panel(axes: Any, own: Sequence[Trial], part: str | None, scale: Any, settings: Mapping[str, Any]) -> None:
+    """One method's trials, coloured by the trade-off of one of its parts."""
+    best = best_trial(own)
+    for trial in own:
+        found = trial["settings"]
+        colour: Any = "0.4"
+        if part:
+            default = RECIPES[part].trade_off
+            colour = scale.to_rgba(max(found.get(trade_off(part), default) / default, 1 / RATIOS))
+        mark, size = ("*", 13) if trial is best else ("s" if trial["number"] == 0 else "o", 5)
+        axes.plot(
+            found.get("lr", settings["lr"]),
+            trial["accuracy"],
+            mark,
+            color=colour,
+            mfc="none" if trial["state"] == "pruned" else colour,
+            mec="black" if trial is best else colour,
+            ms=size,
+        )
+    method = own[0]["method"]
+    axes.set_title(method if part in (None, method) else f"{method}: {part}", fontsize=9)
+    axes.set_xscale("log")
+
+
+def searched(own: Sequence[Trial]) -> list[str | None]:
+    """The parts of a method whose trade-offs were searched; one that is no part where none was."""
+    parts = [part for part in parse(own[0]["method"]) if any(trade_off(part) in trial["settings"] for trial in own)]
+    return [*parts] or [None]
+
+
+def trade_off(part: str) -> str:
+    return f"trade_off {part}"
