@@ -147,6 +147,7 @@ def train_and_tell(options: argparse.Namespace) -> None:
     data = task(images_of(options.memory_of), options, 1)
     training = Training(data.batches(0, 2 * STEPS), data.num_classes, options.device)
     training.steps()
+    assert data.test is not None
     for _ in data.test:
         pass
     del training

@@ -45,7 +45,7 @@ from talib_fast.images.preprocessing import Preprocessing
 from talib_fast.networks import MOBILENET_DELTA_LAYERS, MobileNetV2, Network
 from talib_fast.training.data import Batch
 from talib_fast.training.memory import PeakMemory, release_memory
-from talib_fast.training.methods import TEMPERATURE, Method
+from talib_fast.training.methods import Method
 from talib_fast.training.recipes import ALONE, RECIPES, weight_decay
 from talib_fast.training.trainer import MOMENTUM
 
@@ -209,7 +209,8 @@ def compose_as_upstream(part: Any, way: str, method: Method) -> None:
     elif way == "co_tuning":
         part.source_loss = Composed(baselines.upstream_co_tuning)
     elif way == "lwf":
-        part.source_loss = Composed(functools.partial(baselines.upstream_distillation, T=TEMPERATURE))
+        temperature = RECIPES["lwf"].own["temperature"].default
+        part.source_loss = Composed(functools.partial(baselines.upstream_distillation, T=temperature))
     if way in ("l2_sp", "delta", "delta_attention"):
         part.head_norm = Composed(baselines.upstream_l2, list(method.head.parameters()))
 

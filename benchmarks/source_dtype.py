@@ -27,6 +27,7 @@ from talib_fast.finetune.frozen import frozen
 from talib_fast.images.sample import load_sample
 from talib_fast.ops import squared_distance
 from talib_fast.storage import write_atomically
+from talib_fast.training.comparison import Comparison
 from talib_fast.training.data import TaskData
 from talib_fast.training.methods import Method
 from talib_fast.training.splits import Shares, split
@@ -105,12 +106,11 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
         errors.append([str(row["step"]), *(f"{100 * row[name]:.2g} %" for name in ("distance", "gradient"))])
     rows = [["method", "as the network is", dtype, "difference"]]
     for method in METHODS:
-        own, other = (accuracy.by_seed(results, method=method, source_dtype=name) for name in ("network", dtype))
-        cells = [f"{statistics.fmean(a):.1f} ± {statistics.stdev(a):.1f}" for a in (own, other)]
-        differences = [b - a for a, b in zip(own, other, strict=True)]
-        change = f"{statistics.fmean(differences):+.1f} ± {accuracy.interval(differences):.1f}"
-        rows.append([method, *cells, change])
-    seeds = len(accuracy.by_seed(results, method="delta", source_dtype="network"))
+        own, other = (by_seed(results, method, name) for name in ("network", dtype))
+        cells = [f"{statistics.fmean(a.values()):.1f} ± {statistics.stdev(a.values()):.1f}" for a in (own, other)]
+        difference = Comparison(dtype, "network", {seed: other[seed] - own[seed] for seed in own}, 1)
+        rows.append([method, *cells, f"{difference.mean:+.1f} ± {difference.half_width:.1f}"])
+    seeds = len(by_seed(results, METHODS[0], "network"))
     return [
         (
             errors,
@@ -124,6 +124,12 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
             "interval.",
         ),
     ]
+
+
+def by_seed(results: dict[str, Any], method: str, dtype: str) -> dict[int, float]:
+    """The accuracies of the runs with a method and dtype."""
+    own = [run for run in results["runs"] if (run["method"], run["source_dtype"]) == (method, dtype)]
+    return {run["seed"]: run["accuracy"] for run in own}
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
@@ -140,13 +146,14 @@ def publish(results: dict[str, Any], folder: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    made.add_argument("--seeds", type=int, default=SEEDS, help="from 2 to 10 (%(default)s)")
+    made.add_argument("--seeds", type=int, default=SEEDS, help="2 or more (%(default)s)")
     made.add_argument("--runs", type=Path, default=Path("runs/source_dtype"), metavar="DIR", help="%(default)s")
     made.add_argument("--out", type=Path, help="folder; results/ beside this file")
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write the tables anew")
     made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
     options = made.parse_args(arguments)
-    accuracy.check_seeds(made, options.seeds)
+    if options.seeds < 2:
+        made.error(f"expected 2 seeds or more, got {options.seeds}")
     return options
 
 

@@ -97,9 +97,9 @@ def leave_at_once(number: int, frame: Any) -> NoReturn:
 def run(arguments: list[str]) -> int:
     parsed = build_parser().parse_args(arguments)
     if parsed.command == "finetune":
-        from .training import experiment, options
+        from .training import command, options
 
-        experiment.run(options.parse(parsed), arguments)
+        command.run(options.parse(parsed), arguments)
         return 0
     if parsed.command == "info":
         from .info import describe

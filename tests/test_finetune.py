@@ -26,7 +26,8 @@ from talib_fast import __main__ as cli
 from talib_fast import networks
 from talib_fast.networks import Network
 from talib_fast.networks.pretrained import WEIGHTS_PACKAGE
-from talib_fast.training import experiment, keeping, options, trainer
+from talib_fast.training import keeping, options, trainer
+from talib_fast.training.experiment import Experiment
 from talib_fast.training.methods import Method
 from talib_fast.training.recipes import RECIPES
 from talib_fast.training.results import locked
@@ -87,7 +88,7 @@ def test_finished_runs_are_kept(run, tmp_path, monkeypatch):
     run("--method", "plain")
     first = results(tmp_path)["runs"]
     code, out, _ = run("--method", "plain,l2", "--seeds", "0,")
-    assert code == 0 and "Finished already: 1." in out
+    assert code == 0 and "Finished already: 1 run." in out
     assert results(tmp_path)["runs"][0] == first[0] and len(results(tmp_path)["runs"]) == 2
     monkeypatch.setattr(Method, "forward", lambda *args: pytest.fail("trained again"))
     code, out, _ = run("--method", "plain,l2")
@@ -124,7 +125,7 @@ def test_restart_resumes_what_was_interrupted(run, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(Method, "forward", lambda self, batch: (steps.append(1), forward(self, batch))[1])
     code, out, _ = run("--method", "plain,l2", "--restart")
-    assert code == 0 and "Finished already: 1." in out and len(steps) == 12 - 4
+    assert code == 0 and "Finished already: 1 run." in out and len(steps) == 12 - 4
 
 
 def test_other_settings_need_another_folder(run, tmp_path, images):
@@ -253,8 +254,8 @@ def test_sample_is_the_default(run, monkeypatch):
 
 def test_data_is_loaded_once_per_seed(run, monkeypatch):
     loads = []
-    load = experiment.load_data
-    monkeypatch.setattr(experiment, "load_data", lambda *args: (loads.append(1), load(*args))[1])
+    load = Experiment.load
+    monkeypatch.setattr(Experiment, "load", lambda *args: (loads.append(1), load(*args))[1])
     run("--method", "plain,l2,bss", "--seeds", "2", "--steps", "2")
     assert len(loads) == 2
 
@@ -296,7 +297,7 @@ def test_interrupted_process_resumes_exactly(images, tmp_path, number):
         assert finish(start("whole"))[0] == 0
         whole = json.loads((tmp_path / "whole" / "results.json").read_text())["runs"][0]
         resumed = results(tmp_path)["runs"][0]
-        for measured in ("seconds_per_step", "preparation_seconds", "peak_mib"):
+        for measured in ("seconds", "seconds_per_step", "preparation_seconds", "peak_mib"):
             del whole[measured], resumed[measured]
         assert whole == resumed
 
@@ -379,7 +380,7 @@ def test_images_may_move_and_settings_of_speed_may_change(run, images, tmp_path)
     run("--method", "plain")
     shutil.move(images, tmp_path / "moved")
     code, out, _ = run("--method", "plain,l2", "--data", str(tmp_path / "moved"), "--threads", "2", "--workers", "1")
-    assert code == 0 and "Finished already: 1." in out
+    assert code == 0 and "Finished already: 1 run." in out
 
 
 def test_methods_that_cannot_run_are_refused_before_any_training(run, monkeypatch, tmp_path):
@@ -417,36 +418,52 @@ def models(tmp_path):
 
 
 def with_accuracies(monkeypatch, **accuracies):
-    """Let the runs of methods come out with these accuracies."""
+    """Let the runs of methods come out with these accuracies on validation images, and with others on test images."""
     result = trainer.Record.result
 
     def told(self, data):
-        return result(self, data) | {"accuracy": accuracies[self.method]}
+        found = result(self, data) | {"accuracy": 100 - accuracies[self.method]}
+        return found | ({} if data.val is None else {"val_accuracy": accuracies[self.method]})
 
     monkeypatch.setattr(trainer.Record, "result", told)
 
 
 def test_the_best_model_is_kept(run, tmp_path, monkeypatch):
     with_accuracies(monkeypatch, plain=50.0, l2=70.0, bss=60.0)
-    code, out, _ = run("--method", "plain,l2,bss", "--steps", "2")
+    short = ("--steps", "2", "--val-share", "0.5")
+    code, out, _ = run("--method", "plain,l2,bss", *short)
     assert code == 0 and models(tmp_path) == ["l2-seed0"] and f"Kept: {tmp_path / 'out' / 'models' / 'l2-seed0'}" in out
     assert [run["model"] for run in results(tmp_path)["runs"]] == [None, "models/l2-seed0", None]
     config = json.loads((tmp_path / "out/models/l2-seed0/config.json").read_text())
-    assert config["chosen_by"] == "test accuracy, which is therefore too high"
-    run("--method", "l2", "--steps", "2", "--restart")
+    assert config["chosen_by"] == "validation accuracy" and config["figures"]["test_accuracy"] == 30.0
+    run("--method", "l2", *short, "--restart")
     assert models(tmp_path) == ["l2-seed0"]
     with_accuracies(monkeypatch, plain=90.0, l2=1.0)
-    run("--method", "plain,l2", "--steps", "2", "--restart")
+    run("--method", "plain,l2", *short, "--restart")
     assert models(tmp_path) == ["plain-seed0"]
+
+
+def test_test_images_choose_nothing(run, tmp_path, monkeypatch):
+    with_accuracies(monkeypatch, plain=50.0, l2=1.0)
+    code, out, _ = run("--method", "plain,l2", "--steps", "2", "--seeds", "2")
+    assert code == 0 and models(tmp_path) == ["l2-seed0", "plain-seed0"]
+    assert "Nothing chose between the methods: --tune N or --method auto does, or images for validation." in out
+    config = json.loads((tmp_path / "out/models/l2-seed0/config.json").read_text())
+    assert config["chosen_by"] == "nothing: without validation images a model of each method is kept"
+    with_accuracies(monkeypatch, plain=1.0)
+    code, out, _ = run("--method", "plain", "--steps", "2", "--seeds", "2", "--out", str(tmp_path / "one"))
+    assert code == 0 and "Nothing chose" not in out
+    assert [path.name for path in (tmp_path / "one" / "models").iterdir()] == ["plain-seed0"]
 
 
 def test_all_models_or_none_are_kept(run, tmp_path, monkeypatch):
     with_accuracies(monkeypatch, plain=50.0, l2=40.0, bss=60.0, stochnorm=1.0)
-    run("--method", "plain,l2", "--steps", "2", "--keep", "all")
+    short = ("--steps", "2", "--val-share", "0.5")
+    run("--method", "plain,l2", *short, "--keep", "all")
     assert models(tmp_path) == ["l2-seed0", "plain-seed0"]
-    run("--method", "bss", "--steps", "2")  # the best; what was kept on purpose stays
+    run("--method", "bss", *short)  # the best; what was kept on purpose stays
     assert models(tmp_path) == ["bss-seed0", "l2-seed0", "plain-seed0"]
-    assert run("--method", "stochnorm", "--steps", "2", "--keep", "none")[0] == 0
+    assert run("--method", "stochnorm", *short, "--keep", "none")[0] == 0
     assert models(tmp_path) == ["bss-seed0", "l2-seed0", "plain-seed0"]
 
 

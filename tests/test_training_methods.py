@@ -84,13 +84,12 @@ def test_trade_off_weights_what_is_added(name, data):
 
 
 @pytest.mark.parametrize("name", ["l2_sp", "delta", "delta_attention"])
-def test_distance_to_the_source_starts_at_zero(name, data, monkeypatch):
-    monkeypatch.setattr(methods, "HEAD_DECAY", 0.0)
+def test_distance_to_the_source_starts_at_zero(name, data):
     network = tiny_network()
     for module in network.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(lambda module, args: module.eval() and None)  # as the source's
-    method = Method(network, data.num_classes, name, {name: 1.0})
+    method = Method(network, data.num_classes, name, {name: 1.0}, own={f"{name}.head_decay": 0.0})
     method.use(method.prepare(data.train))
     loss, logits = method.train()(data.batch(0))
     torch.testing.assert_close(loss, F.cross_entropy(logits, data.batch(0).labels))
@@ -101,10 +100,11 @@ def test_distance_to_the_source_starts_at_zero(name, data, monkeypatch):
 
 
 def test_head_is_drawn_to_zero_where_the_rest_is_tied(data):
-    method = Method(tiny_network(), data.num_classes, "l2_sp", {"l2_sp": 0.0}).train()
+    own = {"l2_sp.head_decay": 0.3}
+    method = Method(tiny_network(), data.num_classes, "l2_sp", {"l2_sp": 0.0}, own=own).train()
     loss, logits = method(data.batch(0))
     squares = sum(parameter.square().sum() for parameter in method.classifier.head.parameters())
-    expected = F.cross_entropy(logits, data.batch(0).labels) + methods.HEAD_DECAY * squares / 2
+    expected = F.cross_entropy(logits, data.batch(0).labels) + 0.3 * squares / 2
     torch.testing.assert_close(loss, expected)
 
 
@@ -277,7 +277,7 @@ def term_by_hand(part, method, start, batch, maps):
         return -(targets * classifier.head_source(features).log_softmax(1)).sum(1).mean()
     answers = method.knowledge["answers"][batch.indices]
     assert part == "lwf" and len(head) == 2
-    ours, theirs = (logits / methods.TEMPERATURE for logits in (classifier.head_source(features), answers))
+    ours, theirs = (logits / 3.0 for logits in (classifier.head_source(features), answers))
     return F.kl_div(ours.log_softmax(1), theirs.softmax(1), reduction="batchmean")
 
 
@@ -302,7 +302,7 @@ def test_a_combination_adds_its_parts_terms(name, data):
     for part in name.split("+"):
         expected = expected + TRADE_OFFS[part] * term_by_hand(part, method, start, batch, maps)
         if part in ("l2_sp", "delta", "delta_attention"):
-            expected = expected + methods.HEAD_DECAY * half_squares(list(method.head.parameters()))
+            expected = expected + 0.01 * half_squares(list(method.head.parameters()))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 

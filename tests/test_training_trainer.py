@@ -46,7 +46,7 @@ def interrupt_at(monkeypatch, method, step, number=signal.SIGINT):
 def outcome(run):
     """What must agree between two runs: everything but times and memory."""
     record = asdict(run.record)
-    for measured in ("step_seconds", "preparation_seconds", "peak_mib"):
+    for measured in ("step_seconds", "seconds", "preparation_seconds", "peak_mib"):
         del record[measured]
     return record
 
@@ -116,9 +116,11 @@ def test_record(data, checkpoint):
     assert all(0 <= accuracy <= 100 for _, accuracy in record.accuracies)
     assert result["accuracy"] == record.accuracies[-1][1] and "val_accuracy" not in result
     assert (result["train_images"], result["val_images"], result["test_images"]) == (12, 0, 9)
-    right = sum(label == predicted for label, predicted in zip(data.test.labels, record.predicted, strict=True))
-    assert result["accuracy"] == pytest.approx(100 * right / 9) and "predicted" not in result
-    assert all(1 / 3 <= probability <= 1 for probability in record.probabilities)
+    right = sum(label == predicted for label, predicted in zip(data.test.labels, record.answers.predicted, strict=True))
+    assert result["accuracy"] == pytest.approx(100 * right / 9) and "answers" not in result
+    assert all(1 / 3 <= probability <= 1 for probability in record.answers.probabilities)
+    assert result["seconds"] == sorted(result["seconds"]) and len(result["seconds"]) == 6
+    assert result["seconds"][0] > 0 and result["seconds"][-1] < took
     assert result["peak_mib"] > 10
     assert len(result["losses"]) == len(result["cross_entropies"]) == 12
     assert result["preparation_seconds"] > 0 and result["seconds_per_step"] > 0

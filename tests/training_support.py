@@ -134,4 +134,4 @@ def make_run(
 ) -> Run:
     chosen = make_options("--steps", "12", *words).resolved(16, validates=False, tests=False)
     settings = chosen.settings()
-    return Run(method, data.seed, network or tiny_network(), data, chosen, CPU, settings, checkpoint, curves)
+    return Run(method, data, network or tiny_network(), chosen, CPU, settings, checkpoint, method, curves)

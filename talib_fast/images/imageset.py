@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..errors import printable
@@ -38,8 +39,26 @@ class ImageSet:
         names = tuple(self.names[index] for index in chosen)
         return ImageSet(self.classes, self.labels[indices], names, _Part(self.read_at, chosen), self.small)
 
+    def joined(self, other: "ImageSet") -> "ImageSet":
+        """These images and then the other's, of the same classes."""
+        labels, names = torch.cat([self.labels, other.labels]), self.names + other.names
+        read_at = _Joined(self.read_at, len(self), other.read_at)
+        return ImageSet(self.classes, labels, names, read_at, self.small and other.small)
+
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    first: Callable[[int, int | None], "Image"]
+    length: int
+    second: Callable[[int, int | None], "Image"]
+
+    def __call__(self, index: int, at_least: int | None) -> "Image":
+        if index < self.length:
+            return self.first(index, at_least)
+        return self.second(index - self.length, at_least)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
 
 
 class TaskData:
-    """What the runs of one seed train, choose and are tested by.
+    """What the runs of one seed train, choose and are tested by; ``test`` is None in a trial.
 
     Args:
         augmentation: how training images are changed: one of SHIFTS or CROPS.
@@ -162,7 +162,7 @@ class TaskData:
         self.device, self.workers = device, workers
         self.train = InOrder(splits.train, preprocessing, device, workers)
         self.val = None if splits.val is None else InOrder(splits.val, preprocessing, device, workers)
-        self.test = InOrder(splits.test, preprocessing, device, workers)
+        self.test = None if splits.test is None else InOrder(splits.test, preprocessing, device, workers)
 
     def batches(self, first: int, last: int, views: int = 1) -> Iterator[Batch]:
         """The batches of the steps from ``first`` to before ``last``, or this rank's shares of them.

@@ -1,13 +1,11 @@
-"""All runs of a ``finetune`` command: every method with every seed, each one kept as soon as it is finished."""
+"""What all runs and trials of a ``finetune`` command share: images, network, device and settings."""
 
 import hashlib
 import importlib.metadata
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from os import environ
@@ -18,20 +16,17 @@ import numpy as np
 import torch
 
 from .. import networks
-from ..devices import named_device, usable_device
-from ..errors import UsageError, UserError, count, printable
-from ..images.loading import default_workers
+from ..errors import UsageError, printable
+from ..images.imageset import ImageSet
 from ..images.preprocessing import transforms
 from ..version import __version__
-from . import methods, parallel, report, sources
+from . import methods, parallel, sources
 from .data import TaskData
-from .keeping import Keeper, description
 from .memory import release_memory
 from .options import Options
-from .results import Results, locked, name_of
-from .splits import Splits, split
+from .splits import Splits, split, test_part
 from .tensorboard import summary_writer
-from .trainer import DivergedError, Run
+from .trainer import Record, Run
 
 
 @dataclass(frozen=True)
@@ -45,62 +40,62 @@ class Experiment:
     network: networks.Network
     folder: Path
 
+    @property
+    def val_is_labelled(self) -> bool:
+        """Whether the images for validation are labelled images like others: after trials they are trained on."""
+        return self.sources.val is not None and self.options.labels_per_class == "all"
+
     def splits(self, seed: int) -> Splits:
+        """The images of a seed's runs. After trials nothing is left to validate, and all labelled images train."""
         found = self.sources
-        return split(found.train, found.val, found.test, self.options.shares, seed)
+        if not self.options.tune:
+            return split(found.train, found.val, found.test, self.options.shares, seed)
+        labelled = found.train
+        if found.val is not None and self.val_is_labelled:
+            labelled = labelled.joined(found.val)
+        return split(labelled, None, found.test, replace(self.options.shares, val_share=0.0), seed)
 
+    def test_images(self, seed: int) -> ImageSet:
+        tested = self.splits(seed).test
+        assert tested is not None
+        return tested
 
-def run(options: Options, arguments: list[str]) -> None:
-    """Train what is not finished yet, then print the table and write the report.
-
-    ``arguments`` are the command line's, for the record. Raises UserError, and KeyboardInterrupt when interrupted.
-    """
-    device = parallel.together(lambda: usable_device(parallel.own_device(named_device(options.device))))
-    if options.batch_size % parallel.world_size():
-        raise UsageError(
-            f"--batch-size {options.batch_size} cannot be shared out evenly among {parallel.world_size()} processes: "
-            "choose a multiple of their number"
+    def load(self, splits: Splits, seed: int) -> TaskData:
+        assert self.options.augment is not None
+        return TaskData(
+            splits,
+            self.network.preprocessing,
+            seed=seed,
+            batch_size=self.options.batch_size,
+            augmentation=self.options.augment,
+            device=self.device,
+            workers=self.workers,
         )
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.backends.cudnn.deterministic = True  # a resumed run must repeat what an uninterrupted one does
-    folder = parallel.from_first(lambda: make_folder(options))
-    with ExitStack() as stack:
-        parallel.from_first(lambda: stack.enter_context(locked(folder)))
-        train_and_report(options, arguments, device, folder)
 
+    def train(
+        self,
+        method: str,
+        data: TaskData,
+        options: Options,
+        settings: dict[str, Any],
+        checkpoint: Path,
+        title: str,
+        curves: Path | None = None,
+        until: Callable[[Record], bool] | None = None,
+    ) -> Run:
+        """A run, finished or ended by ``until``; the arguments are :class:`Run`'s and :meth:`Run.finish`'s."""
+        release_memory()
+        network, device = self.network, self.device
+        try:
+            built = partial(Run, method, data, network, options, device, settings, checkpoint, title, curves)
+            run = parallel.together(built)
+            run.finish(until)
+        except torch.OutOfMemoryError as error:
+            raise parallel.RankError(f"{title} does not fit into the memory of {device}: lower --batch-size") from error
+        return run
 
-def train_and_report(options: Options, arguments: list[str], device: torch.device, folder: Path) -> None:
-    started = time.monotonic()
-    workers = default_workers() if options.workers is None else options.workers
-    found = parallel.together(partial(sources.find, options))
-    network = parallel.together(partial(build_network, options))
-    checked = parallel.from_first(partial(sources.check, found, workers))
-    images = parallel.together(partial(sources.assemble, options, found, checked))
-    experiment = parallel.together(partial(prepare, options, images, network, device, workers, folder))
-    for sentence in [*sources.told(images), *network.notes]:
-        print(sentence)
-    options = experiment.options
-    results = parallel.from_first(lambda: Results(folder, settings_of(experiment), record(experiment, arguments)))
-    wanted = [(method, seed) for seed in options.seeds for method in options.methods]
-    if options.restart and all(results.has(*pair) for pair in wanted):
-        results.forget(options.methods, options.seeds)
-    todo = [pair for pair in wanted if not results.has(*pair)]
-    failures: list[UserError] = []
-    if todo:
-        print(header(experiment, len(wanted), len(todo)), flush=True)
-        results.write()
-        failures = train(todo, experiment, results)
-        print(f"{count(len(todo), 'run')} took {time.monotonic() - started:.0f} s.")
-    else:
-        print(f"Everything is finished already in {folder} ({count(len(wanted), 'run')}); --restart trains it again.")
-    if results.runs:
-        parallel.from_first(lambda: report.write(results.content, folder, lambda seed: experiment.splits(seed).test))
-        print(report.text(results.content))
-        print(f"\nWritten to {printable(folder)}: {', '.join(report.FILES)}")
-        print(*closing(results.runs, folder), sep="\n")
-    if failures:
-        raise UserError(f"{len(failures)} of {count(len(todo), 'run')} failed: {failures[0]}")
+    def remove(self, checkpoint: Path) -> None:
+        parallel.from_first(lambda: checkpoint.unlink(missing_ok=True))
 
 
 def build_network(options: Options) -> networks.Network:
@@ -134,80 +129,17 @@ def prepare(
     workers: int,
     folder: Path,
 ) -> Experiment:
-    """What the options mean for these images, which are split once for each seed to see that they suffice."""
+    """What the options mean for these images, which are split once for each seed to see that they suffice.
+
+    Trials are judged by what no seed tests on, so with them there is one part for testing.
+    """
+    if options.tune and images.test is None:
+        train, test = test_part(images.train, options.test_share)
+        images = replace(images, train=train, test=test)
     options = options.resolved(network.preprocessing.size, images.val is not None, images.test is not None)
     experiment = Experiment(options, device, workers, images, network, folder)
     most = max(len(experiment.splits(seed).train) for seed in options.seeds)
     return replace(experiment, options=options.with_steps(most))
-
-
-def train(todo: Sequence[tuple[str, int]], experiment: Experiment, results: Results) -> list[UserError]:
-    """Carry out the runs and add them to the results; returns the errors of those that diverged or can't be kept."""
-    options, network, device, folder = experiment.options, experiment.network, experiment.device, experiment.folder
-    keeper = Keeper(folder, options.keep, network, describe(experiment, results), results)
-    settings = results.content["settings"]
-    data: TaskData | None = None
-    failures: list[UserError] = []
-    for number, (method, seed) in enumerate(todo, 1):
-        if data is None or data.seed != seed:
-            data = parallel.together(partial(load_data, experiment, seed))
-        name = name_of(method, seed)
-        checkpoint = folder / "checkpoints" / f"{name}.pt"
-        curves = folder / "tensorboard" / name if options.tensorboard else None
-        label = f"[{number}/{len(todo)}] {method}, seed {seed}"
-        release_memory()
-        started = time.monotonic()
-        try:
-            built = partial(Run, method, seed, network, data, options, device, settings, checkpoint, curves)
-            prepared = parallel.together(built)
-            result = prepared.finish().result(data)
-        except DivergedError as error:
-            remove(checkpoint)  # continuing it would only diverge again
-            failures.append(error)
-            print(f"{label}: {error}", flush=True)
-            continue
-        except torch.OutOfMemoryError as error:
-            raise parallel.RankError(f"{label} does not fit into the memory of {device}: lower --batch-size") from error
-        failure = keeper.take(prepared, result)
-        failures += [failure] if failure else []
-        remove(checkpoint)
-        print(f"{label}: {result['accuracy']:.1f} % after {time.monotonic() - started:.1f} s", flush=True)
-    return failures
-
-
-def load_data(experiment: Experiment, seed: int) -> TaskData:
-    options = experiment.options
-    assert options.augment is not None
-    return TaskData(
-        experiment.splits(seed),
-        experiment.network.preprocessing,
-        seed=seed,
-        batch_size=options.batch_size,
-        augmentation=options.augment,
-        device=experiment.device,
-        workers=experiment.workers,
-    )
-
-
-def remove(checkpoint: Path) -> None:
-    parallel.from_first(lambda: checkpoint.unlink(missing_ok=True))
-
-
-def make_folder(options: Options) -> Path:
-    folder = Path(options.out)
-    for images in (options.test, None if options.sample else options.data):
-        if images and folder.resolve().is_relative_to(Path(images).resolve()):
-            raise UsageError(
-                f"{printable(folder)} lies in {printable(images)}, where its plots would be taken for images: choose "
-                "another --out"
-            )
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the folder {printable(folder)} cannot be made ({error.strerror}): choose another --out"
-        ) from error
-    return folder
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
@@ -244,44 +176,5 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    used = {"PIL": "pillow", "torchvision": "torchvision", "timm": "timm"}
+    used = {"PIL": "pillow", "torchvision": "torchvision", "timm": "timm", "optuna": "optuna"}
     return found | {name: importlib.metadata.version(name) for module, name in used.items() if module in sys.modules}
-
-
-def describe(experiment: Experiment, results: Results) -> dict[str, Any]:
-    """What all models of a command say of themselves."""
-    shared = description(experiment.network, experiment.sources.train.classes, versions())
-    return shared | {"settings": results.content["settings"]}
-
-
-def header(experiment: Experiment, wanted: int, todo: int) -> str:
-    """What is about to be done, and what it will not show."""
-    options, device = experiment.options, experiment.device
-    splits = experiment.splits(options.seeds[0])
-    labels = "all labels" if options.labels_per_class == "all" else f"{options.labels_per_class} labels"
-    validation = f", {len(splits.val):,} for validation" if splits.val else ""
-    precision = "mixed precision" if options.amp else "float32"
-    processes = f", shared out among {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    lines = [
-        f"Fine-tuning {options.network} on {experiment.sources.name}: {count(len(splits.train.classes), 'class')}, "
-        f"{labels} per class: {count(len(splits.train), 'image')} for training{validation}, {len(splits.test):,} for "
-        "testing.",
-        f"{count(wanted, 'run')} ({count(len(options.methods), 'method')}, {count(len(options.seeds), 'seed')}) of "
-        f"{options.steps:,} steps with {options.batch_size} images of {options.image_size} pixels, "
-        f"on {device.type}{threads}, {precision}{processes}.",
-    ]
-    if todo < wanted:
-        lines.append(f"Finished already: {wanted - todo}.")
-    if len(options.seeds) == 1:
-        lines.append("One seed: differences of a few points are noise.")
-    return "\n".join(lines)
-
-
-def closing(runs: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Where the kept models are, and what to do with one."""
-    kept = [folder / run["model"] for run in runs if run.get("model")]
-    if not kept:
-        return []
-    names = ", ".join(printable(model) for model in kept)
-    return [f"Kept: {names}", f"Try it: python -m talib_fast predict {shlex.quote(printable(kept[-1]))} IMAGES"]

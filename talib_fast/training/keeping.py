@@ -13,7 +13,9 @@ from ..inference import model
 from ..inference.output import write_csv
 from ..networks import Network, trained_state
 from . import parallel
-from .results import Results, name_of, predictions_file, score
+from .choosing import best_trial
+from .recipes import canonical
+from .results import Results, name_of, predictions_file
 from .trainer import Run
 
 CHECKED_IMAGES = 8  # whose logits a kept model must repeat
@@ -37,6 +39,9 @@ def description(network: Network, classes: Sequence[str], versions: dict[str, st
 class Keeper:
     """Keeps the models of a command's runs: all, none, or the best, whose place a better one takes.
 
+    Trials choose the best method, else validation images the best run; where there is neither, a model of each method
+    is kept. Test images choose nothing.
+
     Args:
         folder: the command's output folder.
         keep: ``best``, ``all`` or ``none``.
@@ -53,17 +58,30 @@ class Keeper:
         kept = [other for other in self.results.runs if other.get("model")]
         result |= {"model": None, "kept": self.keep}
         failure = None
-        if self.keep == "all" or (self.keep == "best" and all(score(result) > score(other) for other in kept)):
+        replaced = self._replaced(result, kept)
+        if replaced is not None:
             result["model"] = f"models/{name_of(**result)}"
             failure = parallel.from_first(lambda: self._saved(run, result))
             if failure:
-                result["model"], kept = None, []
-            for other in kept:
-                if self.keep == other["kept"] == "best":  # what was kept for another reason stays
+                result["model"], replaced = None, []
+            for other in replaced:
+                if other["kept"] == "best":  # what was kept for another reason stays
                     other["model"] = None
         self.results.add(result)
         parallel.from_first(self._remove_replaced)
         return failure
+
+    def _replaced(self, result: dict[str, Any], kept: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """The kept runs whose place this one takes, all of them worse; None where it is not to be kept."""
+        if self.keep != "best":
+            return [] if self.keep == "all" else None
+        same = [other for other in kept if canonical(other["method"]) == canonical(result["method"])]
+        trial = best_trial(self.results.trials)
+        if trial is not None:
+            return kept if canonical(trial["method"]) == canonical(result["method"]) and not same else None
+        if "val_accuracy" in result:
+            return kept if all(result["val_accuracy"] > other["val_accuracy"] for other in kept) else None
+        return None if same else []
 
     def _remove_replaced(self) -> None:
         for run in self.results.runs:
@@ -84,17 +102,29 @@ class Keeper:
         if "val_accuracy" in result:
             figures |= {"val_accuracy": result["val_accuracy"], "val_images": result["val_images"]}
         figures["train_images"] = result["train_images"]
-        chosen_by = "nothing: all models are kept"
-        if self.keep == "best":
-            validated = "val_accuracy" in result
-            chosen_by = "validation accuracy" if validated else "test accuracy, which is therefore too high"
         config = {**self.config, "method": result["method"], "seed": result["seed"], "figures": figures}
         target = self.folder / result["model"]
-        model.save(target, state, {**config, "chosen_by": chosen_by})
+        model.save(target, state, {**config, **self._choice(result)})
         self._check(run, target)
+
+    def _choice(self, result: dict[str, Any]) -> dict[str, Any]:
+        """What chose a kept model, for its ``config.json``."""
+        if self.keep == "all":
+            return {"chosen_by": "nothing: all models are kept"}
+        trial = best_trial(self.results.trials)
+        if trial is not None:
+            images = sum(len(fold["right"]) for fold in trial["folds"])
+            return {
+                "chosen_by": f"the accuracy of its method's best trial, {trial['accuracy']:.1f} % of {images:,} images",
+                "chosen": trial["settings"],
+            }
+        if "val_accuracy" in result:
+            return {"chosen_by": "validation accuracy"}
+        return {"chosen_by": "nothing: without validation images a model of each method is kept"}
 
     def _check(self, run: Run, target: Path) -> None:
         """A model that does not say what the trained network says is no model of it."""
+        assert run.data.test is not None
         few = run.data.test.part(slice(CHECKED_IMAGES))
         kept = model.load(target, run.device)
         with torch.no_grad():
@@ -108,8 +138,9 @@ class Keeper:
             )
 
     def _write_predictions(self, run: Run, result: dict[str, Any]) -> None:
-        images, record = run.data.test.images, run.record
-        answers = zip(images.names, images.labels.tolist(), record.predicted, record.probabilities, strict=True)
+        assert run.data.test is not None and run.record.answers is not None
+        images, said = run.data.test.images, run.record.answers
+        answers = zip(images.names, images.labels.tolist(), said.predicted, said.probabilities, strict=True)
         write_csv(
             predictions_file(self.folder, result),
             ("file", "class", "predicted", "probability"),

@@ -36,9 +36,7 @@ from . import parallel
 from .data import Batch, InOrder
 from .recipes import RECIPES, parse
 
-HEAD_DECAY = 0.01  # L2 coefficient of the new head where the rest is tied to the pretrained network
 HEAD_STEPS, HEAD_LR = 200, 0.01  # for the source network's own head of delta_attention
-TEMPERATURE = 3.0
 KEYS_PER_CLASS = 8  # a longer queue would hold the few labelled images again and again
 KEY_MOMENTUM = 0.999
 
@@ -54,6 +52,7 @@ class Method(nn.Module):
         num_classes: number of classes of the new task.
         name: as :func:`~talib_fast.training.recipes.parse` takes it.
         trade_offs: weight of what each part adds; the recipes' where there is none.
+        own: settings that only one method has, ``bss.k`` for example; the recipes' where there are none.
         source_dtype: what delta's pretrained network computes in; None: as the network does.
         class_weights: weight ``[num_classes]`` of every class in the cross-entropy; None: all alike.
 
@@ -79,6 +78,7 @@ class Method(nn.Module):
         trade_offs: Mapping[str, float],
         source_dtype: torch.dtype | None = None,
         class_weights: Tensor | None = None,
+        own: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         check(name, network)
@@ -88,7 +88,10 @@ class Method(nn.Module):
         self.name = "+".join(names)
         self.knowledge: dict[str, Tensor] = {}
         self.register_buffer("class_weights", class_weights, persistent=False)
-        parts = {part: PARTS[part](trade_offs.get(part, RECIPES[part].trade_off)) for part in names}
+        parts = {
+            part: PARTS[part](trade_offs.get(part, RECIPES[part].trade_off), **own_settings(part, own or {}))
+            for part in names
+        }
         if not any(isinstance(part, Plain) for part in parts.values()):
             parts = {"plain": Plain(), **parts}
         self.parts = nn.ModuleDict(parts)
@@ -269,9 +272,9 @@ class LWF(TwoHeads):
     classifier_type = lwf.Classifier
     answers: Tensor
 
-    def __init__(self, trade_off: float) -> None:
+    def __init__(self, trade_off: float, temperature: float) -> None:
         super().__init__(trade_off)
-        self.source_loss = KnowledgeDistillationLoss(TEMPERATURE)
+        self.source_loss = KnowledgeDistillationLoss(temperature)
 
     def build(self, network: Network, num_classes: int) -> Any:
         built = super().build(network, num_classes)
@@ -293,9 +296,16 @@ class LWF(TwoHeads):
 class BiTuning(Plain):
     views = 2
 
+    def __init__(self, trade_off: float, temperature: float) -> None:
+        super().__init__(trade_off)
+        self.temperature = temperature
+
     def build(self, network: Network, num_classes: int) -> Any:
         built = bi_tuning.Classifier(network.backbone, num_classes, pool_layer=network.pool_layer)
-        self.encoders = bi_tuning.BiTuning(built, copy.deepcopy(built), num_classes, K=KEYS_PER_CLASS, m=KEY_MOMENTUM)
+        keys = copy.deepcopy(built)
+        self.encoders = bi_tuning.BiTuning(
+            built, keys, num_classes, K=KEYS_PER_CLASS, m=KEY_MOMENTUM, T=self.temperature
+        )
         return built
 
     def forward(self, classify: Classify, batch: Batch, added: list[Tensor]) -> Tensor:
@@ -321,24 +331,32 @@ class L2(Penalty):
 
 
 class L2SP(Penalty):
+    def __init__(self, trade_off: float, head_decay: float) -> None:
+        super().__init__(trade_off)
+        self.head_decay = head_decay
+
     def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
         self.distance = SPRegularization(classifier.backbone, classifier.backbone)
         self.head_norm = L2Regularization(new_head(classifier))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.trade_off * self.distance() + HEAD_DECAY * self.head_norm()
+        return self.trade_off * self.distance() + self.head_decay * self.head_norm()
 
 
 class BSS(Penalty):
-    def __init__(self, trade_off: float) -> None:
+    def __init__(self, trade_off: float, k: float) -> None:
         super().__init__(trade_off)
-        self.shrinkage = BatchSpectralShrinkage(k=1, all_ranks=True)
+        self.shrinkage = BatchSpectralShrinkage(k=int(k), all_ranks=True)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.trade_off * self.shrinkage(features)
 
 
 class Delta(Part):
+    def __init__(self, trade_off: float, head_decay: float) -> None:
+        super().__init__(trade_off)
+        self.head_decay = head_decay
+
     @staticmethod
     def check(network: Network) -> None:
         if not network.delta_layers:
@@ -360,7 +378,7 @@ class Delta(Part):
         target, output = self.target_outputs(images)
         # the distance is summed over the batch, and its sum over the ranks is their mean times their number
         distance = parallel.world_size() * self.distance(source, target)
-        return output, self.trade_off * distance + HEAD_DECAY * self.head_norm()
+        return output, self.trade_off * distance + self.head_decay * self.head_norm()
 
 
 class DeltaAttention(Delta):
@@ -399,6 +417,11 @@ def check(name: str, network: Network) -> None:
     """Raise UsageError where the method's name is wrong, or the network lacks something that one of its parts needs."""
     for part in parse(name):
         PARTS[part].check(network)
+
+
+def own_settings(part: str, own: Mapping[str, float]) -> dict[str, float]:
+    """What a part takes besides its trade-off."""
+    return {name: own.get(f"{part}.{name}", setting.default) for name, setting in RECIPES[part].own.items()}
 
 
 def is_converted(layer: nn.Module) -> bool:

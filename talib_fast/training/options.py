@@ -9,7 +9,7 @@ from typing import Any
 from ..argument_types import number, positive, whole
 from ..errors import UsageError
 from ..images.augmentation import CROPS, SHIFTS
-from .recipes import ALONE, RECIPES, canonical
+from .recipes import ALONE, RECIPES, canonical, own_defaults
 from .schedules import SCHEDULES
 from .splits import Shares
 
@@ -19,6 +19,7 @@ KEEP = ("best", "all", "none")
 STEPS, EPOCHS = 120, 10  # whichever takes longer, where neither is given
 SAMPLE_LABELS, SAMPLE_SIZE, SAMPLE_TEST_IMAGES = 5, 64, 1000
 VAL_SHARE = 0.1  # of all labelled images, where there are no images for validation
+AUTO, AUTO_TRIALS = "auto", 3
 # what says where runs came from and where they go, and changes nothing in their figures
 RECORDS = (
     *("methods", "data", "test", "skip_damaged", "weights", "epochs", "seeds", "device", "threads", "workers"),
@@ -28,16 +29,20 @@ RECORDS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the user can choose; ``trade_offs`` holds the chosen or default value of every method.
+    """Everything the user can choose.
 
-    None is what :meth:`resolved` finds out from the data and the network.
+    ``trade_offs`` holds the chosen or default value of every method, ``own`` those of the settings that one method has.
+    None is what :meth:`resolved` finds out from the data and the network. With ``auto`` the methods compete, by
+    successive halving; with ``tune`` each one's settings are searched in so many trials.
     """
 
     methods: tuple[str, ...]
+    auto: bool
     data: str
     test: str | None
     labels_per_class: int | str | None
     val_share: float | None
+    folds: int | None
     test_share: float
     test_images: int | str | None
     skip_damaged: bool
@@ -57,7 +62,10 @@ class Options:
     warmup: int
     class_weights: bool
     trade_offs: dict[str, float]
+    own: dict[str, float]
     source_dtype: str
+    tune: int | None
+    evaluations: int
     device: str
     amp: bool
     threads: int | None
@@ -75,8 +83,8 @@ class Options:
     def shares(self) -> Shares:
         """How the images are split, of resolved options."""
         labels, most = (None if value == "all" else value for value in (self.labels_per_class, self.test_images))
-        assert self.val_share is not None and not isinstance(labels, str) and not isinstance(most, str)
-        return Shares(labels, self.val_share, self.test_share, most)
+        assert not isinstance(labels, str) and not isinstance(most, str)
+        return Shares(labels, self.val_share or 0.0, self.test_share, most)
 
     @property
     def wanted_size(self) -> int | None:
@@ -93,11 +101,11 @@ class Options:
         labels = self.labels_per_class or (SAMPLE_LABELS if self.sample else "all")
         if validates and self.val_share is not None:
             raise UsageError(f"--val-share has no use where {self.data} has a folder for validation: leave it out")
-        val_share = 0.0 if validates or (self.val_share is None and labels != "all") else self.val_share
+        val_share = VAL_SHARE if self.val_share is None and labels == "all" else self.val_share
         return replace(
             self,
             labels_per_class=labels,
-            val_share=VAL_SHARE if val_share is None else val_share,
+            val_share=self.val_share if self.tune else 0.0 if validates else val_share or 0.0,
             test_images=self.test_images or (SAMPLE_TEST_IMAGES if not tests and labels != "all" else "all"),
             image_size=size,
             augment=self.augment or ("shift" if self.sample else "standard"),
@@ -120,7 +128,9 @@ class Options:
         for name in RECORDS:
             del chosen[name]
         chosen["delta_layers"] = list(self.delta_layers)
-        return chosen | {f"trade_off {name}": value for name, value in chosen.pop("trade_offs").items()}
+        chosen["candidates"] = list(self.methods) if chosen.pop("auto") else None
+        own = chosen.pop("own")
+        return chosen | {f"trade_off {name}": value for name, value in chosen.pop("trade_offs").items()} | own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +168,12 @@ def add_data_arguments(add: Any) -> None:
         "with a number of labels per class)",
     )
     add(
+        "--folds",
+        type=whole(2),
+        metavar="K",
+        help="for --tune: K-fold cross-validation over the labelled images (where these are few: 3)",
+    )
+    add(
         "--test-share",
         type=share,
         default=Shares.test_share,
@@ -192,7 +208,15 @@ def add_training_arguments(group: Any) -> None:
         "--method",
         default="all",
         metavar="A,B+C,...",
-        help="methods, several at once joined by +, or all (default): each alone",
+        help="methods, several at once joined by +; all (default): each alone; auto: all compete, with other "
+        "combinations that are named beside it, and the best is trained",
+    )
+    add(
+        "--tune",
+        type=whole(1),
+        metavar="N",
+        help="search each method's learning rate, trade-off and own settings in N trials, judged on labelled images "
+        f"that are not for testing (auto: {AUTO_TRIALS} settings of each method)",
     )
     length = group.add_mutually_exclusive_group()
     length.add_argument(
@@ -230,6 +254,14 @@ def add_training_arguments(group: Any) -> None:
         help="weight of what the method adds; may be repeated",
     )
     add(
+        "--set",
+        type=own_setting,
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=X",
+        help="a setting that only one method has; may be repeated",
+    )
+    add(
         "--source-dtype",
         choices=SOURCE_DTYPES,
         default="network",
@@ -239,6 +271,13 @@ def add_training_arguments(group: Any) -> None:
 
 def add_run_arguments(add: Any) -> None:
     add("--seeds", type=seeds, default="1", metavar="N|A,B,...", help="how many, from 0 on, or which (%(default)s)")
+    add(
+        "--evaluations",
+        type=whole(1),
+        default=6,
+        metavar="N",
+        help="how often a run is measured on its way, the last step included (%(default)s)",
+    )
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--amp", action="store_true", help="mixed precision: bfloat16 on a CPU, float16 elsewhere")
     add("--threads", type=whole(1), metavar="N", help="CPU threads (one per core)")
@@ -248,15 +287,18 @@ def add_run_arguments(add: Any) -> None:
         "--keep",
         choices=KEEP,
         default="best",
-        help="models to keep; best: by validation where there is one, else by the test (%(default)s)",
+        help="models to keep; best: by trials or validation images, one of each method without them (%(default)s)",
     )
     add("--tensorboard", action="store_true", help="write curves for TensorBoard, to tensorboard/ in --out")
     add("--restart", action="store_true", help="train again what is finished; what was interrupted is resumed")
 
 
 def describe_methods() -> str:
-    """The methods, their default trade-offs and what they weight, for ``--help``."""
-    lines = [f"  {name:<17}{recipe.trade_off:<7g}{recipe.adds}" for name, recipe in RECIPES.items()]
+    """The methods, their default trade-offs, what they weight and their own settings, for ``--help``."""
+    lines = []
+    for name, recipe in RECIPES.items():
+        lines.append(f"  {name:<17}{recipe.trade_off:<7g}{recipe.adds}")
+        lines += [f"{'':<26}--set {name}.{own}={value.default:g}: {value.meaning}" for own, value in recipe.own.items()]
     return "\n".join(["methods, their default trade-off, and what it weights:", *lines])
 
 
@@ -264,24 +306,53 @@ def parse(arguments: argparse.Namespace) -> Options:
     """The options that the command line gave; raises UsageError."""
     values = vars(arguments)
     overrides = dict(values.pop("trade_off"))
-    return Options(
-        methods=parse_methods(values.pop("method")),
+    methods, auto = parse_methods(values.pop("method"))
+    if auto and values["tune"] is None:
+        values["tune"] = AUTO_TRIALS
+    options = Options(
+        methods=methods,
+        auto=auto,
         delta_layers=tuple(name for name in (values.pop("delta_layers") or "").split(",") if name),
         trade_offs={name: overrides.get(name, recipe.trade_off) for name, recipe in RECIPES.items()},
+        own=own_defaults() | dict(values.pop("set")),
         **{name: values[name] for name in Options.__dataclass_fields__ if name in values},
     )
+    check_together(options)
+    return options
 
 
-def parse_methods(text: str) -> tuple[str, ...]:
+def check_together(options: Options) -> None:
+    """Raise UsageError where options do not fit together."""
+    if options.own["bss.k"] > options.batch_size:
+        raise UsageError(
+            f"--set bss.k={options.own['bss.k']:g} is more than there are singular values in a batch of "
+            f"{options.batch_size}: lower it, or raise --batch-size"
+        )
+    if options.folds and not options.tune:
+        raise UsageError("--folds are for trials, and there are none: add --tune N or --method auto, or leave it out")
+    if options.folds and options.val_share is not None:
+        raise UsageError("--folds and --val-share are two ways to judge a trial: leave one of them out")
+    if options.tune and options.val_share == 0:
+        raise UsageError("trials have to be judged on some images: leave out --val-share 0")
+    if options.tune and options.labels_per_class == 1:
+        raise UsageError(
+            "trials need two labelled images of a class, to train on one and to judge by the other: raise "
+            "--labels-per-class 1, or leave out --tune and auto"
+        )
+
+
+def parse_methods(text: str) -> tuple[tuple[str, ...], bool]:
+    """The methods, and whether they compete."""
     names = [name.replace(" ", "") for name in text.split(",") if name.strip()]
-    if names == ["all"]:
-        return tuple(RECIPES)
     if not names:
-        raise UsageError(f"--method is empty: it knows all, {', '.join(RECIPES)}")
+        raise UsageError(f"--method is empty: it knows all, {AUTO}, {', '.join(RECIPES)}")
+    auto = AUTO in names
+    if auto or "all" in names:
+        names = [*RECIPES, *(name for name in names if name not in (AUTO, "all"))]
     chosen: dict[str, str] = {}
     for name in names:
         chosen.setdefault(canonical(name), name)
-    return tuple(chosen.values())
+    return tuple(chosen.values()), auto
 
 
 def whole_or_all(text: str) -> int | str:
@@ -316,3 +387,14 @@ def trade_off(text: str) -> tuple[str, float]:
     if name == "stochnorm" and weight > 1:
         raise argparse.ArgumentTypeError(f"stochnorm's p is a probability, {value} is greater than 1")
     return name, weight
+
+
+def own_setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    known = own_defaults()
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{text} should be METHOD.NAME=VALUE with one of {', '.join(known)}")
+    method, _, own = name.partition(".")
+    if RECIPES[method].own[own].whole:
+        return name, whole(1)(value)
+    return name, positive(value) if own == "temperature" else number(value)

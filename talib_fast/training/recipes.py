@@ -1,18 +1,38 @@
 """The fine-tuning methods by name: their defaults, and which of them combine."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..errors import UsageError
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A number that a method has: its default, between what ``--tune`` searches it, and what it is."""
+
+    default: float
+    low: float
+    high: float
+    log: bool = True
+    whole: bool = False
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """What a method adds to the cross-entropy, the trade-off it is weighted with, and the optimiser's weight decay."""
+    """What a method adds to the cross-entropy, the trade-off it is weighted with, and the optimiser's weight decay.
+
+    ``own`` are settings that no other method has, by the name that its part takes them under.
+    """
 
     adds: str
     trade_off: float
     weight_decay: float = 5e-4
+    own: Mapping[str, Setting] = field(default_factory=dict)
+
+
+HEAD_DECAY = Setting(1e-2, 1e-4, 1.0, meaning="L2 coefficient of the new head, where the rest is tied to the start")
 
 
 # Tried, not tuned: most methods got one or two values, at 5 labels per class, 120 steps of 24 images and 64 pixels, on
@@ -21,14 +41,35 @@ RECIPES = {
     "plain": Recipe("nothing", 0.0),
     "linear": Recipe("nothing, and trains the head alone, on the features of the pretrained network", 0.0),
     "l2": Recipe("half the squared norm of all weights", 5e-3, weight_decay=0.0),
-    "l2_sp": Recipe("half the squared distance to the pretrained weights", 1e-2, weight_decay=0.0),
-    "delta": Recipe("the distance between feature maps, summed over the batch", 1e-3, weight_decay=0.0),
-    "delta_attention": Recipe("that distance with channels weighted by attention", 3e-2, weight_decay=0.0),
-    "bss": Recipe("the smallest squared singular value of the batch's features", 1e-3),
+    "l2_sp": Recipe(
+        "half the squared distance to the pretrained weights", 1e-2, weight_decay=0.0, own={"head_decay": HEAD_DECAY}
+    ),
+    "delta": Recipe(
+        "the distance between feature maps, summed over the batch",
+        1e-3,
+        weight_decay=0.0,
+        own={"head_decay": HEAD_DECAY},
+    ),
+    "delta_attention": Recipe(
+        "that distance with channels weighted by attention", 3e-2, weight_decay=0.0, own={"head_decay": HEAD_DECAY}
+    ),
+    "bss": Recipe(
+        "the smallest squared singular values of the batch's features",
+        1e-3,
+        own={"k": Setting(1, 1, 4, whole=True, meaning="how many singular values are shrunk")},
+    ),
     "stochnorm": Recipe("no loss; the trade-off is p, the share of channels normalised by the batch", 0.5),
     "co_tuning": Recipe("the cross-entropy of the pretrained head with its mean answer per class", 0.3),
-    "lwf": Recipe("the divergence of the pretrained head from its first answers", 4.0),
-    "bi_tuning": Recipe("two contrastive divergences, of projections and of logits", 1.0),
+    "lwf": Recipe(
+        "the divergence of the pretrained head from its first answers",
+        4.0,
+        own={"temperature": Setting(3.0, 1.0, 10.0, meaning="what the pretrained head's logits are divided by")},
+    ),
+    "bi_tuning": Recipe(
+        "two contrastive divergences, of projections and of logits",
+        1.0,
+        own={"temperature": Setting(0.07, 0.02, 0.5, meaning="what cosines are divided by")},
+    ),
 }
 
 ALONE = ("plain", "linear")  # have no trade-off and go with no other method
@@ -83,3 +124,10 @@ def canonical(name: str) -> str:
 def weight_decay(name: str) -> float:
     """The optimiser's weight decay: the smallest of the parts', some of which have a decay of their own."""
     return min(RECIPES[part].weight_decay for part in parse(name))
+
+
+def own_defaults() -> dict[str, float]:
+    """The own settings of all methods, ``bss.k`` for example, with their defaults."""
+    return {
+        f"{name}.{setting}": value.default for name, recipe in RECIPES.items() for setting, value in recipe.own.items()
+    }

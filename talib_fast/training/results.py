@@ -59,25 +59,20 @@ def predictions_file(folder: Path, run: dict[str, Any]) -> Path:
     return folder / "predictions" / f"{name_of(**run)}.csv"
 
 
-def score(run: dict[str, Any]) -> float:
-    """What the best run is chosen by, in %: accuracy on the validation images, on the test's where there are none."""
-    return run.get("val_accuracy", run["accuracy"])
-
-
 class Results:
-    """The finished runs of an output folder, ``results.json`` in it; raises UserError if they do not belong here.
+    """The runs and trials of an output folder, ``results.json`` in it; raises UserError if they do not belong here.
 
     Every rank holds them, and rank 0 writes them.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.path = folder / "results.json"
-        self.content: dict[str, Any] = {**environment, "settings": settings, "runs": []}
+        self.content: dict[str, Any] = {**environment, "settings": settings, "trials": [], "runs": []}
         if not self.path.exists():
             return
         try:
             previous = json.loads(self.path.read_text())
-            self.content["runs"] = previous["runs"]
+            self.content["runs"], self.content["trials"] = previous["runs"], previous.get("trials", [])
             difference = differences(previous["settings"], settings)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} cannot be read as results: remove it or choose another --out") from error
@@ -91,6 +86,10 @@ class Results:
     def runs(self) -> list[dict[str, Any]]:
         return self.content["runs"]
 
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        return self.content["trials"]
+
     def has(self, method: str, seed: int) -> bool:
         return any((canonical(run["method"]), run["seed"]) == (canonical(method), seed) for run in self.runs)
 
@@ -99,7 +98,9 @@ class Results:
         self.write()
 
     def forget(self, methods: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+        """Take out the runs of these methods and seeds, and the methods' trials."""
         names = {canonical(method) for method in methods}
+        self.content["trials"] = [trial for trial in self.trials if canonical(trial["method"]) not in names]
         self.content["runs"] = [
             run for run in self.runs if canonical(run["method"]) not in names or run["seed"] not in seeds
         ]

@@ -13,11 +13,14 @@ from ..images.imageset import ImageSet
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of one seed's runs; ``val`` is None where nothing is held out to choose by."""
+    """The images of one seed's runs, or of a trial.
+
+    ``val`` is None where nothing is held out to choose by, ``test`` in trials.
+    """
 
     train: ImageSet
     val: ImageSet | None
-    test: ImageSet
+    test: ImageSet | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,42 @@ def split(train: ImageSet, val: ImageSet | None, test: ImageSet | None, shares: 
                 "--labels-per-class, or give --val-share 0"
             )
     return Splits(train.part(torch.cat(chosen)), validated, tested)
+
+
+def test_part(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+    """The images without a share of every class, and that share, which tests whatever the seed is."""
+    members = shuffled(images.labels, len(images.classes), seeded_generator(0, "test"))
+    held = [held_out(own, share) for own in members]
+    kept = [own[: len(own) - n] for own, n in zip(members, held, strict=True)]
+    tested = [own[len(own) - n :] for own, n in zip(members, held, strict=True)]
+    if not sum(held):
+        raise UserError(
+            "no class has two images, of which one could be held out for testing: add images, or give --test"
+        )
+    return images.part(torch.cat(kept)), images.part(torch.cat(tested))
+
+
+def folded(images: ImageSet, folds: int, seed: int) -> list[Splits]:
+    """Stratified K-fold cross-validation: every image of a class with two or more validates in one of the folds.
+
+    The only image of a class is always trained on. Raises UserError where no class has two.
+    """
+    members = shuffled(images.labels, len(images.classes), seeded_generator(seed, "folds"))
+    if max(map(len, members)) < 2:
+        raise UserError(
+            "no class has two labelled images, to train on one and to judge trials by the other: add images, or leave "
+            "out --tune and auto"
+        )
+    place = torch.full((len(images),), -1)
+    following = 0
+    for own in members:
+        if len(own) > 1:  # each class starts where the one before it ended, so that the folds are of equal size
+            place[own] = (torch.arange(len(own)) + following) % folds
+            following += len(own)
+    indices = torch.arange(len(images))
+    return [
+        Splits(images.part(indices[place != fold]), images.part(indices[place == fold]), None) for fold in range(folds)
+    ]
 
 
 def labelled(images: ImageSet, shares: Shares, tests: bool, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,7 +5,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +31,6 @@ from .stepbar import StepBar
 from .tensorboard import Curves
 
 MOMENTUM = 0.9
-EVALUATIONS = 6
 CHECKPOINT_SECONDS = 30.0
 
 
@@ -39,13 +38,30 @@ class DivergedError(UserError):
     """The loss of a run is not a number any more."""
 
 
+@dataclass(frozen=True)
+class Answers:
+    """For each image the class that a network predicts, its probability, and the cross-entropy."""
+
+    predicted: list[int]
+    probabilities: list[float]
+    cross_entropies: list[float]
+
+    def right(self, images: InOrder) -> list[bool]:
+        return [label == predicted for label, predicted in zip(images.labels.tolist(), self.predicted, strict=True)]
+
+    def accuracy(self, images: InOrder) -> float:
+        """How many of the images are predicted to be what they are, in %."""
+        return 100 * sum(self.right(images)) / len(self.predicted)
+
+
 @dataclass
 class Record:
     """What a run has done so far.
 
     ``losses``, ``cross_entropies`` (the part of the loss that all methods share) and ``step_seconds`` have an entry
-    per step, ``accuracies`` holds (step, % of the validation images, or of the test images where there are none).
-    ``predicted`` and ``probabilities`` are for the test images, after the last step: the class and its probability.
+    per step. ``accuracies`` holds (step, % of the validation images, or of the test images where there are none),
+    ``seconds`` what all steps had taken then. ``answers`` is what the network said last, of the validation images in a
+    trial, of the test images else.
     """
 
     method: str
@@ -53,11 +69,11 @@ class Record:
     losses: list[float] = field(default_factory=list)
     cross_entropies: list[float] = field(default_factory=list)
     accuracies: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     preparation_seconds: float = 0.0
     peak_mib: float = 0.0
-    predicted: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
+    answers: "Answers | None" = None
 
     @property
     def step(self) -> int:
@@ -65,13 +81,14 @@ class Record:
 
     def result(self, data: TaskData) -> dict[str, Any]:
         """What results.json keeps of a finished run."""
+        assert data.test is not None and self.answers is not None
         kept = asdict(self)
-        del kept["predicted"], kept["probabilities"]
+        del kept["answers"]
         validation = {} if data.val is None else {"val_accuracy": self.accuracies[-1][1]}
         return {
             "method": kept.pop("method"),
             "seed": kept.pop("seed"),
-            "accuracy": percentage(torch.tensor(self.predicted), data.test),
+            "accuracy": self.answers.accuracy(data.test),
             **validation,
             "train_images": len(data.train.labels),
             "val_images": 0 if data.val is None else len(data.val.labels),
@@ -82,14 +99,15 @@ class Record:
 
 
 class Run:
-    """One method trained with one seed.
+    """One method trained with the seed of its data.
 
     Args:
-        network: stays as it is; the run trains a copy.
         data: the seed's images.
+        network: stays as it is; the run trains a copy.
         options: resolved, with the number of steps.
         settings: what a checkpoint must agree with to be continued.
         checkpoint: file that an interrupted run leaves and the next one continues.
+        title: for the progress bar.
         curves: folder for TensorBoard's files; None: write none.
 
     Everything random is a function of the seed, the step's number and the rank, so a continued run ends where an
@@ -99,24 +117,27 @@ class Run:
     def __init__(
         self,
         method: str,
-        seed: int,
-        network: Network,
         data: TaskData,
+        network: Network,
         options: Options,
         device: torch.device,
         settings: dict[str, Any],
         checkpoint: Path,
+        title: str,
         curves: Path | None = None,
     ) -> None:
         assert options.steps is not None and options.lr is not None
-        self.steps, self.curves = options.steps, curves
+        seed = data.seed
+        self.steps, self.curves, self.title = options.steps, curves, title
         self.record = Record(method, seed)
         self.data, self.options, self.device = data, options, device
         self.settings, self.checkpoint = {**settings, "method": method, "seed": seed}, checkpoint
         torch.manual_seed(mixed_seed(seed, "build"))
         source_dtype = None if options.source_dtype == "network" else getattr(torch, options.source_dtype)
         weights = balanced_weights(data.train.labels, data.num_classes) if options.class_weights else None
-        self.method = Method(network.clone(), data.num_classes, method, options.trade_offs, source_dtype, weights)
+        self.method = Method(
+            network.clone(), data.num_classes, method, options.trade_offs, source_dtype, weights, options.own
+        )
         self.method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = self.method.parameter_groups(options.lr)
         self.rates = [group["lr"] for group in groups]
@@ -124,29 +145,34 @@ class Run:
         half = options.amp and device.type != "cpu"
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.autocast = torch.autocast(device.type, torch.float16 if half else torch.bfloat16, enabled=options.amp)
-        self.evaluate_at = {math.ceil(self.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+        times = options.evaluations
+        self.evaluate_at = {math.ceil(self.steps * part / times) for part in range(1, times + 1)}
 
-    def finish(self) -> Record:
-        """Train until the last step; raises KeyboardInterrupt, with everything saved, when the user interrupts."""
+    def finish(self, until: Callable[[Record], bool] | None = None) -> Record:
+        """Train until the last step, or until ``until`` says so after an evaluation.
+
+        Raises KeyboardInterrupt, with everything saved, when the user interrupts.
+        """
         memory = PeakMemory(self.device)
         if not self._load():
             self._prepare()
         if parallel.world_size() > 1:
             parallel.synchronize(self.method, self.device)
-        title = f"{self.record.method}, seed {self.record.seed}"
         saved_at = time.monotonic()
         first = parallel.rank() == 0
         with (
             interrupts_deferred() as interrupted,
-            StepBar(title, self.steps, self.record.step, show=first) as bar,
+            StepBar(self.title, self.steps, self.record.step, show=first) as bar,
             Curves(self.curves if first else None, self.record.step) as curves,
         ):
             before = self.record.peak_mib
             batches = self.data.batches(self.record.step, self.steps, self.method.views)
-            while self.record.step < self.steps:
+            ended = False
+            while self.record.step < self.steps and not ended:
                 self._step(batches)
                 if self.record.step in self.evaluate_at:
                     self._evaluate()
+                    ended = until is not None and until(self.record)
                 bar.update(self.record.losses[-1], self.record.accuracies)
                 curves.update(self.record.losses[-1], self.record.accuracies, self.optimizer.param_groups[-1]["lr"])
                 self.record.peak_mib = max(before, memory.mib())
@@ -213,14 +239,15 @@ class Run:
     def _evaluate(self) -> None:
         parallel.share_statistics(self.method.classifier)
         images = self.data.test if self.data.val is None else self.data.val
-        predicted, probabilities = self._answers(images)
-        self.record.accuracies.append((self.record.step, percentage(predicted, images)))
-        if self.record.step == self.steps:
-            if images is not self.data.test:
-                predicted, probabilities = self._answers(self.data.test)
-            self.record.predicted, self.record.probabilities = predicted.tolist(), probabilities.tolist()
+        assert images is not None
+        found = self._answers(images)
+        self.record.accuracies.append((self.record.step, found.accuracy(images)))
+        self.record.seconds.append(sum(self.record.step_seconds))
+        if self.record.step == self.steps and self.data.test not in (None, images):
+            found = self._answers(self.data.test)
+        self.record.answers = found
 
-    def _answers(self, images: InOrder) -> tuple[Tensor, Tensor]:
+    def _answers(self, images: InOrder) -> Answers:
         with self.autocast:
             return answers(self.method.classifier, images)
 
@@ -245,7 +272,8 @@ class Run:
             self._use(state["knowledge"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.record = Record(**state["record"])
+            found = state["record"].pop("answers")
+            self.record = Record(**state["record"], answers=Answers(**found) if found else None)
         except Exception as error:  # each part has its own errors for a state that does not fit
             raise self._damaged() from error
         return True
@@ -279,22 +307,22 @@ def build_optimizer(options: Options, method: str, groups: list[dict[str, Any]])
 
 
 @torch.no_grad()
-def answers(classifier: nn.Module, images: InOrder) -> tuple[Tensor, Tensor]:
-    """The class of each image, int64 [N], and its probability, float64 [N], on the CPU of every rank."""
+def answers(classifier: nn.Module, images: InOrder) -> Answers:
+    """What the classifier says of the images, whole on every rank."""
     classifier.eval()
     mine = slice(parallel.rank(), None, parallel.world_size())
-    found = [classifier(batch).float().softmax(1).max(1) for batch, _ in images.part(mine)]
-    both = torch.zeros(2, len(images.labels), dtype=torch.float64)
-    if found:
-        both[0, mine] = torch.cat([classes for _, classes in found]).double().cpu()
-        both[1, mine] = torch.cat([probabilities for probabilities, _ in found]).double().cpu()
-    classes, probabilities = torch.tensor(parallel.summed(*both.flatten().tolist()), dtype=torch.float64).view(2, -1)
-    return classes.long(), probabilities
-
-
-def percentage(predicted: Tensor, images: InOrder) -> float:
-    """How many of the images are predicted to be what they are, in %."""
-    return 100 * int((predicted == images.labels).sum()) / len(images.labels)
+    found = torch.zeros(3, len(images.labels), dtype=torch.float64)
+    parts = []
+    for batch, labels in images.part(mine):
+        logits = classifier(batch).float()
+        probabilities, predicted = logits.softmax(1).max(1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        parts.append(torch.stack([predicted.double(), probabilities.double(), losses.double()]).cpu())
+    if parts:
+        found[:, mine] = torch.cat(parts, 1)
+    whole = torch.tensor(parallel.summed(*found.flatten().tolist()), dtype=torch.float64)
+    predicted, probabilities, losses = whole.view(3, -1).tolist()
+    return Answers([int(place) for place in predicted], probabilities, losses)
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:

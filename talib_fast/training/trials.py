@@ -1,0 +1,173 @@
+"""Trials of a method's settings, judged on labelled images that are not for testing."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import count
+from . import parallel
+from .experiment import Experiment
+from .options import VAL_SHARE
+from .recipes import canonical
+from .results import Results
+from .search import applied
+from .splits import Shares, Splits, folded, split
+from .trainer import DivergedError, Record
+
+FOLDS = 3
+FEW = 100  # with fewer images for validation than that, all labelled ones validate, in folds
+EVALUATIONS = 6  # of each fold, after which a trial may be given up
+
+
+def judges(experiment: Experiment) -> list[Splits]:
+    """What a trial is trained on and judged by, a set of each, or one for each of the folds.
+
+    That is the folder for validation, where there is one and all images are labelled; or a stratified share of the
+    labelled images; or stratified cross-validation over them, where a share would be few.
+    """
+    options, found = experiment.options, experiment.sources
+    chosen = options.folds or options.val_share
+    if experiment.val_is_labelled and not chosen:
+        return [Splits(found.train, found.val, None)]
+    seed = options.seeds[0]
+    labelled = experiment.splits(seed)
+    share = options.val_share or VAL_SHARE
+    if options.val_share or (not chosen and share * len(labelled.train) >= FEW):
+        return [replace(split(labelled.train, None, labelled.test, Shares(None, share), seed), test=None)]
+    most = int(labelled.train.labels.bincount().max())
+    return folded(labelled.train, options.folds or max(2, min(FOLDS, most)), seed)
+
+
+def in_words(parts: Sequence[Splits]) -> str:
+    """How trials are judged."""
+    images = sum(len(part.val) for part in parts if part.val is not None)
+    if len(parts) == 1:
+        return f"judged on {count(images, 'validation image')}"
+    return f"judged by cross-validation over {count(images, 'labelled image')} in {len(parts)} folds"
+
+
+def carry_out(
+    trial: dict[str, Any],
+    parts: Sequence[Splits],
+    experiment: Experiment,
+    results: Results,
+    label: str,
+    hopeless: Callable[[list[float]], bool] | None = None,
+) -> None:
+    """Train a trial on each of the parts, or go on where it was interrupted, and keep what comes out in its folds.
+
+    Args:
+        trial: an entry of the results' trials: its method, number, settings, steps and rung.
+        label: for the progress bar.
+        hopeless: says of the accuracies so far, in %, whether the trial shall end; see :func:`intermediate`.
+    """
+    folds = trial["folds"]
+    while trial["state"] == "running" and len(folds) < len(parts):
+        started = time.monotonic()
+        try:
+            folds.append(fold(trial, parts[len(folds)], experiment, results, label, hopeless))
+        except DivergedError:
+            trial |= {"state": "pruned", "diverged": True, "accuracy": 0.0, "cross_entropy": None}
+        else:
+            if folds[-1]["accuracies"][-1][0] < trial["steps"]:
+                trial["state"] = "pruned"
+            elif len(folds) == len(parts):
+                trial["state"] = "finished"
+            trial |= summary(folds)
+        trial["seconds"] += time.monotonic() - started
+        results.write()
+        experiment.remove(checkpoint(trial, experiment))
+
+
+def fold(
+    trial: Mapping[str, Any],
+    part: Splits,
+    experiment: Experiment,
+    results: Results,
+    label: str,
+    hopeless: Callable[[list[float]], bool] | None,
+) -> dict[str, Any]:
+    """Train a trial on one part; raises DivergedError."""
+    options, earlier = experiment.options, trial["folds"]
+    assert options.steps is not None
+    own = replace(
+        applied(options, trial["settings"]),
+        steps=trial["steps"],
+        warmup=options.warmup * trial["steps"] // options.steps,
+        evaluations=EVALUATIONS,
+    )
+    data = parallel.together(partial(experiment.load, part, options.seeds[0]))
+    settings = results.content["settings"] | {"trial": {name: trial[name] for name in ("number", "settings", "steps")}}
+    settings["fold"] = len(earlier)
+    if trial["of_folds"] > 1:
+        label += f", fold {len(earlier) + 1} of {trial['of_folds']}"
+
+    def until(record: Record) -> bool:
+        last = record.step == trial["steps"] and len(earlier) + 1 == trial["of_folds"]
+        values = intermediate([*earlier, {"accuracies": record.accuracies}])
+        return hopeless is not None and not last and hopeless(values)
+
+    place = checkpoint(trial, experiment)
+    record = experiment.train(trial["method"], data, own, settings, place, label, until=until).record
+    assert data.val is not None and record.answers is not None
+    return {
+        "accuracies": record.accuracies,
+        "cross_entropy": statistics.fmean(record.answers.cross_entropies),
+        "right": "".join("01"[right] for right in record.answers.right(data.val)),
+    }
+
+
+def checkpoint(trial: Mapping[str, Any], experiment: Experiment) -> Path:
+    """What an interrupted trial leaves; one is run at a time."""
+    return experiment.folder / "checkpoints" / f"{trial['method']}-trial{trial['number']}-steps{trial['steps']}.pt"
+
+
+def summary(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A trial's accuracy, in %, and cross-entropy over all images that have judged it."""
+    images = sum(len(fold["right"]) for fold in folds)
+    return {
+        "accuracy": 100 * sum(fold["right"].count("1") for fold in folds) / images,
+        "cross_entropy": sum(fold["cross_entropy"] * len(fold["right"]) for fold in folds) / images,
+    }
+
+
+def intermediate(folds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A trial's accuracy after each evaluation, in %: the mean over the folds so far."""
+    values, earlier = [], 0.0
+    for place, fold in enumerate(folds):
+        values += [(earlier + accuracy) / (place + 1) for _, accuracy in fold["accuracies"]]
+        earlier += fold["accuracies"][-1][1]
+    return values
+
+
+def found(trials: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """The method's trials, in their order."""
+    return [trial for trial in trials if canonical(trial["method"]) == canonical(method)]
+
+
+def new(method: str, number: int, settings: Mapping[str, Any], steps: int, folds: int, rung: int = 0) -> dict[str, Any]:
+    """A trial that has not begun."""
+    return {
+        "method": method,
+        "number": number,
+        "settings": dict(settings),
+        "steps": steps,
+        "rung": rung,
+        "state": "running",
+        "of_folds": folds,
+        "folds": [],
+        "seconds": 0.0,
+    }
+
+
+def told(trial: Mapping[str, Any]) -> str:
+    """A finished trial's settings and what came of them."""
+    words = ", ".join(f"{name} {value:.3g}" for name, value in trial["settings"].items())
+    if trial.get("diverged"):
+        return f"{words}: diverged"
+    ended = " when it was given up" if trial["state"] == "pruned" else ""
+    return f"{words}: {trial['accuracy']:.1f} %{ended}"

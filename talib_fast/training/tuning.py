@@ -1,0 +1,127 @@
+"""``--tune``: each method's settings searched by Optuna, with the same number of trials for every method.
+
+The sampler is Optuna's tree-structured Parzen estimator (Bergstra et al. 2011,
+https://proceedings.neurips.cc/paper/2011/hash/86e8f7ab32cfd12577bc2619bc635690-Abstract.html), and a trial ends early
+where its best accuracy is below the median of those before it. Which settings come next is a function of the seed and
+the trials so far, so an interrupted search ends where an uninterrupted one would have.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..libraries import needed
+from . import parallel, trials
+from .choosing import best_trial
+from .experiment import Experiment
+from .recipes import Setting
+from .results import Results
+from .search import defaults, space
+from .splits import mixed_seed
+
+STARTUP = 3  # trials that end in no case early, the first of them with the defaults, the others at random
+WARMUP = trials.EVALUATIONS // 2  # evaluations of the first fold after which no trial ends yet: slow ones may be good
+
+
+def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> dict[str, dict[str, Any]]:
+    """Carry out the trials that are missing; returns the settings chosen for each method.
+
+    Methods whose trials all diverged are left out of it.
+    """
+    number, steps = experiment.options.tune, experiment.options.steps
+    assert number is not None and steps is not None
+    parts = trials.judges(experiment)
+    chosen: dict[str, dict[str, Any]] = {}
+    for place, method in enumerate(methods):
+        search = Search(space(method, experiment.options), mixed_seed(experiment.options.seeds[0], "tune", method))
+        for index in range(number):
+            own = trials.found(results.trials, method)
+            if index == len(own):
+                own.append(trials.new(method, index, search.following(own), steps, len(parts)))
+                results.trials.append(own[index])
+            trial = own[index]
+            if trial["state"] != "running":
+                continue
+            label = f"[{place * number + index + 1}/{number * len(methods)}] {method}, trial {index + 1} of {number}"
+            trials.carry_out(trial, parts, experiment, results, label, search.pruner(own[:index], trial["settings"]))
+            print(f"{label}: {trials.told(trial)}", flush=True)
+        best = best_trial(trials.found(results.trials, method))
+        if best is not None:
+            chosen[method] = best["settings"]
+    if not chosen:
+        raise UserError("every trial diverged: lower --lr, around which it is searched")
+    return chosen
+
+
+class Search:
+    """The search of one method's settings, by the trials so far, which are given to it each time."""
+
+    def __init__(self, settings: Mapping[str, Setting], seed: int) -> None:
+        self.settings, self.seed = settings, seed
+
+    def following(self, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The next trial's settings, the same on every rank: the defaults in the first one."""
+        own = defaults(self.settings) if not earlier else {}
+        return parallel.from_first(lambda: self._ask(earlier, own).params)
+
+    def random(self, number: int) -> dict[str, Any]:
+        """Settings that no trial suggests, the same on every rank: the defaults for number 0."""
+        search = Search(self.settings, mixed_seed(self.seed, number))
+        own = defaults(self.settings) if number == 0 else {}
+        return parallel.from_first(lambda: search._ask([], own).params)
+
+    def pruner(self, earlier: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> Callable[[list[float]], bool]:
+        """Says of the accuracies of a trial with these settings whether it shall end in the light of earlier ones."""
+        trial = self._ask(earlier, own) if parallel.rank() == 0 else None
+        reported = 0
+
+        def hopeless(values: list[float]) -> bool:
+            nonlocal reported
+            for step in range(reported, len(values)):
+                trial.report(values[step], step)  # type: ignore[union-attr]
+            reported = len(values)
+            return trial.should_prune()  # type: ignore[union-attr]
+
+        return lambda values: parallel.from_first(lambda: hopeless(values))
+
+    def _ask(self, earlier: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> Any:
+        """Optuna's next trial; what is in ``own`` is as given there, and the sampler chooses the rest."""
+        optuna = library()
+        study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=mixed_seed(self.seed, len(earlier)), n_startup_trials=STARTUP),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=WARMUP),
+        )
+        distributions = {name: distribution(setting) for name, setting in self.settings.items()}
+        states = optuna.trial.TrialState
+        for trial in earlier:
+            finished = trial["state"] == "finished"
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial["settings"],
+                    distributions=distributions,
+                    state=states.COMPLETE if finished else states.PRUNED,
+                    value=trial["accuracy"] if finished else None,
+                    intermediate_values=dict(enumerate(trials.intermediate(trial["folds"]))),
+                )
+            )
+        if own:
+            study.enqueue_trial(dict(own))
+        return study.ask(distributions)
+
+
+def distribution(setting: Setting) -> Any:
+    distributions = library().distributions
+    if setting.whole:
+        return distributions.IntDistribution(int(setting.low), int(setting.high))
+    return distributions.FloatDistribution(setting.low, setting.high, log=setting.log)
+
+
+def library() -> Any:
+    """Optuna; raises UserError where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own parts that are new
+        optuna = needed("optuna", "--tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
