@@ -35,8 +35,8 @@ from talib_fast.training.search import as_arguments
 DATA = "groceries"
 LABELS = ("2", "5", "all")
 SEEDS = {"2": 5, "5": 5, "all": 3}
-STEPS = {"2": 120, "5": 120, "all": 600}
-TRIALS, SIZE = 6, 96
+STEPS = {"2": 120, "5": 120, "all": 400}
+TRIALS, SIZE = 5, 96
 COMPETITION = ("5", 2)  # labels per class, and settings of each method, of the competition
 COMBINATIONS = (
     *("stochnorm+bss", "l2_sp+stochnorm", "delta_attention+stochnorm", "co_tuning+stochnorm", "lwf+stochnorm"),

@@ -501,7 +501,7 @@ class TestAccuracy:
         assert names[1:] == 3 * [[*accuracy.RECIPES, "lwf+bss", "lwf+stochnorm"]]
         assert [words["--labels-per-class"] for words in commands] == ["5", "2", "5", "all"]
         assert [words["--seeds"] for words in commands] == ["5", "5", "5", "3"]
-        assert [words["--tune"] for words in commands] == ["2", "6", "6", "6"]
+        assert [words["--tune"] for words in commands] == ["2", "5", "5", "5"]
         assert all(words["--threads"] == "1" for words in commands)
 
     def test_figures(self, commands, tmp_path, capsys):

@@ -1,14 +1,17 @@
 """What a run trains and is tested on: splits, and batches from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_support import make_data, make_images
+from training_support import CPU, make_data, make_images
 
 from talib_fast.errors import UserError
 from talib_fast.images.folder import labelled
 from talib_fast.images.imageset import ImageSet, from_files
+from talib_fast.images.preprocessing import Preprocessing
 from talib_fast.training import data
 from talib_fast.training.splits import Shares, mixed_seed, split
 
@@ -149,6 +152,16 @@ def test_a_file_that_is_damaged_later_is_named(tmp_path, workers):
         task.batch(0)
     with pytest.raises(UserError, match=r"\.png cannot be read"):
         list(task.test)
+
+
+@pytest.mark.parametrize(("most", "reads"), [(2**20, 9), (100, 18)], ids=["few", "many"])
+def test_few_images_are_read_once(most, reads, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HELD_BYTES", most)
+    read, images = [], make_data(make_images(tmp_path / "images")).test.images
+    counted = replace(images, read_at=lambda *place: (read.append(place), images.read_at(*place))[1])
+    loader = data.InOrder(counted, Preprocessing(16), CPU)
+    passes = [torch.cat([batch for batch, _ in loader]) for _ in range(2)]
+    assert passes[0].equal(passes[1]) and len(read) == reads
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):

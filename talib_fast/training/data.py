@@ -2,6 +2,7 @@
 
 A batch is a pure function of the seed and the step's number, so an interrupted run resumes without any sampler state.
 Files are read again whenever they are needed, by worker processes, so that no more than a few batches are in memory.
+Sets that are gone through in order, again and again, stay there while they are small.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from . import parallel
 from .splits import Splits, mixed_seed, seeded_generator
 
 READ_PIXELS = 2_000_000  # of a batch that is read in order, to test or to prepare
+HELD_BYTES = 2**27  # of a set that stays in memory, prepared, after it was read in order
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class InOrder:
         self.images, self.preprocessing, self.device, self.workers = images, preprocessing, device, workers
         self.labels = images.labels
         self.batch_size = max(1, min(100, READ_PIXELS // preprocessing.size**2))
+        self._batches: list[Tensor] | None = None  # all of them, prepared, once they were read
+        self._parts: dict[str, InOrder] = {}
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -57,11 +61,19 @@ class InOrder:
         if self.images.small:
             yield from (self.held[batch] for batch in batches)
             return
-        dataset = Prepared(self.images.read_at, self.preprocessing)
+        if self._batches is not None:
+            yield from self._batches
+            return
+        dataset, read = Prepared(self.images.read_at, self.preprocessing), []
+        fits = 3 * self.preprocessing.size**2 * len(self.labels) <= HELD_BYTES
         for item in in_workers(dataset, batches, min(self.workers, len(batches)), self.device.type):
             for error in item.errors.values():
                 raise error
+            if fits:
+                read.append(item.images)
             yield item.images
+        if fits:
+            self._batches = read
 
     @cached_property
     def held(self) -> Tensor:
@@ -69,11 +81,13 @@ class InOrder:
         return torch.stack([self.preprocessing(self.images.read_at(i, None)) for i in range(len(self.images))])
 
     def part(self, rows: slice) -> "InOrder":
-        """Some of the images."""
-        chosen = self.images.part(torch.arange(len(self.images))[rows])
-        part = InOrder(chosen, self.preprocessing, self.device, self.workers)
-        if self.images.small:
-            part.held = self.held[rows]
+        """Some of the images, the same object every time."""
+        part = self._parts.get(str(rows))
+        if part is None:
+            chosen = self.images.part(torch.arange(len(self.images))[rows])
+            part = self._parts[str(rows)] = InOrder(chosen, self.preprocessing, self.device, self.workers)
+            if self.images.small:
+                part.held = self.held[rows]
         return part
 
 

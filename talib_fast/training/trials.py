@@ -20,7 +20,7 @@ from .trainer import DivergedError, Record
 
 FOLDS = 3
 FEW = 100  # with fewer images for validation than that, all labelled ones validate, in folds
-EVALUATIONS = 6  # of each fold, after which a trial may be given up
+EVALUATIONS = 6  # of each fold where a trial may be given up after one
 
 
 def judges(experiment: Experiment) -> list[Splits]:
@@ -98,7 +98,7 @@ def fold(
         applied(options, trial["settings"]),
         steps=trial["steps"],
         warmup=options.warmup * trial["steps"] // options.steps,
-        evaluations=EVALUATIONS,
+        evaluations=EVALUATIONS if hopeless else 1,
     )
     data = parallel.together(partial(experiment.load, part, options.seeds[0]))
     settings = results.content["settings"] | {"trial": {name: trial[name] for name in ("number", "settings", "steps")}}
