@@ -308,10 +308,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
         lines = ",\n".join(json.dumps(one) for one in results[name])
         text = text.replace(f'"{name}": []', f'"{name}": [\n{lines}\n]')
     write_atomically(folder / "results.json", lambda file: file.write(f"{text}\n".encode()))
-    found = sections(results)
-    print("\n\n".join(section.text() for section in found))
-    page = "\n\n".join([*(section.markdown() for section in found), report.origin(results["environment"])]) + "\n"
-    write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
+    report.write_sections(sections(results), results["environment"], folder)
     report.write_plot(folder / "plot.png", partial(draw, results))
 
 

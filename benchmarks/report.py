@@ -24,6 +24,7 @@ import talib_fast
 from talib_fast.ops import backends, compiled
 from talib_fast.plots import STYLE
 from talib_fast.storage import write_atomically
+from talib_fast.training.page import Section
 
 Case = dict[str, Any]
 
@@ -293,6 +294,13 @@ def run(
         results["goals"] = [{"goal": goal.text, "passed": goal.passed} for goal in goals(results)]
         write_json(results, folder)
     publish(json.loads((folder / "results.json").read_text()), folder)
+
+
+def write_sections(sections: Sequence[Section], where: dict[str, Any], folder: Path) -> None:
+    """Print some sections, and write them to ``table.md`` with the run's origin."""
+    print("\n\n".join(section.text() for section in sections))
+    page = "\n\n".join([*(section.markdown() for section in sections), origin(where)]) + "\n"
+    write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
 
 
 def write_plot(file: Path, draw: Callable[[], Any]) -> None:

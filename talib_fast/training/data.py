@@ -155,6 +155,8 @@ class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
 class TaskData:
     """What the runs of one seed train, choose and are tested by; ``test`` is None in a trial.
 
+    ``knowledge`` is what methods have found out about the training images before their first step, by their names.
+
     Args:
         augmentation: how training images are changed: one of SHIFTS or CROPS.
         workers: processes that read files.
@@ -172,6 +174,7 @@ class TaskData:
         workers: int = 0,
     ) -> None:
         self.num_classes = len(splits.train.classes)
+        self.knowledge: dict[str, dict[str, Tensor]] = {}
         self.seed, self.batch_size, self.augmentation = seed, batch_size, augmentation
         self.device, self.workers = device, workers
         self.train = InOrder(splits.train, preprocessing, device, workers)

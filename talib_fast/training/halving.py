@@ -37,7 +37,7 @@ def compete(methods: Sequence[str], experiment: Experiment, results: Results) ->
     """Carry out the trials that are missing; returns the winner and its settings."""
     options = experiment.options
     assert options.tune is not None and options.steps is not None
-    parts = trials.judges(experiment)
+    parts = trials.load(experiment)
     plan = rungs(options.tune * len(methods), options.steps)
     entered = []
     for method in methods:

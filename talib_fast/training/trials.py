@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import count
 from . import parallel
+from .data import TaskData
 from .experiment import Experiment
 from .options import VAL_SHARE
 from .recipes import canonical
@@ -42,6 +43,12 @@ def judges(experiment: Experiment) -> list[Splits]:
     return folded(labelled.train, options.folds or max(2, min(FOLDS, most)), seed)
 
 
+def load(experiment: Experiment) -> list[TaskData]:
+    """The images of :func:`judges`, for all trials of a command."""
+    seed = experiment.options.seeds[0]
+    return [parallel.together(partial(experiment.load, part, seed)) for part in judges(experiment)]
+
+
 def in_words(parts: Sequence[Splits]) -> str:
     """How trials are judged."""
     images = sum(len(part.val) for part in parts if part.val is not None)
@@ -52,7 +59,7 @@ def in_words(parts: Sequence[Splits]) -> str:
 
 def carry_out(
     trial: dict[str, Any],
-    parts: Sequence[Splits],
+    parts: Sequence[TaskData],
     experiment: Experiment,
     results: Results,
     label: str,
@@ -85,13 +92,13 @@ def carry_out(
 
 def fold(
     trial: Mapping[str, Any],
-    part: Splits,
+    data: TaskData,
     experiment: Experiment,
     results: Results,
     label: str,
     hopeless: Callable[[list[float]], bool] | None,
 ) -> dict[str, Any]:
-    """Train a trial on one part; raises DivergedError."""
+    """Train a trial on one part's images; raises DivergedError."""
     options, earlier = experiment.options, trial["folds"]
     assert options.steps is not None
     own = replace(
@@ -100,7 +107,6 @@ def fold(
         warmup=options.warmup * trial["steps"] // options.steps,
         evaluations=EVALUATIONS if hopeless else 1,
     )
-    data = parallel.together(partial(experiment.load, part, options.seeds[0]))
     settings = results.content["settings"] | {"trial": {name: trial[name] for name in ("number", "settings", "steps")}}
     settings["fold"] = len(earlier)
     if trial["of_folds"] > 1:

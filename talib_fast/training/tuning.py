@@ -31,7 +31,7 @@ def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> di
     """
     number, steps = experiment.options.tune, experiment.options.steps
     assert number is not None and steps is not None
-    parts = trials.judges(experiment)
+    parts = trials.load(experiment)
     chosen: dict[str, dict[str, Any]] = {}
     for place, method in enumerate(methods):
         search = Search(space(method, experiment.options), mixed_seed(experiment.options.seeds[0], "tune", method))
