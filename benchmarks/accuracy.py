@@ -276,7 +276,10 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """A panel per number of labels: what each method gains by seed, the mean and both of its intervals."""
+    """A panel per number of labels: what each method gains by seed, the mean and both of its intervals.
+
+    The wider interval, which with three seeds is many times as wide, may end outside of its panel.
+    """
     from matplotlib.figure import Figure
 
     shown = [name for name in methods(results) if name != "plain"]
@@ -290,6 +293,8 @@ def draw(results: Mapping[str, Any]) -> Any:
             axes.plot(own, [place] * len(own), "o", color=colour, alpha=0.35, ms=4, mew=0)
             axes.errorbar(one.mean, place, xerr=one.corrected_half_width, color=colour, lw=0.8, capsize=2)
             axes.errorbar(one.mean, place, xerr=one.half_width, fmt="D", color=colour, ms=4.5, lw=2.2)
+        ends = [(one.mean or 0, one.half_width or 0) for one in gains(results, labels).values()]
+        axes.set_xlim(1.15 * min(mean - half for mean, half in ends), 1.15 * max(mean + half for mean, half in ends))
         axes.axvline(0, color="0.35", lw=1, ls=(0, (4, 3)), zorder=0)
         axes.set_title(heading, fontsize=10)
         axes.set_yticks(range(len(shown)), shown)

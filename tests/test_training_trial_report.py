@@ -136,7 +136,7 @@ def test_durations(seconds, words):
 def test_the_plot_of_a_search():
     figure = trial_report.draw(tuned(), "title", COLOURS)
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
-    assert list(panels) == ["plain", "l2_sp", "bss+stochnorm: bss", "bss+stochnorm: stochnorm"]
+    assert list(panels) == ["plain", "l2_sp", "bss+stochnorm\nbss", "bss+stochnorm\nstochnorm"]
     default, chosen, pruned = panels["l2_sp"].lines
     assert [line.get_xdata()[0] for line in panels["l2_sp"].lines] == [0.02, 0.0512345, 0.5]
     assert [line.get_ydata()[0] for line in panels["l2_sp"].lines] == [60, 72, 90]
@@ -144,7 +144,7 @@ def test_the_plot_of_a_search():
     assert pruned.get_markerfacecolor() == "none" and default.get_markerfacecolor() != "none"
     # ten times the default has the last colour, and so has what is further out; a trade-off of 0 has the first
     assert chosen.get_color() == pruned.get_color() != default.get_color()
-    (zero,), (half) = panels["bss+stochnorm: bss"].lines, panels["bss+stochnorm: stochnorm"].lines
+    (zero,), (half) = panels["bss+stochnorm\nbss"].lines, panels["bss+stochnorm\nstochnorm"].lines
     assert half[0].get_color() == default.get_color() and len({zero.get_color(), chosen.get_color()}) == 2
     assert panels["plain"].get_xscale() == "log"
 

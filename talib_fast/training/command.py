@@ -13,6 +13,8 @@ import torch
 from ..devices import named_device, usable_device
 from ..errors import UsageError, UserError, count, printable
 from ..images.loading import default_workers
+from ..images.preprocessing import transforms
+from ..libraries import needed
 from . import halving, parallel, report, sources, trials, tuning
 from .choosing import best_run, best_trial
 from .data import TaskData
@@ -21,6 +23,7 @@ from .keeping import Keeper, description
 from .options import Options
 from .results import Results, locked, name_of
 from .search import applied
+from .tensorboard import summary_writer
 from .trainer import DivergedError
 
 
@@ -35,8 +38,6 @@ def run(options: Options, arguments: list[str]) -> None:
             f"--batch-size {options.batch_size} cannot be shared out evenly among {parallel.world_size()} processes: "
             "choose a multiple of their number"
         )
-    if options.tune:
-        parallel.together(tuning.library)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run must repeat what an uninterrupted one does
@@ -50,6 +51,7 @@ def train_and_report(options: Options, arguments: list[str], device: torch.devic
     started = time.monotonic()
     workers = default_workers() if options.workers is None else options.workers
     found = parallel.together(partial(sources.find, options))
+    parallel.together(partial(check_libraries, options))
     network = parallel.together(partial(build_network, options))
     checked = parallel.from_first(partial(sources.check, found, workers))
     images = parallel.together(partial(sources.assemble, options, found, checked))
@@ -84,6 +86,17 @@ def train_and_report(options: Options, arguments: list[str], device: torch.devic
         failures.append(UserError(f"every trial of {', '.join(left_out)} diverged: lower --lr"))
     if failures:
         raise UserError(f"{len(failures)} of {count(len(wanted) + len(left_out), 'run')} failed: {failures[0]}")
+
+
+def check_libraries(options: Options) -> None:
+    """Raise UserError where a library is missing that is needed only later."""
+    transforms()
+    if options.tensorboard:
+        summary_writer()
+    if options.tune:
+        tuning.library()
+    if len(options.seeds) > 1:
+        needed("scipy.stats", "the comparison of several seeds")
 
 
 def finished(options: Options, results: Results) -> bool:

@@ -18,14 +18,12 @@ import torch
 from .. import networks
 from ..errors import UsageError, printable
 from ..images.imageset import ImageSet
-from ..images.preprocessing import transforms
 from ..version import __version__
 from . import methods, parallel, sources
 from .data import TaskData
 from .memory import release_memory
 from .options import Options
 from .splits import Splits, split, test_part
-from .tensorboard import summary_writer
 from .trainer import Record, Run
 
 
@@ -99,10 +97,7 @@ class Experiment:
 
 
 def build_network(options: Options) -> networks.Network:
-    """The pretrained network, on which all methods can run; what is quickly known to fail does so here."""
-    transforms()
-    if options.tensorboard:
-        summary_writer()
+    """The pretrained network, on which all methods can run."""
     network = networks.build(options.network, options.wanted_size, options.weights, options.delta_layers)
     if options.sample:
         network.preprocessing = replace(network.preprocessing, crop_pct=1.0)  # a digit fills its picture

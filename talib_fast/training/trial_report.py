@@ -279,7 +279,7 @@ def draw_panel(axes: Any, own: Sequence[Trial], part: str | None, scale: Any, se
             ms=size,
         )
     method = own[0]["method"]
-    axes.set_title(method if part in (None, method) else f"{method}: {part}", fontsize=9)
+    axes.set_title(method if part in (None, method) else f"{method}\n{part}", fontsize=9)
     axes.set_xscale("log")
 
 
