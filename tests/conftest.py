@@ -1,11 +1,11 @@
 import importlib
 import os
-import signal
 import sys
 
 import build_parts
 import pytest
 import torch
+from process_support import handlers_kept
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,11 +37,8 @@ def _seed_and_one_thread() -> None:
 
 @pytest.fixture
 def kept_signal_handlers():
-    """Put back the handlers that the command line leaves."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield
 
 
 @pytest.fixture

@@ -261,6 +261,26 @@ def test_two_processes_train_as_one(tiny, images, tmp_path, capfd):
     assert "(processes was 2 and is now not given)" in capfd.readouterr().err
 
 
+def test_two_processes_tune_as_one(tiny, images, tmp_path):
+    """The same trials, given up in the same places, and the same settings found."""
+    words = ("--method", "plain,bss", "--tune", "4", "--folds", "2", "--steps", "6")
+    code, out, err = tiny("pass", *words)
+    assert code == 0, err
+    assert out.count("[8/8] bss, trial 4 of 4: ") == 1 and out.count("accuracy, %") == 2  # one table of each kind
+    assert cli.main(arguments(images, tmp_path / "one", "--lr", "0.1", *words)) == 0
+    several, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "one"))
+    assert len(several["trials"]) == 8 and several["settings"]["processes"] == 2
+    for found, expected in zip(several["trials"], one["trials"], strict=True):
+        for entry in (found, expected):
+            del entry["seconds"]
+        assert found.pop("cross_entropy") == pytest.approx(expected.pop("cross_entropy"), rel=1e-5)
+        for mine, other in zip(found["folds"], expected["folds"], strict=True):
+            assert mine.pop("cross_entropy") == pytest.approx(other.pop("cross_entropy"), rel=1e-5)
+        assert found == expected
+    assert [run["chosen"] for run in several["runs"]] == [run["chosen"] for run in one["runs"]]
+    assert len(list((tmp_path / "out" / "models").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "messages"),
     [

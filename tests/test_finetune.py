@@ -185,6 +185,27 @@ def test_nothing_but_diverging_runs_makes_no_table(run, tmp_path):
         (["--trade-off", "plain=1"], "plain=1 should be METHOD=VALUE with a method other than plain"),
         (["--trade-off", "delta"], " is not a number of at least 0"),
         (["--trade-off", "stochnorm=2"], "stochnorm's p is a probability, 2 is greater than 1"),
+        (["--set", "bss.k=0"], "argument --set: 0 is not a whole number of at least 1"),
+        (["--set", "bss.k=1.5"], "argument --set: 1.5 is not a whole number of at least 1"),
+        (["--set", "bss.K=1"], "argument --set: bss.K=1 should be METHOD.NAME=VALUE with one of l2_sp.head_decay, "),
+        (["--set", "plain=1"], "argument --set: plain=1 should be METHOD.NAME=VALUE with one of "),
+        (["--set", "bss.k"], "argument --set:  is not a whole number"),
+        (["--set", "lwf.temperature=0"], "argument --set: 0 is not greater than 0"),
+        (["--set", "bi_tuning.temperature=cold"], "argument --set: cold is not a number of at least 0"),
+        (["--set", "delta.head_decay=-1"], "argument --set: -1 is not a number of at least 0"),
+        (["--set", "bss.k=7"], "--set bss.k=7 is more than there are singular values in a batch of 6: lower it, or"),
+        (["--tune", "0"], "argument --tune: 0 is not a whole number of at least 1"),
+        (["--tune", "few"], "argument --tune: few is not a whole number of at least 1"),
+        (["--evaluations", "0"], "argument --evaluations: 0 is not a whole number of at least 1"),
+        (["--folds", "1", "--tune", "2"], "argument --folds: 1 is not a whole number of at least 2"),
+        (["--folds", "3"], "--folds are for trials, and there are none: add --tune N or --method auto, or leave"),
+        (["--tune", "2", "--folds", "3", "--val-share", "0.5"], "are two ways to judge a trial: leave one of them out"),
+        (["--tune", "2", "--val-share", "0"], "trials have to be judged on some images: leave out --val-share 0"),
+        (["--method", "auto", "--val-share", "0"], "trials have to be judged on some images: leave out --val-share 0"),
+        (["--tune", "2", "--labels-per-class", "1"], "raise --labels-per-class 1, or leave out --tune and auto"),
+        (["--method", "auto", "--labels-per-class", "1"], "raise --labels-per-class 1, or leave out --tune and auto"),
+        (["--method", " , "], "--method is empty: it knows all, auto, plain, linear, "),
+        (["--method", "auto,magic"], "there is no method magic"),
         (["--augment", "rotate"], "argument --augment: invalid choice"),
         (["--device", "abacus"], "the device abacus cannot be used"),
         (["--device", "meta:x"], "the device meta:x cannot be used"),
@@ -233,6 +254,49 @@ def test_too_few_images_are_told(run):
 @pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("7,", (7,)), ("0,3,7", (0, 3, 7)), ("4, 4,2", (4, 2))])
 def test_seeds(text, seeds):
     assert options.seeds(text) == seeds
+
+
+def test_methods():
+    """auto and all are every method alone, and what else is named beside them; each once, whatever its order."""
+    every = tuple(RECIPES)
+    assert options.parse_methods("all") == (every, False) and options.parse_methods("auto") == (every, True)
+    assert options.parse_methods("bss+delta, auto,plain,delta+bss,") == ((*every, "bss+delta"), True)
+    assert options.parse_methods("all,stochnorm+bss") == ((*every, "stochnorm+bss"), False)
+    assert options.parse_methods("bss,plain,stochnorm + bss,bss+stochnorm")[0] == ("bss", "plain", "stochnorm+bss")
+
+
+def test_options_of_trials():
+    chosen = options_of("--set", "bss.k=3", "--set", "lwf.temperature=2.5", "--set", "bss.k=2", "--trade-off", "l2=0")
+    assert (chosen.own["bss.k"], chosen.own["lwf.temperature"], chosen.own["l2_sp.head_decay"]) == (2, 2.5, 0.01)
+    assert isinstance(chosen.own["bss.k"], int) and chosen.trade_offs["l2"] == 0 and chosen.trade_offs["lwf"] == 4
+    assert (chosen.tune, chosen.folds, chosen.evaluations, chosen.auto) == (None, None, 6, False)
+    settings = chosen.settings()
+    assert settings["bss.k"] == 2 and settings["candidates"] is None and settings["trade_off l2"] == 0
+    assert not {"own", "trade_offs", "auto", "methods", "seeds"} & set(settings)
+    assert options_of("--tune", "7", "--folds", "4").folds == 4 and options_of("--tune", "7").tune == 7
+    auto = options_of("--method", "auto")
+    assert auto.auto and auto.tune == 3 and auto.settings()["candidates"] == list(RECIPES)
+    assert options_of("--method", "auto", "--tune", "1").tune == 1
+    for words in ("--tune 2 --val-share 0.5", "--tune 2 --labels-per-class 2", "--labels-per-class 1 --val-share 0"):
+        options_of(*words.split())  # are not refused
+    assert options_of("--set", "bss.k=6", "--batch-size", "6").own["bss.k"] == 6
+
+
+def test_more_folds_than_images_are_told(run):
+    code, _, err = run("--method", "plain", "--tune", "1", "--folds", "13")
+    assert code == 1 and "--folds 13 is more than the 12 labelled images that classes of two or more have" in err
+
+
+def test_own_settings_and_evaluations_reach_the_runs(run, tmp_path):
+    code, _, err = run("--method", "bss", "--set", "bss.k=3", "--evaluations", "3", "--steps", "6")
+    assert code == 0, err
+    found = results(tmp_path)
+    assert found["settings"]["bss.k"] == 3 and found["settings"]["lwf.temperature"] == 3.0
+    assert [step for step, _ in found["runs"][0]["accuracies"]] == [2, 4, 6]
+    run("--method", "bss", "--evaluations", "3", "--steps", "6", "--out", str(tmp_path / "one"))
+    one = json.loads((tmp_path / "one" / "results.json").read_text())["runs"][0]
+    assert one["losses"][0] < found["runs"][0]["losses"][0]  # three singular values weigh more than one
+    assert one["cross_entropies"][0] == found["runs"][0]["cross_entropies"][0]
 
 
 def test_options_reach_the_runs(run, tmp_path):

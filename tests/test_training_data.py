@@ -6,24 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_support import CPU, make_data, make_images
+from training_support import CPU, counts, images_of, make_data, make_images
 
 from talib_fast.errors import UserError
 from talib_fast.images.folder import labelled
 from talib_fast.images.imageset import ImageSet, from_files
 from talib_fast.images.preprocessing import Preprocessing
-from talib_fast.training import data
-from talib_fast.training.splits import Shares, mixed_seed, split
-
-
-def images_of(labels: list[int], names: str = "abcdefgh") -> ImageSet:
-    """Images without content, called by their places."""
-    classes = tuple(names[label] for label in range(max(labels) + 1))
-    return ImageSet(classes, torch.tensor(labels), tuple(map(str, range(len(labels)))), lambda index, size: None)
-
-
-def counts(images: ImageSet) -> list[int]:
-    return torch.bincount(images.labels, minlength=len(images.classes)).tolist()
+from talib_fast.training import data, splits
+from talib_fast.training.splits import Shares, folded, mixed_seed, split
 
 
 def test_split_is_stratified_disjoint_and_repeatable():
@@ -82,6 +72,71 @@ def test_split_says_what_is_missing():
         split(images, None, None, Shares(2, test_images=1), 0)
     with pytest.raises(UserError, match="no class has two labelled images, of which one could be held out"):
         split(images, None, None, Shares(1, val_share=0.5), 0)
+
+
+def test_one_part_tests_whatever_the_seed_is():
+    images = images_of([0] * 20 + [1] * 7 + [2] * 2 + [3])
+    kept, tested = splits.test_part(images, 0.2)
+    assert counts(tested) == [4, 1, 1, 0] and counts(kept) == [16, 6, 1, 1]  # never all images of a class
+    assert sorted(map(int, (*kept.names, *tested.names))) == list(range(30))
+    assert splits.test_part(images, 0.2)[1].names == tested.names
+    assert counts(splits.test_part(images, 0.9)[1]) == [18, 6, 1, 0]
+    assert counts(splits.test_part(images, 0.0)[1]) == [1, 1, 1, 0]
+    assert set(tested.names) - set(map(str, (*range(4), 20, 27)))  # not the first of each class
+    with pytest.raises(UserError, match=r"no class has two images, of which one .* testing: add images, or give --te"):
+        splits.test_part(images_of([0, 1, 2]), 0.2)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_are_stratified_disjoint_and_whole(folds):
+    images = images_of([0] * 11 + [1] * 7 + [2] * 2 + [3] + [4] * 3 + [5])
+    found = folded(images, folds, seed=4)
+    everything = set(images.names)
+    judging = [name for part in found for name in part.val.names]
+    assert len(found) == folds and sorted(map(int, judging)) == [n for n in range(25) if n not in (20, 24)]
+    for part in found:
+        assert part.test is None and set(part.train.names) == everything - set(part.val.names)
+        assert {"20", "24"} <= set(part.train.names)  # the only images of their classes
+        assert min(counts(part.train)) >= 1
+    sizes = [len(part.val) for part in found]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == 23
+    for label in range(6):
+        of_label = [int((part.val.labels == label).sum()) for part in found]
+        assert max(of_label) - min(of_label) <= 1
+
+
+def test_folds_are_a_function_of_the_seed():
+    images = images_of([0, 1, 2] * 10)
+    names = [[part.val.names for part in folded(images, 3, seed)] for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_folds_say_what_is_missing():
+    with pytest.raises(UserError, match=r"no class has two labelled images, .*: add images, or leave out --tune and a"):
+        folded(images_of([0, 1, 2]), 2, seed=0)
+    images = images_of([0, 0, 1, 1, 2])
+    assert [counts(part.val) for part in folded(images, 4, seed=0)] == [[1, 0, 0]] * 2 + [[0, 1, 0]] * 2
+    message = "--folds 5 is more than the 4 labelled images that classes of two or more have, .*: lower it, or add"
+    with pytest.raises(UserError, match=message):
+        folded(images, 5, seed=0)
+
+
+def test_two_sets_of_images_joined(tmp_path):
+    first, second = (from_files(labelled(make_images(tmp_path / name, images=3, size=size))) for name, size in SIZES)
+    joined = first.joined(second)
+    assert joined.classes == first.classes and joined.names == (*first.names, *second.names) and len(joined) == 18
+    assert joined.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
+    for place, name in enumerate(joined.names):
+        with Image.open(name) as image:
+            assert joined.read_at(place, None).tobytes() == image.convert("RGB").tobytes()
+    part = joined.part(torch.tensor([17, 0, 9]))
+    assert [part.read_at(place, None).size[1] for place in range(3)] == [12, 20, 12]
+    assert part.labels.tolist() == [2, 0, 0] and part.names == (second.names[8], first.names[0], second.names[0])
+    held = [ImageSet(one.classes, one.labels, one.names, one.read_at, small=True) for one in (first, second)]
+    assert held[0].joined(held[1]).small and not held[0].joined(second).small and not first.joined(held[1]).small
+
+
+SIZES = (("first", 20), ("second", 12))
 
 
 @pytest.mark.parametrize("augmentation", ["shift", "standard", "randaugment"])

@@ -108,6 +108,54 @@ def test_head_is_drawn_to_zero_where_the_rest_is_tied(data):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("name", ["delta", "delta_attention"])
+def test_delta_draws_the_head_to_zero_by_its_own_setting(name, data):
+    losses = []
+    for decay in (0.0, 0.5):
+        torch.manual_seed(3)
+        method = prepared(name, data, {name: 0.0}, own={f"{name}.head_decay": decay})
+        losses.append(method(data.batch(0))[0])
+    squares = sum(parameter.square().sum() for parameter in method.head.parameters())
+    torch.testing.assert_close(losses[1], losses[0] + 0.5 * squares / 2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_bss_shrinks_as_many_singular_values_as_it_says(k, data):
+    method = prepared("bss", data, {"bss": 1.0}, own={"bss.k": k})
+    with methods.inputs_of(method.head) as features:
+        loss, logits = method(data.batch(0))
+    smallest = torch.linalg.svdvals(features[0].double())[-k:]
+    added = loss - F.cross_entropy(logits, data.batch(0).labels)
+    torch.testing.assert_close(added.double(), smallest.square().sum(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 8.0])
+def test_lwf_divides_by_its_temperature(temperature, data):
+    method = prepared("lwf", data, {"lwf": 1.0}, own={"lwf.temperature": temperature})
+    with torch.no_grad():
+        method.classifier.head_source.weight.mul_(2)  # so that the answers differ from the first ones
+    heads = []
+    method.classifier.head_source.register_forward_hook(lambda module, args, output: heads.append(output))
+    batch = data.batch(0)
+    loss, logits = method(batch)
+    first = (method.parts["lwf"].answers[batch.indices] / temperature).softmax(1)
+    divergence = first * (first.log() - (heads[0] / temperature).log_softmax(1))
+    expected = F.cross_entropy(logits, batch.labels) + divergence.sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    assert divergence.sum() > 1e-3
+
+
+def test_bi_tuning_divides_by_its_temperature(data):
+    contrasts = []
+    for temperature in (0.5, 0.25):
+        torch.manual_seed(3)
+        method = prepared("bi_tuning", data, own={"bi_tuning.temperature": temperature})
+        batch = data.batch(0, views=2)
+        contrasts.append(method.parts["bi_tuning"].encoders(*batch.views, batch.labels)[1])
+    # half the temperature, twice the logits, of which the contrasts are the log-softmax
+    torch.testing.assert_close(contrasts[1], (2 * contrasts[0]).log_softmax(1), rtol=1e-4, atol=1e-4)
+
+
 def test_source_of_delta_stays_as_it_was_pretrained(data):
     method = prepared("delta", data)
     delta = method.parts["delta"]

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from talib_fast.errors import UsageError
-from talib_fast.training.recipes import RECIPES, canonical, parse, weight_decay
+from talib_fast.training.recipes import RECIPES, canonical, own_defaults, parse, weight_decay
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,18 @@ def test_which_pairs_combine(first, second):
 def test_weight_decay_is_the_smallest_of_the_parts():
     assert weight_decay("bss") == weight_decay("bss+stochnorm") == RECIPES["bss"].weight_decay > 0
     assert weight_decay("delta+stochnorm") == weight_decay("co_tuning+l2_sp") == 0
+
+
+def test_own_settings_and_their_defaults():
+    assert own_defaults() == {
+        "l2_sp.head_decay": 1e-2,
+        "delta.head_decay": 1e-2,
+        "delta_attention.head_decay": 1e-2,
+        "bss.k": 1,
+        "lwf.temperature": 3.0,
+        "bi_tuning.temperature": 0.07,
+    }
+    for recipe in RECIPES.values():
+        for setting in recipe.own.values():
+            assert setting.low <= setting.default <= setting.high and setting.meaning
+            assert setting.low > 0 or not setting.log

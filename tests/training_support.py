@@ -2,26 +2,35 @@
 
 import argparse
 import itertools
+import json
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from process_support import handlers_kept
 from torch import nn
 
 from talib_fast import networks
 from talib_fast.images.folder import labelled
-from talib_fast.images.imageset import from_files
+from talib_fast.images.imageset import ImageSet, from_files
 from talib_fast.images.preprocessing import Preprocessing
 from talib_fast.networks import Network
-from talib_fast.training import options
-from talib_fast.training.data import Batch, TaskData
+from talib_fast.training import experiment, options
+from talib_fast.training.data import Batch, InOrder, TaskData
+from talib_fast.training.experiment import Experiment, prepare, settings_of
 from talib_fast.training.methods import Method
 from talib_fast.training.options import Options
+from talib_fast.training.results import Results
+from talib_fast.training.sources import Sources
 from talib_fast.training.splits import Shares, split
-from talib_fast.training.trainer import Run
+from talib_fast.training.trainer import Answers, DivergedError, Run
 
 CPU = torch.device("cpu")
 
@@ -47,6 +56,18 @@ def tiny_network(weights: Path | None = None) -> Network:
 def register_tiny() -> None:
     """Make the network known as ``--network tiny``."""
     networks.NETWORKS["tiny"] = tiny_network
+
+
+@contextmanager
+def tiny_command_line() -> Iterator[None]:
+    """Within it the command line knows ``--network tiny``, and what it does to signals ends with it.
+
+    Garbage is not collected between runs, which would take most of the time.
+    """
+    with pytest.MonkeyPatch.context() as patch, handlers_kept():
+        patch.setitem(networks.NETWORKS, "tiny", tiny_network)
+        patch.setattr(experiment, "release_memory", lambda: None)
+        yield
 
 
 def hold_until_a_signal(method: str, step: int) -> None:
@@ -77,6 +98,17 @@ def make_images(folder: Path, classes: int = 3, images: int = 8, size: int = 20)
             pixels[..., label % 3] += 100
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
     return folder
+
+
+def images_of(labels: list[int], names: str = "abcdefgh", origin: str = "") -> ImageSet:
+    """Images without content, called by their places, after where they are from."""
+    classes = tuple(names[label] for label in range(max(labels) + 1))
+    places = tuple(f"{origin}{place}" for place in range(len(labels)))
+    return ImageSet(classes, torch.tensor(labels), places, lambda index, size: None)
+
+
+def counts(images: ImageSet) -> list[int]:
+    return torch.bincount(images.labels, minlength=len(images.classes)).tolist()
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -135,3 +167,69 @@ def make_run(
     chosen = make_options("--steps", "12", *words).resolved(16, validates=False, tests=False)
     settings = chosen.settings()
     return Run(method, data, network or tiny_network(), chosen, CPU, settings, checkpoint, method, curves)
+
+
+def make_experiment(
+    folder: Path, *words: str, train: ImageSet, val: ImageSet | None = None, test: ImageSet | None = None
+) -> Experiment:
+    """What the command makes of these images; ``words`` are its options."""
+    network = tiny_network()
+    network.preprocessing = Preprocessing(16)
+    sources = Sources("made", train, val, test, "digest")
+    return prepare(make_options("--data", "made", *words), sources, network, CPU, 0, folder)
+
+
+def results_of(experiment: Experiment) -> Results:
+    """What is in the experiment's folder, as the command finds it there."""
+    return Results(experiment.folder, settings_of(experiment), {})
+
+
+def make_up_training(
+    patch: pytest.MonkeyPatch,
+    told: Callable[[Run], tuple[float, float]],
+    diverges: Callable[[Run], bool] = lambda run: False,
+) -> None:
+    """Let runs train nothing, and images be answered as ``told``: so many of them right, in %, at that cross-entropy.
+
+    No image is read. ``diverges`` says of a run whether its next step does.
+    """
+
+    def step(self: Run, batches: Any) -> None:
+        if diverges(self):
+            raise DivergedError("made up")
+        for series in (self.record.losses, self.record.cross_entropies, self.record.step_seconds):
+            series.append(1.0)
+
+    def answers(self: Run, images: InOrder) -> Answers:
+        accuracy, cross_entropy = told(self)
+        number = len(images.labels)
+        right = torch.arange(number) < round(accuracy / 100 * number)
+        predicted = torch.where(right, images.labels, (images.labels + 1) % len(images.images.classes))
+        return Answers(predicted.tolist(), [0.5] * number, [cross_entropy] * number)
+
+    patch.setattr(Run, "_step", step)
+    patch.setattr(Run, "_answers", answers)
+
+
+def interrupt_in_steps(patch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Raise SIGINT in the middle of these steps, counted over all runs from 1 on."""
+    forward, steps = Method.forward, itertools.count(1)
+
+    def interrupted(self: Method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(steps) in numbers:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, batch)
+
+    patch.setattr(Method, "forward", interrupted)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+MEASURED = ("seconds", "seconds_per_step", "preparation_seconds", "peak_mib")
+
+
+def without_measured(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs or trials without times and memory, in which no two are alike."""
+    return [{name: value for name, value in entry.items() if name not in MEASURED} for entry in entries]

@@ -141,6 +141,8 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
     """What the runs of one table share."""
     options = experiment.options
     settings = options.settings() | {"device": experiment.device.type, "images": experiment.sources.digest}
+    if options.tune:
+        settings["seed of trials"] = options.seeds[0]
     if options.weights:
         settings["weights"] = hashlib.sha256(Path(options.weights).read_bytes()).hexdigest()[:12]
     if parallel.world_size() > 1:

@@ -99,7 +99,8 @@ class Options:
             validates, tests: whether there are images of their own for validation and testing.
         """
         labels = self.labels_per_class or (SAMPLE_LABELS if self.sample else "all")
-        if validates and self.val_share is not None:
+        unused = self.tune and labels != "all"  # are the images for validation, with a number of labels
+        if validates and self.val_share is not None and not unused:
             raise UsageError(f"--val-share has no use where {self.data} has a folder for validation: leave it out")
         val_share = VAL_SHARE if self.val_share is None and labels == "all" else self.val_share
         return replace(

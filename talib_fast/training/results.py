@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,12 +99,15 @@ class Results:
         self.write()
 
     def forget(self, methods: tuple[str, ...], seeds: tuple[int, ...]) -> None:
-        """Take out the runs of these methods and seeds, and the methods' trials."""
+        """Take out the runs of these methods and seeds, with the models kept of them, and the methods' trials."""
         names = {canonical(method) for method in methods}
+        gone = [run for run in self.runs if canonical(run["method"]) in names and run["seed"] in seeds]
         self.content["trials"] = [trial for trial in self.trials if canonical(trial["method"]) not in names]
-        self.content["runs"] = [
-            run for run in self.runs if canonical(run["method"]) not in names or run["seed"] not in seeds
-        ]
+        self.content["runs"] = [run for run in self.runs if run not in gone]
+        self.write()
+        for run in gone:
+            if run.get("model"):  # another method may win next time
+                shutil.rmtree(self.path.parent / run["model"], ignore_errors=True)
 
     def write(self) -> None:
         text = json.dumps(self.content, indent=1) + "\n"

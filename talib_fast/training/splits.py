@@ -84,13 +84,20 @@ def test_part(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
 def folded(images: ImageSet, folds: int, seed: int) -> list[Splits]:
     """Stratified K-fold cross-validation: every image of a class with two or more validates in one of the folds.
 
-    The only image of a class is always trained on. Raises UserError where no class has two.
+    The only image of a class is always trained on. Raises UserError where no class has two, or where the images don't
+    suffice for every fold.
     """
     members = shuffled(images.labels, len(images.classes), seeded_generator(seed, "folds"))
     if max(map(len, members)) < 2:
         raise UserError(
             "no class has two labelled images, to train on one and to judge trials by the other: add images, or leave "
             "out --tune and auto"
+        )
+    judging = sum(len(own) for own in members if len(own) > 1)
+    if judging < folds:
+        raise UserError(
+            f"--folds {folds} is more than the {judging} labelled images that classes of two or more have, of which "
+            "each fold needs one: lower it, or add images"
         )
     place = torch.full((len(images),), -1)
     following = 0

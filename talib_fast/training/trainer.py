@@ -167,12 +167,12 @@ class Run:
         ):
             before = self.record.peak_mib
             batches = self.data.batches(self.record.step, self.steps, self.method.views)
-            ended = False
+            ended = self._ended(until)  # by the evaluation before an interrupt
             while self.record.step < self.steps and not ended:
                 self._step(batches)
                 if self.record.step in self.evaluate_at:
                     self._evaluate()
-                    ended = until is not None and until(self.record)
+                ended = self._ended(until)
                 bar.update(self.record.losses[-1], self.record.accuracies)
                 curves.update(self.record.losses[-1], self.record.accuracies, self.optimizer.param_groups[-1]["lr"])
                 self.record.peak_mib = max(before, memory.mib())
@@ -247,6 +247,10 @@ class Run:
         if self.record.step == self.steps and self.data.test not in (None, images):
             found = self._answers(self.data.test)
         self.record.answers = found
+
+    def _ended(self, until: Callable[[Record], bool] | None) -> bool:
+        """Whether the last step was followed by an evaluation of which ``until`` says so."""
+        return until is not None and self.record.step in self.evaluate_at and until(self.record)
 
     def _answers(self, images: InOrder) -> Answers:
         with self.autocast:

@@ -36,10 +36,9 @@ def judges(experiment: Experiment) -> list[Splits]:
         return [Splits(found.train, found.val, None)]
     seed = options.seeds[0]
     labelled = experiment.splits(seed)
-    share = options.val_share or VAL_SHARE
-    if options.val_share or (not chosen and share * len(labelled.train) >= FEW):
+    share, most = options.val_share or VAL_SHARE, int(labelled.train.labels.bincount().max())
+    if most > 1 and (options.val_share or (not chosen and share * len(labelled.train) >= FEW)):
         return [replace(split(labelled.train, None, labelled.test, Shares(None, share), seed), test=None)]
-    most = int(labelled.train.labels.bincount().max())
     return folded(labelled.train, options.folds or max(2, min(FOLDS, most)), seed)
 
 
@@ -74,20 +73,20 @@ def carry_out(
     """
     folds = trial["folds"]
     while trial["state"] == "running" and len(folds) < len(parts):
-        started = time.monotonic()
+        started, place = time.monotonic(), checkpoint(trial, experiment)
         try:
             folds.append(fold(trial, parts[len(folds)], experiment, results, label, hopeless))
         except DivergedError:
             trial |= {"state": "pruned", "diverged": True, "accuracy": 0.0, "cross_entropy": None}
         else:
-            if folds[-1]["accuracies"][-1][0] < trial["steps"]:
-                trial["state"] = "pruned"
-            elif len(folds) == len(parts):
+            if len(folds) == len(parts) and folds[-1]["accuracies"][-1][0] == trial["steps"]:
                 trial["state"] = "finished"
+            elif hopeless is not None and hopeless(intermediate(folds)):
+                trial["state"] = "pruned"
             trial |= summary(folds)
         trial["seconds"] += time.monotonic() - started
         results.write()
-        experiment.remove(checkpoint(trial, experiment))
+        experiment.remove(place)
 
 
 def fold(
@@ -113,9 +112,7 @@ def fold(
         label += f", fold {len(earlier) + 1} of {trial['of_folds']}"
 
     def until(record: Record) -> bool:
-        last = record.step == trial["steps"] and len(earlier) + 1 == trial["of_folds"]
-        values = intermediate([*earlier, {"accuracies": record.accuracies}])
-        return hopeless is not None and not last and hopeless(values)
+        return hopeless is not None and hopeless(intermediate([*earlier, {"accuracies": record.accuracies}]))
 
     place = checkpoint(trial, experiment)
     record = experiment.train(trial["method"], data, own, settings, place, label, until=until).record
@@ -128,8 +125,9 @@ def fold(
 
 
 def checkpoint(trial: Mapping[str, Any], experiment: Experiment) -> Path:
-    """What an interrupted trial leaves; one is run at a time."""
-    return experiment.folder / "checkpoints" / f"{trial['method']}-trial{trial['number']}-steps{trial['steps']}.pt"
+    """What a trial leaves that is interrupted in its next fold."""
+    name = f"{trial['method']}-trial{trial['number']}-steps{trial['steps']}-fold{len(trial['folds'])}.pt"
+    return experiment.folder / "checkpoints" / name
 
 
 def summary(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
