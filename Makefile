@@ -17,7 +17,7 @@ demo: .venv/finetune
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
 	$(BIN)/python -m talib_fast finetune --method all --steps 60 --test-images 500 --out runs/demo --restart
 	$(BIN)/python -c 'from talib_fast.images.sample import load_sample; load_sample().read_at(2023, None).save("runs/demo/four.png")'
-	$(BIN)/python -m talib_fast predict runs/demo runs/demo/four.png --top 3
+	$(BIN)/python -m talib_fast predict runs/demo/models/lwf-seed0 runs/demo/four.png --top 3
 
 test: .venv/test
 	$(BIN)/ruff check

@@ -342,11 +342,7 @@ def place(options: argparse.Namespace, device: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if options.from_json:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-    else:
-        results = collect(options)
-        publish(results, place(options, results["settings"]["device"]))
+    command.collect_and_publish(options, collect, publish, partial(place, options))
 
 
 if __name__ == "__main__":

@@ -130,11 +130,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if options.from_json:
-        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
-        return
-    results = collect(options)
-    publish(results, options.out or command.RESULTS / results["settings"]["device"] / "over_time")
+    command.collect_and_publish(
+        options, collect, publish, lambda device: options.out or command.RESULTS / device / "over_time"
+    )
 
 
 if __name__ == "__main__":

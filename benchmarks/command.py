@@ -1,8 +1,10 @@
 """What the benchmarks' command lines share."""
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,3 +76,17 @@ def parse(
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else rounds[options.device])
     options.out = options.out or (RESULTS if whole else QUICK_RESULTS) / options.device / operation
     return options
+
+
+def collect_and_publish(
+    options: argparse.Namespace,
+    collect: Callable[[argparse.Namespace], dict[str, Any]],
+    publish: Callable[[dict[str, Any], Path], None],
+    place: Callable[[str], Path],
+) -> None:
+    """Publish what ``collect`` finds, where ``place`` says by the device's type; or anew what --from-json holds."""
+    if options.from_json:
+        publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
+        return
+    results = collect(options)
+    publish(results, place(results["settings"]["device"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accuracy
+import accuracy_over_time
 import bench_frozen as frozen
 import bench_images as images
 import bench_step as step
@@ -550,3 +551,49 @@ class TestAccuracy:
         with pytest.raises(SystemExit):
             accuracy.parse(["--seeds", "1"])
         assert "expected 2 seeds or more, got 1" in capsys.readouterr().err
+
+
+class TestAccuracyOverTime:
+    def results(self):
+        """Steps of stochnorm take three quarters of the time of plain's, and it reaches four points more."""
+        runs = [
+            {
+                "method": method, "seed": seed, "accuracy": 60.0 + seed + more, "val_accuracy": 70.0 + more,
+                "accuracies": [[5, 50.0 + more], [10, 70.0 + more]], "seconds": [5 * step, 10 * step],
+                "preparation_seconds": 0.0,
+            }
+            for seed in (1, 0)
+            for method, step, more in (("plain", 2.0, 0), ("stochnorm", 1.5, 4))
+        ]  # fmt: skip
+        settings = {"network": "net", "steps": 10, "batch_size": 2, "image_size": 8, "device": "cpu"}
+        images = {"train": 8, "val": 4, "test": 6}
+        environment = report.environment(torch.device("cpu"))
+        return {"environment": environment, "settings": settings, "images": images, "runs": runs}
+
+    def test_figures(self, tmp_path):
+        table = accuracy_over_time.table(self.results())
+        assert table.rows == [("plain", "20.0", "60.5 ± 0.7"), ("stochnorm", "15.0", "64.5 ± 0.7")]
+        assert table.findings[0] == "A run of stochnorm takes 0.75× of plain's time (0.75 to 0.75 by seed)."
+        assert "is +4.0 points beside it on the 4 validation images" in table.findings[-1]
+        (run,) = (run for run in self.results()["runs"] if (run["method"], run["seed"]) == ("stochnorm", 0))
+        reached = [accuracy_over_time.reached(run, seconds) for seconds in (7.4, 7.5, 14.9, 15.0, 99)]
+        assert reached == [0.0, 54.0, 54.0, 74.0, 74.0]
+
+    def test_runs_the_main_job_once(self, tmp_path, monkeypatch):
+        commands = []
+
+        def run(command):
+            commands.append(command)
+            folder = Path(command[command.index("--out") + 1])
+            folder.mkdir()
+            runs = [run | {f"{part}_images": 4 for part in ("train", "val", "test")} for run in self.results()["runs"]]
+            (folder / "results.json").write_text(json.dumps({**self.results(), "runs": runs}))
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=run))
+        accuracy_over_time.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--", "--threads", "1"])
+        assert len(commands) == 1 and commands[0][-2:] == ["--threads", "1"]
+        assert json.loads((tmp_path / "results.json").read_text())["runs"] == self.results()["runs"]
+        assert "| stochnorm | 15.0 | 64.5 ± 0.7 |" in (tmp_path / "table.md").read_text()
+        pytest.importorskip("matplotlib")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
