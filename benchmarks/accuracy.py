@@ -227,13 +227,27 @@ def gained(results: Mapping[str, Any]) -> Section:
     return Section("Gains", ("method", *headings(results)), rows, caption, findings, bold=frozenset(bold))
 
 
+def trials_of(results: Mapping[str, Any], labels: str, method: str) -> list[dict[str, Any]]:
+    return [trial for trial in results["trials"] if (trial["labels_per_class"], trial["method"]) == (labels, method)]
+
+
+def again(results: Mapping[str, Any], labels: str, method: str) -> str:
+    """The command that repeats a cell of the table, all seeds of it."""
+    best = best_trial(trials_of(results, labels, method))
+    assert best is not None
+    words = ["python -m talib_fast finetune --data", DATA, "--labels-per-class", labels, "--method", method]
+    words += ["--image-size", str(results["settings"]["image_size"]), "--steps", str(best["steps"])]
+    words += ["--evaluations 1", "--seeds", str(len({run["seed"] for run in of(results, labels)}))]
+    if labels == "all":
+        words.append("--tune 1")  # so that the images that judged the trials are trained on too
+    return " ".join([*words, *as_arguments(best["settings"])])
+
+
 def settings_found(results: Mapping[str, Any]) -> Section:
     rows = []
     for labels in counts(results):
         for method in methods(results):
-            own = [
-                trial for trial in results["trials"] if (trial["labels_per_class"], trial["method"]) == (labels, method)
-            ]
+            own = trials_of(results, labels, method)
             best, default = best_trial(own), best_trial([trial for trial in own if trial["number"] == 0])
             if best is not None:
                 words = " ".join(as_arguments({name: rounded(value) for name, value in best["settings"].items()}))
@@ -249,7 +263,12 @@ def settings_found(results: Mapping[str, Any]) -> Section:
         f"with the defaults. {ways} Validation accuracies are too high where they chose; no test image chose anything."
     )
     columns = ("method", "labels per class", "settings found", "validation accuracy, %", "with the defaults, %")
-    return Section("Settings", columns, rows, caption, words=(0, 2))
+    labels = counts(results)[0]
+    best = max(
+        (trial for method in methods(results) if (trial := best_trial(trials_of(results, labels, method)))), key=merit
+    )
+    finding = f"One cell again, {best['method']} in the first column: `{again(results, labels, best['method'])}`"
+    return Section("Settings", columns, rows, caption, [finding], words=(0, 2))
 
 
 def rounded(value: float) -> float:

@@ -24,6 +24,7 @@ import suite
 import summary
 import torch
 
+from talib_fast.__main__ import build_parser
 from talib_fast.networks import Network
 
 
@@ -513,6 +514,13 @@ class TestAccuracy:
         assert gained.rows[0] == ("linear", *3 * ["+2.0 ± 2.5 (8.9)"]) and not gained.bold
         assert settings.rows[0] == ("plain", "2", "--lr 0.03", "50.0", "25.0")
         assert len(settings.rows) == 3 * 13 and "39.0 hours in all" in settings.caption
+        words = (
+            "python -m talib_fast finetune --data groceries --labels-per-class 2 --method lwf+bss --image-size 8 "
+            "--steps 3 --evaluations 1 --seeds 3 --lr 0.03"
+        )
+        assert settings.findings == [f"One cell again, lwf+bss in the first column: `{words}`"]
+        assert build_parser().parse_args(words.split()[3:]).lr == 0.03
+        assert "--seeds 3 --tune 1 --lr 0.03" in accuracy.again(results, "all", "plain")
         assert competition.findings[-1].startswith(
             "The winner, lwf+bss, trained on all labelled images, reaches 53.0 %"
         )
