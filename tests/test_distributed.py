@@ -240,7 +240,7 @@ def test_two_processes_train_as_one(tiny, images, tmp_path, capfd):
     assert len(torch.load(checkpoint, weights_only=True)["record"]["losses"]) == 3
     code, out, err = tiny("pass", "--steps", "6")
     assert code == 0, err
-    assert "shared out among 2 processes" in out and out.count("Finished already: 2.") == 1
+    assert "shared out among 2 processes" in out and out.count("Finished already: 2 runs.") == 1
     assert out.count("[9/9] bi_tuning, seed 0: ") == 1 and out.count("accuracy, %") == 1
     assert err.count("bi_tuning, seed 0: step 6/6") == 1 and "l2, seed 0: step 3/6" not in err
     assert not list((tmp_path / "out" / "checkpoints").iterdir())

@@ -473,7 +473,10 @@ def tree(tmp_path_factory):
     for name in ("talib_fast", "tools", "benchmarks", "tests/simt"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=others)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "tests/cuda_support.py"):
+    for name in (
+        *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
+        *("tests/conftest.py", "tests/cuda_support.py", "tests/process_support.py"),
+    ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=ignored)
     (diff,) = (code for language, code in FENCED.findall((DOCS / "contributing.md").read_text()) if language == "diff")
