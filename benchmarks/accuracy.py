@@ -26,7 +26,7 @@ import torch
 from talib_fast.storage import write_atomically
 from talib_fast.training import trial_report
 from talib_fast.training.choosing import best_trial, merit
-from talib_fast.training.comparison import Comparison, comparisons, points
+from talib_fast.training.comparison import Comparison, by_method, comparisons, points
 from talib_fast.training.page import Section
 from talib_fast.training.recipes import RECIPES, canonical
 from talib_fast.training.report import method_colours
@@ -167,8 +167,7 @@ def of(results: Mapping[str, Any], labels: str) -> list[dict[str, Any]]:
 
 def methods(results: Mapping[str, Any]) -> list[str]:
     """Those that have runs, in their usual order, combinations behind them."""
-    found = dict.fromkeys(run["method"] for run in results["runs"])
-    return [*(name for name in RECIPES if name in found), *(name for name in found if name not in RECIPES)]
+    return [own[0]["method"] for own in by_method(results["runs"]).values()]
 
 
 def headings(results: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -24,7 +24,9 @@ import talib_fast
 from talib_fast.ops import backends, compiled
 from talib_fast.plots import STYLE
 from talib_fast.storage import write_atomically
-from talib_fast.training.page import Section
+
+if TYPE_CHECKING:  # kernels are measured where the main job's libraries may be missing
+    from talib_fast.training.page import Section
 
 Case = dict[str, Any]
 
@@ -296,7 +298,7 @@ def run(
     publish(json.loads((folder / "results.json").read_text()), folder)
 
 
-def write_sections(sections: Sequence[Section], where: dict[str, Any], folder: Path) -> None:
+def write_sections(sections: "Sequence[Section]", where: dict[str, Any], folder: Path) -> None:
     """Print some sections, and write them to ``table.md`` with the run's origin."""
     print("\n\n".join(section.text() for section in sections))
     page = "\n\n".join([*(section.markdown() for section in sections), origin(where)]) + "\n"

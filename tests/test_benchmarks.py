@@ -45,6 +45,21 @@ ROOT = Path(__file__).parent.parent
 BENCHMARK = "benchmarks/bench_stoch_norm.py"
 
 
+MAIN_JOB_ONLY = ("filelock", "jinja2", "PIL", "matplotlib", "optuna", "scipy", "tqdm")
+
+
+def test_kernels_are_measured_without_the_main_jobs_libraries():
+    """As on a machine with a GPU that has torch, pytest and little else."""
+    code = f"""
+import sys
+sys.path.insert(0, "benchmarks")
+sys.modules.update(dict.fromkeys({MAIN_JOB_ONLY}))
+import bench_bi_tuning, bench_channel_attention, bench_co_tuning, bench_host_overhead, bench_spectral_tail
+import bench_squared_distance, bench_stoch_norm, check_library, compare, kernels, report
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def run(command, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "OUT"))}
     return subprocess.run(

@@ -11,6 +11,11 @@ def merit(trial: Mapping[str, Any]) -> tuple[float, float, int]:
     return trial["accuracy"], -trial["cross_entropy"], -trial["number"]
 
 
+def right_or_wrong(trial: Mapping[str, Any]) -> str:
+    """A digit per validation image of all folds, 1 where the image was predicted to be what it is."""
+    return "".join(fold["right"] for fold in trial["folds"])
+
+
 def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The best of the longest trials that were finished; None where none was."""
     finished = [trial for trial in trials if trial["state"] == "finished"]

@@ -13,7 +13,7 @@ from ..inference import model
 from ..inference.output import write_csv
 from ..networks import Network, trained_state
 from . import parallel
-from .choosing import best_trial
+from .choosing import best_trial, right_or_wrong
 from .recipes import canonical
 from .results import Results, name_of, predictions_file
 from .trainer import Run
@@ -113,7 +113,7 @@ class Keeper:
             return {"chosen_by": "nothing: all models are kept"}
         trial = best_trial(self.results.trials)
         if trial is not None:
-            images = sum(len(fold["right"]) for fold in trial["folds"])
+            images = len(right_or_wrong(trial))
             return {
                 "chosen_by": f"the accuracy of its method's best trial, {trial['accuracy']:.1f} % of {images:,} images",
                 "chosen": trial["settings"],

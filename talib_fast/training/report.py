@@ -12,7 +12,7 @@ from ..images.imageset import ImageSet
 from ..plots import STYLE, drawn
 from ..storage import write_atomically
 from . import trial_report
-from .choosing import best_run, best_trial
+from .choosing import best_run, best_trial, right_or_wrong
 from .comparison import by_method, comparisons, points, span
 from .page import Choice, Section, html
 from .recipes import RECIPES, canonical
@@ -158,7 +158,7 @@ def choice(results: dict[str, Any]) -> Choice:
     heading = "The run" if len(runs) == 1 else "The best run" if best else "The first run"
     reason = ""
     if trial and best and canonical(trial["method"]) == canonical(run["method"]):
-        right = f"{trial['accuracy']:.1f} % of {trial_report.validation_images(trial):,} validation images"
+        right = f"{trial['accuracy']:.1f} % of {len(right_or_wrong(trial)):,} validation images"
         whole = "" if run["val_images"] else " The model here was then trained on all labelled images."
         reason = f"Trials chose its method and settings: {right}.{whole}"
     elif trial:

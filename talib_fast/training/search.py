@@ -49,6 +49,10 @@ def applied(options: Options, chosen: Mapping[str, Any]) -> Options:
     return replace(options, lr=chosen.get("lr", options.lr), trade_offs=trade_offs, own=own)
 
 
+def in_words(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in chosen.items())
+
+
 def as_arguments(chosen: Mapping[str, Any]) -> list[str]:
     """The options of the command line that say the same, exactly."""
     arguments = []

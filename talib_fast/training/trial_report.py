@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import count
-from .choosing import best_trial, merit
+from .choosing import best_trial, merit, right_or_wrong
 from .comparison import by_method, paired_images, points
 from .page import Section
 from .recipes import RECIPES, canonical, parse
+from .search import in_words
 
 Trial = Mapping[str, Any]
 TUNED = ("method", "validation accuracy, %", "with the defaults, %", "finished", "pruned", "time, s", "settings found")
@@ -101,7 +102,7 @@ def rivals(trials: Sequence[Trial], winner: Trial) -> list[Rival]:
     found = []
     for trial in best:
         same = winners[trial["rung"]]
-        found.append(Rival(trial, same, *paired_images(right(trial), right(same), len(best))))
+        found.append(Rival(trial, same, *paired_images(right_or_wrong(trial), right_or_wrong(same), len(best))))
     return found
 
 
@@ -159,28 +160,14 @@ def candidate(trial: Trial) -> tuple[str, int]:
     return canonical(trial["method"]), trial["number"]
 
 
-def right(trial: Trial) -> str:
-    """A digit per validation image of all folds."""
-    return "".join(fold["right"] for fold in trial["folds"])
-
-
-def validation_images(trial: Trial) -> int:
-    return len(right(trial))
-
-
 def judged_on(trial: Trial) -> str:
     folds = f" in {trial['of_folds']} folds" if trial["of_folds"] > 1 else ""
-    return f"Judged on {count(validation_images(trial), 'validation image')}{folds}."
+    return f"Judged on {count(len(right_or_wrong(trial)), 'validation image')}{folds}."
 
 
 def words(trial: Trial) -> str:
     """A trial's settings."""
-    if trial["number"] == 0:
-        return "defaults"
-    return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in trial["settings"].items()
-    )
+    return "defaults" if trial["number"] == 0 else in_words(trial["settings"])
 
 
 def duration(trials: Sequence[Trial]) -> str:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import count
-from . import parallel
+from . import parallel, search
 from .data import TaskData
 from .experiment import Experiment
 from .options import VAL_SHARE
 from .recipes import canonical
 from .results import Results
-from .search import applied
 from .splits import Shares, Splits, folded, split
 from .trainer import DivergedError, Record
 
@@ -101,7 +100,7 @@ def fold(
     options, earlier = experiment.options, trial["folds"]
     assert options.steps is not None
     own = replace(
-        applied(options, trial["settings"]),
+        search.applied(options, trial["settings"]),
         steps=trial["steps"],
         warmup=options.warmup * trial["steps"] // options.steps,
         evaluations=EVALUATIONS if hopeless else 1,
@@ -170,7 +169,7 @@ def new(method: str, number: int, settings: Mapping[str, Any], steps: int, folds
 
 def told(trial: Mapping[str, Any]) -> str:
     """A finished trial's settings and what came of them."""
-    words = ", ".join(f"{name} {value:.3g}" for name, value in trial["settings"].items())
+    words = search.in_words(trial["settings"])
     if trial.get("diverged"):
         return f"{words}: diverged"
     ended = " when it was given up" if trial["state"] == "pruned" else ""
