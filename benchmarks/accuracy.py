@@ -22,7 +22,9 @@ from typing import Any
 import command
 import report
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from talib_fast import networks
 from talib_fast.storage import write_atomically
 from talib_fast.training import trial_report
 from talib_fast.training.choosing import best_trial, merit
@@ -131,6 +133,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             "test_images": first["runs"][0]["test_images"],
             "train_images": {labels: results["runs"][0]["train_images"] for labels, results in found.items()},
         },
+        "multiply_adds": multiply_adds(first["settings"]["network"], first["settings"]["image_size"]),
         "competition": {
             "settings": competition["settings"],
             "table": [list(row) for row in closest(competition).rows],
@@ -142,6 +145,14 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "trials": searched(found),
         "runs": runs("labels_per_class", found),
     }
+
+
+def multiply_adds(name: str, size: int) -> int:
+    """Of the forward pass of one image through the network without its head."""
+    backbone = networks.build(name, size).backbone.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2
 
 
 def closest(competition: Mapping[str, Any]) -> Section:
@@ -195,8 +206,9 @@ def accuracies(results: Mapping[str, Any]) -> Section:
     seeds = ", ".join(str(len({run["seed"] for run in of(results, labels)})) for labels in counts(results))
     caption = (
         f"Accuracy on the {data['test_images']:,} test images, %, mean ± sample standard deviation over seeds "
-        f"({seeds}): {settings['network']} on {data['classes']} products, {settings['image_size']} pixels, steps of "
-        f"{settings['batch_size']} images: {lengths}."
+        f"({seeds}): {settings['network']} on {data['classes']} products, {settings['image_size']} pixels "
+        f"({results['multiply_adds'] / 1e6:.0f} million multiply-adds an image), steps of {settings['batch_size']} "
+        f"images: {lengths}."
     )
     return Section("Accuracy", ("method", *headings(results)), rows, caption)
 

@@ -474,8 +474,8 @@ class TestAccuracy:
             for method in methods
             for number in (0, 1)
         ]
-        settings = {"network": "net", "steps": 3, "batch_size": 2, "image_size": 8, "device": "cpu", "tune": 2}
-        settings |= {"labels_per_class": labels, "candidates": candidates, "lr": 0.02}
+        settings = {"network": "mobilenet_v2", "steps": 3, "batch_size": 2, "image_size": 32, "device": "cpu"}
+        settings |= {"tune": 2, "labels_per_class": labels, "candidates": candidates, "lr": 0.02}
         return {"settings": settings, "data": {"classes": ["a", "b"]}, "runs": runs, "trials": trials}
 
     @pytest.fixture
@@ -515,7 +515,7 @@ class TestAccuracy:
         assert settings.rows[0] == ("plain", "2", "--lr 0.03", "50.0", "25.0")
         assert len(settings.rows) == 3 * 13 and "39.0 hours in all" in settings.caption
         words = (
-            "python -m talib_fast finetune --data groceries --labels-per-class 2 --method lwf+bss --image-size 8 "
+            "python -m talib_fast finetune --data groceries --labels-per-class 2 --method lwf+bss --image-size 32 "
             "--steps 3 --evaluations 1 --seeds 3 --lr 0.03"
         )
         assert settings.findings == [f"One cell again, lwf+bss in the first column: `{words}`"]
@@ -530,6 +530,9 @@ class TestAccuracy:
         assert json.loads((tmp_path / "results.json").read_text()) == results
         pytest.importorskip("matplotlib")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_multiply_adds_are_the_papers(self):
+        assert accuracy.multiply_adds("mobilenet_v2", 224) == pytest.approx(300e6, rel=0.01)
 
     def test_runs_are_of_one_commit(self, commands, tmp_path, monkeypatch):
         words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
