@@ -228,7 +228,7 @@ def gained(results: Mapping[str, Any]) -> Section:
     number = next(iter(next(iter(found.values())).values())).number
     caption = (
         "Points above plain fine-tuning with the same seed, mean ± half the 95 % interval of one comparison (in "
-        f"brackets: so wide that all {number} of a column hold at once); bold where that leaves out zero."
+        f"brackets: so wide that all {number} of a column hold at once); bold where the wide one leaves out zero."
     )
     findings = [
         f"{heading}: {one.sentence()}"
