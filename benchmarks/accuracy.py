@@ -6,7 +6,7 @@ First all methods and some combinations compete, by ``python -m talib_fast finet
 class; the two combinations that validation likes best join the methods. Then ``finetune --tune`` searches every
 method's settings and trains it, for each number of labels per class. Everything goes to folders of its own below
 ``runs/``, and an interrupted command goes on where it stopped; ``results.json``, ``table.md`` and ``plot.png`` are
-written at the end. Four hours on two CPU cores. The photographs: docs/finetune.md says where they come from.
+written at the end. Five hours on two CPU cores. The photographs: docs/finetune.md says where they come from.
 """
 
 import argparse
@@ -38,7 +38,7 @@ DATA = "groceries"
 LABELS = ("2", "5", "all")
 SEEDS = {"2": 5, "5": 5, "all": 3}
 STEPS = {"2": 120, "5": 120, "all": 400}
-TRIALS, SIZE = 5, 96
+TRIALS, SIZE = 8, 96
 COMPETITION = ("5", 2)  # labels per class, and settings of each method, of the competition
 COMBINATIONS = (
     *("stochnorm+bss", "l2_sp+stochnorm", "delta_attention+stochnorm", "co_tuning+stochnorm", "lwf+stochnorm"),
@@ -228,7 +228,8 @@ def gained(results: Mapping[str, Any]) -> Section:
     number = next(iter(next(iter(found.values())).values())).number
     caption = (
         "Points above plain fine-tuning with the same seed, mean ± half the 95 % interval of one comparison (in "
-        f"brackets: so wide that all {number} of a column hold at once); bold where the wide one leaves out zero."
+        f"brackets: so wide that all {number} of a column hold at once); bold where the wide one leaves out zero. Intervals "
+        "are for other seeds, not for other settings, which a longer search may find."
     )
     findings = [
         f"{heading}: {one.sentence()}"

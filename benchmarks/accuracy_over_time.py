@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     command.collect_and_publish(
-        options, collect, publish, lambda device: options.out or command.RESULTS / device / "over_time"
+        options, collect, publish, lambda device: options.out or command.RESULTS / device / "accuracy_over_time"
     )
 
 

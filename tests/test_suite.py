@@ -503,7 +503,7 @@ class TestAccuracy:
         assert names[1:] == 3 * [[*accuracy.RECIPES, "lwf+bss", "lwf+stochnorm"]]
         assert [words["--labels-per-class"] for words in commands] == ["5", "2", "5", "all"]
         assert [words["--seeds"] for words in commands] == ["5", "5", "5", "3"]
-        assert [words["--tune"] for words in commands] == ["2", "5", "5", "5"]
+        assert [words["--tune"] for words in commands] == ["2", "8", "8", "8"]
         assert all(words["--threads"] == "1" for words in commands)
 
     def test_figures(self, commands, tmp_path, capsys):
@@ -554,8 +554,8 @@ class TestAccuracy:
         def place(*arguments):
             return accuracy.place(accuracy.parse(arguments), "cpu")
 
-        assert place() == place("--trials", "7") == command.RESULTS / "cpu" / "accuracy"
-        for fewer in (("--labels", "2"), ("--seeds", "9"), ("--trials", "2")):
+        assert place() == place("--trials", "9") == command.RESULTS / "cpu" / "accuracy"
+        for fewer in (("--labels", "2"), ("--seeds", "9"), ("--trials", "7")):
             assert command.RESULTS not in place(*fewer).parents
 
     def test_too_few_seeds(self, capsys):

@@ -31,7 +31,7 @@ from talib_fast.training.methods import Method
 from talib_fast.training.recipes import RECIPES, Setting
 from talib_fast.training.search import applied, as_arguments, defaults, space
 from talib_fast.training.trainer import Run
-from talib_fast.training.tuning import Search
+from talib_fast.training.tuning import SPREAD, Search
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -237,9 +237,9 @@ def test_chosen_settings_as_options():
 @pytest.mark.parametrize("method", [*RECIPES, "co_tuning+bss+stochnorm", "lwf+l2_sp"])
 def test_the_options_that_are_told_are_what_a_trial_had(method):
     words = ["--trade-off", "delta=0.5", "--set", "lwf.temperature=2", "--seeds", "3"]
-    search = Search(searched(method, *words), seed=5)
+    search = Search(searched(method, *words), 5, method)
     for number in range(3):
-        chosen = json.loads(json.dumps(search.random(number)))
+        chosen = json.loads(json.dumps(search.spread(number)))
         assert make_options(*words, *as_arguments(chosen)) == applied(make_options(*words), chosen)
 
 
@@ -256,7 +256,7 @@ def tried(lr, accuracy, state="finished", **more):
 
 def test_the_first_trial_has_the_defaults_and_the_next_ones_lie_in_the_space():
     settings = searched("bss+stochnorm")
-    search, earlier = Search(settings, seed=3), []
+    search, earlier = Search(settings, 3, "bss+stochnorm"), []
     for number in range(8):
         found = search.following(earlier)
         assert list(found) == list(settings)
@@ -271,24 +271,50 @@ def test_the_first_trial_has_the_defaults_and_the_next_ones_lie_in_the_space():
 def test_the_next_trial_is_a_function_of_the_seed_and_the_earlier_ones():
     rates = [0.02, 0.1, 0.004, 0.003, 0.15, 0.006, 0.08, 0.003]
     low_is_good, high_is_good = ([tried(lr, 50 - sign * 20 * math.log10(lr)) for lr in rates] for sign in (1, -1))
-    first = Search(LR, seed=1)
+    first = Search(LR, 1, "plain")
     first.following(low_is_good[:4])  # what was asked before does not count
     expected = first.following(low_is_good)
-    assert Search(LR, seed=1).following(json.loads(json.dumps(low_is_good))) == expected
-    assert Search(LR, seed=2).following(low_is_good) != expected
-    assert Search(LR, seed=1).following(high_is_good) != expected
+    assert Search(LR, 1, "plain").following(json.loads(json.dumps(low_is_good))) == expected
+    assert Search(LR, 2, "plain").following(low_is_good) != expected
+    assert Search(LR, 1, "plain").following(high_is_good) != expected
     for seed in range(5):
-        low, high = (Search(LR, seed).following(earlier)["lr"] for earlier in (low_is_good, high_is_good))
+        low, high = (Search(LR, seed, "plain").following(earlier)["lr"] for earlier in (low_is_good, high_is_good))
         assert low < high
     ends_early = [*low_is_good[:-1], tried(0.003, 10.0, "pruned"), tried(0.2, 0.0, "pruned", folds=[])]
     assert 0.002 <= first.following(ends_early)["lr"] <= 0.2
 
 
-def test_settings_at_random_do_not_repeat():
-    found = [Search(LR, seed=1).random(number)["lr"] for number in range(20)]
-    assert found[0] == 0.02 and len(set(found)) == 20
-    assert min(found) < 0.005 and max(found) > 0.08 and all(0.002 <= lr <= 0.2 for lr in found)
-    assert found[5] == Search(LR, seed=1).random(5)["lr"] != Search(LR, seed=2).random(5)["lr"]
+def test_the_first_settings_cover_the_ranges_with_the_same_learning_rates_for_every_method():
+    spaces = {method: searched(method) for method in ("plain", "bss+stochnorm", "lwf")}
+    for seed in range(5):
+        found = {
+            method: [Search(settings, seed, method).spread(number) for number in range(9)]
+            for method, settings in spaces.items()
+        }
+        rates = {tuple(each["lr"] for each in own) for own in found.values()}
+        assert len(rates) == 1
+        default, *spread = rates.pop()
+        assert default == 0.02 and all(0.002 <= lr <= 0.2 for lr in spread)
+        places = [math.log10(lr / 0.002) / 2 for lr in spread]
+        for many in (2, 4, 8):  # every part of the range has its own
+            assert sorted(int((place - places[0]) % 1 * many + 1e-6) for place in places[:many]) == list(range(many))
+        assert {each["bss.k"] for each in found["bss+stochnorm"]} == {1, 2, 3, 4}
+        assert len({each["trade_off stochnorm"] for each in found["bss+stochnorm"]}) == 9
+    other = [Search(spaces["plain"], seed, "plain").spread(1)["lr"] for seed in range(5)]
+    assert len(set(other)) == 5
+    search = Search(spaces["lwf"], 1, "lwf")
+    trials = []
+    for number in range(SPREAD + 1):
+        trials.append(tried(0.02, 50.0 + number, settings=search.following(trials)))
+    assert [trial["settings"] for trial in trials] == [search.spread(number) for number in range(SPREAD + 1)]
+    assert search.following(trials) != search.spread(SPREAD + 1)
+
+
+def test_a_setting_at_a_share_of_its_range():
+    assert [Setting(1, 1, 4, whole=True).at(share) for share in (0, 0.24, 0.26, 0.99)] == [1, 1, 2, 4]
+    assert [Setting(1, 0.25, 4).at(share) for share in (0, 0.25, 0.5)] == [0.25, 0.5, 1.0]
+    assert Setting(0.5, 0.1, 0.9, log=False).at(0.75) == pytest.approx(0.7)
+    assert Setting(1, 0.1, 0.7).at(1 - 2**-53) <= 0.7
 
 
 def searching(tmp_path, *words, each=25):
@@ -316,17 +342,18 @@ def test_a_better_learning_rate_is_found(seed, tmp_path, monkeypatch):
 
 def test_every_method_gets_as_many_trials(tmp_path, monkeypatch):
     make_up_training(monkeypatch, lambda run: (50 + len(run.record.method), 1.0))
-    experiment = searching(tmp_path, "--tune", "5")
+    experiment = searching(tmp_path, "--tune", "6")
     results = results_of(experiment)
     chosen = tuning.tune(["plain", "bss+l2", "bss"], experiment, results)
     assert list(chosen) == ["plain", "bss+l2", "bss"]
     assert [(trial["method"], trial["number"]) for trial in results.trials] == [
-        (method, number) for method in chosen for number in range(5)
+        (method, number) for method in chosen for number in range(6)
     ]
     assert {trial["state"] for trial in results.trials} == {"finished"}
     assert {(trial["steps"], trial["rung"], trial["of_folds"]) for trial in results.trials} == {(12, 0, 1)}
     rates = [[trial["settings"]["lr"] for trial in results.trials if trial["method"] == method] for method in chosen]
-    assert [own[0] for own in rates] == [0.02] * 3 and rates[0][1] != rates[2][1]  # each has a search of its own
+    assert rates[0][:5] == rates[1][:5] == rates[2][:5] and rates[0][0] == 0.02
+    assert rates[0][5] != rates[2][5]  # then each has a search of its own
     assert written(tmp_path)["trials"] == json.loads(json.dumps(results.trials))
 
 

@@ -1,8 +1,8 @@
 """``--method auto``: all methods compete in one budget, by successive halving.
 
-Every method enters with the same number of settings, its defaults and others drawn at random. All of them are trained
-for few steps, the better half of them anew for twice as many, and so on, up to the steps of a whole run: Jamieson and
-Talwalkar 2016, https://arxiv.org/abs/1502.07943.
+Every method enters with the same number of settings, its defaults and others that are spread evenly over the ranges.
+All of them are trained for few steps, the better half of them anew for twice as many, and so on, up to the steps of a
+whole run: Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943.
 """
 
 import math
@@ -15,7 +15,6 @@ from .choosing import best_trial, merit
 from .experiment import Experiment
 from .results import Results
 from .search import space
-from .splits import mixed_seed
 from .tuning import Search
 
 LEAST_STEPS = 15  # of the first rung
@@ -41,8 +40,8 @@ def compete(methods: Sequence[str], experiment: Experiment, results: Results) ->
     plan = rungs(options.tune * len(methods), options.steps)
     entered = []
     for method in methods:
-        search = Search(space(method, options), mixed_seed(options.seeds[0], "auto", method))
-        entered += [(method, number, search.random(number)) for number in range(options.tune)]
+        search = Search(space(method, options), options.seeds[0], method)
+        entered += [(method, number, search.spread(number)) for number in range(options.tune)]
     for rung, (_, steps) in enumerate(plan):
         for place, (method, number, settings) in enumerate(entered, 1):
             trial = entry(results, method, number, rung)

@@ -18,6 +18,13 @@ class Setting:
     whole: bool = False
     meaning: str = ""
 
+    def at(self, share: float) -> float:
+        """The value that far, from 0 to below 1, on the way from low to high."""
+        if self.whole:
+            return int(self.low + share * (self.high - self.low + 1))
+        value = self.low * (self.high / self.low) ** share if self.log else self.low + share * (self.high - self.low)
+        return min(max(float(value), self.low), self.high)  # rounding may leave the range
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -1,7 +1,8 @@
 """``--tune``: each method's settings searched by Optuna, with the same number of trials for every method.
 
-The sampler is Optuna's tree-structured Parzen estimator (Bergstra et al. 2011,
-https://proceedings.neurips.cc/paper/2011/hash/86e8f7ab32cfd12577bc2619bc635690-Abstract.html), and a trial ends early
+The first trials are spread evenly over the ranges, with the same learning rates for every method: a method that drew
+better ones would look better than it is. Then the sampler is Optuna's tree-structured Parzen estimator (Bergstra et al.
+2011, https://proceedings.neurips.cc/paper/2011/hash/86e8f7ab32cfd12577bc2619bc635690-Abstract.html). A trial ends early
 where its best accuracy is below the median of those before it. Which settings come next is a function of the seed and
 the trials so far, so an interrupted search ends where an uninterrupted one would have.
 """
@@ -9,6 +10,8 @@ the trials so far, so an interrupted search ends where an uninterrupted one woul
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..errors import UserError
 from ..libraries import needed
@@ -20,7 +23,8 @@ from .results import Results
 from .search import defaults, space
 from .splits import mixed_seed
 
-STARTUP = 3  # trials that end in no case early, the first of them with the defaults, the others at random
+SPREAD = 4  # trials, after the first one with the defaults, that are spread evenly over the ranges
+STARTUP = 3  # trials that end in no case early
 WARMUP = trials.EVALUATIONS // 2  # evaluations of the first fold after which no trial ends yet: slow ones may be good
 
 
@@ -34,7 +38,7 @@ def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> di
     parts = trials.load(experiment)
     chosen: dict[str, dict[str, Any]] = {}
     for place, method in enumerate(methods):
-        search = Search(space(method, experiment.options), mixed_seed(experiment.options.seeds[0], "tune", method))
+        search = Search(space(method, experiment.options), experiment.options.seeds[0], method)
         for index in range(number):
             own = trials.found(results.trials, method)
             if index == len(own):
@@ -57,19 +61,31 @@ def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> di
 class Search:
     """The search of one method's settings, by the trials so far, which are given to it each time."""
 
-    def __init__(self, settings: Mapping[str, Setting], seed: int) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Mapping[str, Setting], seed: int, method: str) -> None:
+        self.settings, self.seed, self.method = settings, seed, method
 
     def following(self, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The next trial's settings, the same on every rank: the defaults in the first one."""
-        own = defaults(self.settings) if not earlier else {}
-        return parallel.from_first(lambda: self._ask(earlier, own).params)
+        """The next trial's settings, the same on every rank."""
+        if len(earlier) <= SPREAD:
+            return self.spread(len(earlier))
+        return parallel.from_first(lambda: self._ask(earlier, {}).params)
 
-    def random(self, number: int) -> dict[str, Any]:
-        """Settings that no trial suggests, the same on every rank: the defaults for number 0."""
-        search = Search(self.settings, mixed_seed(self.seed, number))
-        own = defaults(self.settings) if number == 0 else {}
-        return parallel.from_first(lambda: search._ask([], own).params)
+    def spread(self, number: int) -> dict[str, Any]:
+        """Settings that no trial suggests, the same on every rank: the defaults for number 0.
+
+        The others are a Halton sequence, shifted by the seed, which is even however far it is taken. The first setting,
+        the learning rate, has the same values whatever the method is.
+        """
+        if number == 0:
+            return defaults(self.settings)
+
+        def settings() -> dict[str, Any]:
+            points = needed("scipy.stats", "--tune").qmc.Halton(len(self.settings), scramble=False).random(number)
+            shift = np.random.default_rng(mixed_seed(self.seed, "spread")).random(len(self.settings))
+            shares = zip(self.settings.items(), (points[-1] + shift) % 1, strict=True)
+            return {name: setting.at(share) for (name, setting), share in shares}
+
+        return parallel.from_first(settings)
 
     def pruner(self, earlier: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> Callable[[list[float]], bool]:
         """Says of the accuracies of a trial with these settings whether it shall end in the light of earlier ones."""
@@ -90,7 +106,9 @@ class Search:
         optuna = library()
         study = optuna.create_study(
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=mixed_seed(self.seed, len(earlier)), n_startup_trials=STARTUP),
+            sampler=optuna.samplers.TPESampler(
+                seed=mixed_seed(self.seed, "tune", self.method, len(earlier)), n_startup_trials=SPREAD + 1
+            ),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=WARMUP),
         )
         distributions = {name: distribution(setting) for name, setting in self.settings.items()}
