@@ -228,8 +228,8 @@ def gained(results: Mapping[str, Any]) -> Section:
     number = next(iter(next(iter(found.values())).values())).number
     caption = (
         "Points above plain fine-tuning with the same seed, mean ± half the 95 % interval of one comparison (in "
-        f"brackets: so wide that all {number} of a column hold at once); bold where the wide one leaves out zero. Intervals "
-        "are for other seeds, not for other settings, which a longer search may find."
+        f"brackets: so wide that all {number} of a column hold at once); bold where the wide one leaves out zero. "
+        "Intervals are for other seeds, not for other settings, which a longer search may find."
     )
     findings = [
         f"{heading}: {one.sentence()}"
