@@ -291,9 +291,9 @@ def result_tables(page: Path, text: str) -> list[Path]:
 
 
 def stands_for(figure: str, cell: str) -> bool:
-    """Whether a cell of a result's table is that figure, or begins with a number that rounds to it."""
+    """Whether a cell of a result's table is that figure, or begins with it or with a number that rounds to it."""
     if "±" in figure:
-        return figure == cell.strip("*")
+        return figure == cell.strip("*").partition(" (")[0]
     begins = re.match(NUMBER, cell)
     if begins is None:
         return False
