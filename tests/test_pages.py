@@ -262,7 +262,7 @@ def test_names_in_code_are_those_of_the_tree(name):
 
 Row = list[str]
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
-FIGURE = re.compile(rf"({NUMBER}) ?[×%](?! ?\d)|([+-]?{NUMBER} ± {NUMBER})")
+FIGURE = re.compile(rf"({NUMBER}) ?[×%](?! ?\d)|([+-]?{NUMBER} ± {NUMBER}(?: \({NUMBER}\))?)")
 
 
 def sections(page: Path) -> Iterator[tuple[str, str]]:
@@ -291,9 +291,9 @@ def result_tables(page: Path, text: str) -> list[Path]:
 
 
 def stands_for(figure: str, cell: str) -> bool:
-    """Whether a cell of a result's table is that figure, or begins with it or with a number that rounds to it."""
+    """Whether a cell of a result's table is that figure, or begins with a number that rounds to it."""
     if "±" in figure:
-        return figure == cell.strip("*").partition(" (")[0]
+        return figure == cell.strip("*")
     begins = re.match(NUMBER, cell)
     if begins is None:
         return False
