@@ -4,7 +4,8 @@
 
 First all methods and some combinations compete, by ``python -m talib_fast finetune --method auto`` at five labels per
 class; the two combinations that validation likes best join the methods. Then ``finetune --tune`` searches every
-method's settings and trains it, for each number of labels per class. Everything goes to folders of its own below
+method's settings and trains it, for each number of labels per class. The method that validation likes best with all
+labels is trained once more on larger images, as the literature has them. Everything goes to folders of its own below
 ``runs/``, and an interrupted command goes on where it stopped; ``results.json``, ``table.md`` and ``plot.png`` are
 written at the end. Five hours on two CPU cores. The photographs: docs/finetune.md says where they come from.
 """
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import command
@@ -38,13 +40,15 @@ DATA = "groceries"
 LABELS = ("2", "5", "all")
 SEEDS = {"2": 5, "5": 5, "all": 3}
 STEPS = {"2": 120, "5": 120, "all": 400}
-TRIALS, SIZE = 8, 96
+TRIALS, SIZE, LARGER_SIZE = 8, 96, 224
 COMPETITION = ("5", 2)  # labels per class, and settings of each method, of the competition
 COMBINATIONS = (
     *("stochnorm+bss", "l2_sp+stochnorm", "delta_attention+stochnorm", "co_tuning+stochnorm", "lwf+stochnorm"),
     *("bi_tuning+stochnorm", "co_tuning+bss", "lwf+bss"),
 )
 BEST = 2  # combinations that join the methods
+# what others report of these photographs, %, from convolutional networks that the abstract does not name
+LITERATURE = ("[Antioquia 2021](https://animorepository.dlsu.edu.ph/faculty_research/9103)", "86.0")
 
 
 def main_job(failure: str, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
@@ -55,16 +59,37 @@ def main_job(failure: str, folder: Path, arguments: Sequence[str]) -> dict[str, 
     return json.loads((folder / "results.json").read_text())
 
 
-def finetune(name: str, labels: str, methods: Sequence[str], trials: int, options: argparse.Namespace) -> Any:
+def finetune(
+    name: str,
+    labels: str,
+    methods: Sequence[str],
+    trials: int,
+    options: argparse.Namespace,
+    *,
+    size: int = SIZE,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """The main job's results for these methods with that many labels per class, in a folder of that name."""
     folder = options.runs / name
     if options.gather:
         return json.loads((folder / "results.json").read_text())
-    arguments = ["--data", str(options.data), "--labels-per-class", labels, "--image-size", str(SIZE)]
+    arguments = ["--data", str(options.data), "--labels-per-class", labels, "--image-size", str(size)]
     arguments += ["--steps", str(STEPS.get(labels, STEPS["5"])), "--evaluations", "1", "--keep", "none"]
     arguments += ["--method", ",".join(methods), "--tune", str(trials), "--out", str(folder)]
     arguments += ["--seeds", str(options.seeds or SEEDS.get(labels, SEEDS["5"]))]
-    return main_job(f"accuracy.py: no results in {folder}", folder, [*arguments, *options.finetune])
+    arguments += [*as_arguments(settings), *options.finetune]
+    return main_job(f"accuracy.py: no results in {folder}", folder, arguments)
+
+
+def on_larger_images(found: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The method that validation likes best with all labels, with its settings, which are not searched anew."""
+    best = best_trial(found["trials"])
+    assert best is not None
+    results = finetune("larger", "all", [best["method"]], 1, options, size=LARGER_SIZE, settings=best["settings"])
+    return {
+        "multiply_adds": multiply_adds(results["settings"]["network"], results["settings"]["image_size"]),
+        "runs": runs("image_size", {results["settings"]["image_size"]: results}),
+    }
 
 
 def best_combinations(trials: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -92,7 +117,7 @@ def same_commit(environment: dict[str, Any], options: argparse.Namespace) -> dic
     return environment
 
 
-def runs(name: str, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def runs(name: str, found: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
     """What is kept of the runs of several main jobs, which differ in the setting of that name."""
     kept = ("method", "seed", "accuracy", "seconds_per_step", "chosen")
     return [
@@ -124,6 +149,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     }
     first = next(iter(found.values()))
     differing = ("labels_per_class", "steps", "test_images", "candidates")
+    larger = {"larger": on_larger_images(found["all"], options)} if "all" in found else {}
     return {
         "environment": environment,
         "settings": {name: value for name, value in first["settings"].items() if name not in differing}
@@ -142,6 +168,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             "runs": runs("labels_per_class", {labels: competition}),
         },
         "judged": {labels: judged(results) for labels, results in found.items()},
+        **larger,
         "trials": searched(found),
         "runs": runs("labels_per_class", found),
     }
@@ -190,13 +217,17 @@ def gains(results: Mapping[str, Any], labels: str) -> dict[str, Comparison]:
     return {one.method: one for one in comparisons(of(results, labels))}
 
 
+def spread(accuracies: Sequence[float]) -> str:
+    return f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
+
+
 def accuracies(results: Mapping[str, Any]) -> Section:
     rows = []
     for method in methods(results):
         cells = [method]
         for labels in counts(results):
             own = [run["accuracy"] for run in of(results, labels) if run["method"] == method]
-            cells.append(f"{statistics.fmean(own):.1f} ± {statistics.stdev(own):.1f}")
+            cells.append(spread(own))
         rows.append(tuple(cells))
     settings, data = results["settings"], results["data"]
     lengths = ", ".join(
@@ -243,12 +274,12 @@ def trials_of(results: Mapping[str, Any], labels: str, method: str) -> list[dict
     return [trial for trial in results["trials"] if (trial["labels_per_class"], trial["method"]) == (labels, method)]
 
 
-def again(results: Mapping[str, Any], labels: str, method: str) -> str:
-    """The command that repeats a cell of the table, all seeds of it."""
+def again(results: Mapping[str, Any], labels: str, method: str, size: int | None = None) -> str:
+    """The command that repeats a cell of the table, all seeds of it, or the same with another size of images."""
     best = best_trial(trials_of(results, labels, method))
     assert best is not None
     words = ["python -m talib_fast finetune --data", DATA, "--labels-per-class", labels, "--method", method]
-    words += ["--image-size", str(results["settings"]["image_size"]), "--steps", str(best["steps"])]
+    words += ["--image-size", str(size or results["settings"]["image_size"]), "--steps", str(best["steps"])]
     words += ["--evaluations 1", "--seeds", str(len({run["seed"] for run in of(results, labels)}))]
     if labels == "all":
         words.append("--tune 1")  # so that the images that judged the trials are trained on too
@@ -302,14 +333,40 @@ def competition(results: Mapping[str, Any]) -> Section:
     )
 
 
+def beside_literature(results: Mapping[str, Any]) -> Section:
+    larger = results["larger"]["runs"]
+    method, size = larger[0]["method"], larger[0]["image_size"]
+    smaller = [run for run in of(results, "all") if run["method"] == method]
+    settings, pixels = results["settings"], results["settings"]["image_size"]
+    rows = []
+    for side, count, own in (
+        (pixels, results["multiply_adds"], smaller),
+        (size, results["larger"]["multiply_adds"], larger),
+    ):
+        minutes = settings["steps"]["all"] * statistics.median(run["seconds_per_step"] for run in own) / 60
+        reached = spread([run["accuracy"] for run in own])
+        rows.append((f"{settings['network']}, {method}", f"{side}", f"{count / 1e6:.0f}", f"{minutes:.1f}", reached))
+    rows.append((LITERATURE[0], "-", "-", "-", LITERATURE[1]))
+    caption = (
+        f"With all labels, the method that validation likes best, with the settings found for images of {pixels} "
+        f"pixels, and no search for those of {size}: accuracy on the test images, %, mean ± sample standard deviation "
+        f"over {len(larger)} seeds. The last row is of convolutional networks that its abstract does not name."
+    )
+    finding = f"The larger images again: `{again(results, 'all', method, size)}`"
+    columns = ("what", "pixels", "multiply-adds an image, millions", "training, min", "accuracy, %")
+    return Section("Beside the literature", columns, rows, caption, [finding])
+
+
 def sections(results: Mapping[str, Any]) -> list[Section]:
-    return [accuracies(results), gained(results), settings_found(results), competition(results)]
+    found = [accuracies(results), gained(results), settings_found(results), competition(results)]
+    return [*found, beside_literature(results)] if "larger" in results else found
 
 
 def draw(results: Mapping[str, Any]) -> Any:
     """A panel per number of labels: what each method gains by seed, the mean and both of its intervals.
 
-    The wider interval, which with three seeds is many times as wide, may end outside of its panel.
+    All panels have one axis, with zero in the middle, on which the intervals and seeds fill two thirds: the wider
+    intervals, which with three seeds are many times as wide, may end outside.
     """
     from matplotlib.figure import Figure
 
@@ -317,15 +374,18 @@ def draw(results: Mapping[str, Any]) -> Any:
     colours = method_colours([canonical(name) for name in shown])
     figure = Figure(figsize=(3.4 + 2.6 * len(counts(results)), 1.4 + 0.32 * len(shown)), layout="constrained")
     grid = figure.subplots(1, len(counts(results)), sharey=True, squeeze=False)[0]
+    found = {labels: gains(results, labels) for labels in counts(results)}
+    every = [one for own in found.values() for one in own.values()]
+    seeds = [abs(difference) for one in every for difference in one.differences.values()]
+    limit = 1.5 * max(*seeds, *(abs(one.mean or 0) + (one.half_width or 0) for one in every)) or 1.0
     for axes, labels, heading in zip(grid, counts(results), headings(results), strict=True):
         for place, method in enumerate(shown):
-            one, colour = gains(results, labels)[method], colours[canonical(method)]
+            one, colour = found[labels][method], colours[canonical(method)]
             own = list(one.differences.values())
             axes.plot(own, [place] * len(own), "o", color=colour, alpha=0.35, ms=4, mew=0)
             axes.errorbar(one.mean, place, xerr=one.corrected_half_width, color=colour, lw=0.8, capsize=2)
             axes.errorbar(one.mean, place, xerr=one.half_width, fmt="D", color=colour, ms=4.5, lw=2.2)
-        ends = [(one.mean or 0, one.half_width or 0) for one in gains(results, labels).values()]
-        axes.set_xlim(1.15 * min(mean - half for mean, half in ends), 1.15 * max(mean + half for mean, half in ends))
+        axes.set_xlim(-limit, limit)
         axes.axvline(0, color="0.35", lw=1, ls=(0, (4, 3)), zorder=0)
         axes.set_title(heading, fontsize=10)
         axes.set_yticks(range(len(shown)), shown)

@@ -463,7 +463,7 @@ class TestAccuracy:
         """What the main job leaves: plain reaches 50 to 52 %, the others gain 1, 2 and 3 points by seed."""
         runs = [
             {"method": method, "seed": seed, "accuracy": 50.0 + seed + (method != "plain") * (seed + 1), "model": None}
-            | {"seconds_per_step": 0.1, "chosen": {"lr": 0.03}, "test_images": 10, "train_images": 8}
+            | {"seconds_per_step": 30.0, "chosen": {"lr": 0.03}, "test_images": 10, "train_images": 8}
             for seed in (2, 0, 1)
             for method in (["lwf+bss"] if candidates else methods)
         ]
@@ -490,6 +490,7 @@ class TestAccuracy:
             candidates = [*accuracy.RECIPES, *methods[1:]] if methods[0] == "auto" else None
             folder.mkdir(parents=True, exist_ok=True)
             made = self.job(words["--labels-per-class"], candidates or methods, candidates)
+            made["settings"]["image_size"] = int(words["--image-size"])
             (folder / "results.json").write_text(json.dumps(made))
             return SimpleNamespace(returncode=0)
 
@@ -500,22 +501,24 @@ class TestAccuracy:
         accuracy.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--", "--threads", "1"])
         names = [words["--method"].split(",") for words in commands]
         assert names[0] == ["auto", *accuracy.COMBINATIONS]
-        assert names[1:] == 3 * [[*accuracy.RECIPES, "lwf+bss", "lwf+stochnorm"]]
-        assert [words["--labels-per-class"] for words in commands] == ["5", "2", "5", "all"]
-        assert [words["--seeds"] for words in commands] == ["5", "5", "5", "3"]
-        assert [words["--tune"] for words in commands] == ["2", "8", "8", "8"]
+        assert names[1:4] == 3 * [[*accuracy.RECIPES, "lwf+bss", "lwf+stochnorm"]]
+        assert [words["--labels-per-class"] for words in commands] == ["5", "2", "5", "all", "all"]
+        assert [words["--seeds"] for words in commands] == ["5", "5", "5", "3", "3"]
+        assert [words["--tune"] for words in commands] == ["2", "8", "8", "8", "1"]
+        assert [words["--image-size"] for words in commands] == ["96", "96", "96", "96", "224"]
+        assert names[4] == ["lwf+bss"] and commands[4]["--lr"] == "0.03"
         assert all(words["--threads"] == "1" for words in commands)
 
     def test_figures(self, commands, tmp_path, capsys):
         accuracy.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
         results = json.loads((tmp_path / "results.json").read_text())
-        reached, gained, settings, competition = accuracy.sections(results)
+        reached, gained, settings, competition, literature = accuracy.sections(results)
         assert reached.rows[0] == ("plain", *3 * ["51.0 ± 1.0"])
         assert gained.rows[0] == ("linear", *3 * ["+2.0 ± 2.5 (8.9)"]) and not gained.bold
         assert settings.rows[0] == ("plain", "2", "--lr 0.03", "50.0", "25.0")
         assert len(settings.rows) == 3 * 13 and "39.0 hours in all" in settings.caption
         words = (
-            "python -m talib_fast finetune --data groceries --labels-per-class 2 --method lwf+bss --image-size 32 "
+            "python -m talib_fast finetune --data groceries --labels-per-class 2 --method lwf+bss --image-size 96 "
             "--steps 3 --evaluations 1 --seeds 3 --lr 0.03"
         )
         assert settings.findings == [f"One cell again, lwf+bss in the first column: `{words}`"]
@@ -524,6 +527,12 @@ class TestAccuracy:
         assert competition.findings[-1].startswith(
             "The winner, lwf+bss, trained on all labelled images, reaches 53.0 %"
         )
+        assert literature.rows == [
+            ("mobilenet_v2, lwf+bss", "96", "55", "1.5", "53.0 ± 2.0"),
+            ("mobilenet_v2, lwf+bss", "224", "299", "1.5", "53.0 ± 2.0"),
+            (accuracy.LITERATURE[0], "-", "-", "-", "86.0"),
+        ]
+        assert "--method lwf+bss --image-size 224 --steps 3" in literature.findings[0]
         first = capsys.readouterr().out
         accuracy.main(["--from-json", str(tmp_path)])
         assert capsys.readouterr().out == first
