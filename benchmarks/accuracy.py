@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import command
@@ -30,7 +29,7 @@ from talib_fast import networks
 from talib_fast.storage import write_atomically
 from talib_fast.training import trial_report
 from talib_fast.training.choosing import best_trial, merit
-from talib_fast.training.comparison import Comparison, by_method, comparisons, points
+from talib_fast.training.comparison import Comparison, by_method, comparisons, mean_and_deviation, points
 from talib_fast.training.page import Section
 from talib_fast.training.recipes import RECIPES, canonical
 from talib_fast.training.report import method_colours
@@ -67,9 +66,12 @@ def finetune(
     options: argparse.Namespace,
     *,
     size: int = SIZE,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: Sequence[str] = (),
 ) -> Any:
-    """The main job's results for these methods with that many labels per class, in a folder of that name."""
+    """The main job's results for these methods with that many labels per class, in a folder of that name.
+
+    ``settings`` are further options of the main job.
+    """
     folder = options.runs / name
     if options.gather:
         return json.loads((folder / "results.json").read_text())
@@ -77,15 +79,15 @@ def finetune(
     arguments += ["--steps", str(STEPS.get(labels, STEPS["5"])), "--evaluations", "1", "--keep", "none"]
     arguments += ["--method", ",".join(methods), "--tune", str(trials), "--out", str(folder)]
     arguments += ["--seeds", str(options.seeds or SEEDS.get(labels, SEEDS["5"]))]
-    arguments += [*as_arguments(settings), *options.finetune]
-    return main_job(f"accuracy.py: no results in {folder}", folder, arguments)
+    return main_job(f"accuracy.py: no results in {folder}", folder, [*arguments, *settings, *options.finetune])
 
 
 def on_larger_images(found: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The method that validation likes best with all labels, with its settings, which are not searched anew."""
     best = best_trial(found["trials"])
     assert best is not None
-    results = finetune("larger", "all", [best["method"]], 1, options, size=LARGER_SIZE, settings=best["settings"])
+    settings = as_arguments(best["settings"])
+    results = finetune("larger", "all", [best["method"]], 1, options, size=LARGER_SIZE, settings=settings)
     return {
         "multiply_adds": multiply_adds(results["settings"]["network"], results["settings"]["image_size"]),
         "runs": runs("image_size", {results["settings"]["image_size"]: results}),
@@ -217,17 +219,13 @@ def gains(results: Mapping[str, Any], labels: str) -> dict[str, Comparison]:
     return {one.method: one for one in comparisons(of(results, labels))}
 
 
-def spread(accuracies: Sequence[float]) -> str:
-    return f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
-
-
 def accuracies(results: Mapping[str, Any]) -> Section:
     rows = []
     for method in methods(results):
         cells = [method]
         for labels in counts(results):
             own = [run["accuracy"] for run in of(results, labels) if run["method"] == method]
-            cells.append(spread(own))
+            cells.append(mean_and_deviation(own))
         rows.append(tuple(cells))
     settings, data = results["settings"], results["data"]
     lengths = ", ".join(
@@ -307,9 +305,8 @@ def settings_found(results: Mapping[str, Any]) -> Section:
     )
     columns = ("method", "labels per class", "settings found", "validation accuracy, %", "with the defaults, %")
     labels = counts(results)[0]
-    best = max(
-        (trial for method in methods(results) if (trial := best_trial(trials_of(results, labels, method)))), key=merit
-    )
+    best = best_trial([trial for trial in results["trials"] if trial["labels_per_class"] == labels])
+    assert best is not None
     finding = f"One cell again, {best['method']} in the first column: `{again(results, labels, best['method'])}`"
     return Section("Settings", columns, rows, caption, [finding], words=(0, 2))
 
@@ -344,7 +341,7 @@ def beside_literature(results: Mapping[str, Any]) -> Section:
         (size, results["larger"]["multiply_adds"], larger),
     ):
         minutes = settings["steps"]["all"] * statistics.median(run["seconds_per_step"] for run in own) / 60
-        reached = spread([run["accuracy"] for run in own])
+        reached = mean_and_deviation([run["accuracy"] for run in own])
         rows.append((f"{settings['network']}, {method}", f"{side}", f"{count / 1e6:.0f}", f"{minutes:.1f}", reached))
     rows.append((LITERATURE[0], "-", "-", "-", LITERATURE[1]))
     caption = (

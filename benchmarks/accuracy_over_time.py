@@ -20,7 +20,7 @@ import report
 import torch
 
 from talib_fast.storage import write_atomically
-from talib_fast.training.comparison import comparisons, points
+from talib_fast.training.comparison import comparisons, mean_and_deviation, points
 from talib_fast.training.page import Section
 from talib_fast.training.report import means, method_colours
 
@@ -65,8 +65,7 @@ def table(results: Mapping[str, Any]) -> Section:
     rows = []
     for method, own in zip(METHODS, (plain, stochnorm), strict=True):
         times, accuracies = [duration(run) for run in own], [run["accuracy"] for run in own]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(own) > 1 else ""
-        rows.append((method, f"{statistics.median(times):.1f}", f"{statistics.fmean(accuracies):.1f}{spread}"))
+        rows.append((method, f"{statistics.median(times):.1f}", mean_and_deviation(accuracies)))
     pairs = list(zip(stochnorm, plain, strict=True))
     ratios = [duration(own) / duration(other) for own, other in pairs]
     gains = [reached(own, other["seconds"][-1]) - other["val_accuracy"] for own, other in pairs]

@@ -10,7 +10,6 @@ with those of the pretrained network's own precision. A quarter of an hour on tw
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from talib_fast.finetune.frozen import frozen
 from talib_fast.images.sample import load_sample
 from talib_fast.ops import squared_distance
 from talib_fast.storage import write_atomically
-from talib_fast.training.comparison import Comparison
+from talib_fast.training.comparison import Comparison, mean_and_deviation
 from talib_fast.training.data import TaskData
 from talib_fast.training.methods import Method
 from talib_fast.training.splits import Shares, split
@@ -107,7 +106,7 @@ def tables(results: dict[str, Any]) -> list[tuple[list[list[str]], str]]:
     rows = [["method", "as the network is", dtype, "difference"]]
     for method in METHODS:
         own, other = (by_seed(results, method, name) for name in ("network", dtype))
-        cells = [f"{statistics.fmean(a.values()):.1f} ± {statistics.stdev(a.values()):.1f}" for a in (own, other)]
+        cells = [mean_and_deviation(list(accuracies.values())) for accuracies in (own, other)]
         difference = Comparison(dtype, "network", {seed: other[seed] - own[seed] for seed in own}, 1)
         rows.append([method, *cells, f"{difference.mean:+.1f} ± {difference.half_width:.1f}"])
     seeds = len(by_seed(results, METHODS[0], "network"))

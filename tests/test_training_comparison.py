@@ -6,7 +6,7 @@ import pytest
 from process_support import PATIENCE
 from scipy import stats
 
-from talib_fast.training.comparison import Comparison, by_method, comparisons, paired_images, points
+from talib_fast.training.comparison import Comparison, by_method, comparisons, mean_and_deviation, paired_images, points
 
 
 def runs(**accuracies):
@@ -127,6 +127,7 @@ def test_paired_images_of_other_kinds(a, b):
 
 def test_points_have_one_zero():
     assert [points(value) for value in (-0.04, 0.0, 0.06, -2.0)] == ["+0.0", "+0.0", "+0.1", "-2.0"]
+    assert [mean_and_deviation(values) for values in ([50.0, 51.0, 52.0], [70.25])] == ["51.0 ± 1.0", "70.2"]
 
 
 def test_scipy_is_only_imported_for_an_interval():

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,12 @@ def paired_images(right_a: str, right_b: str, number: int = 1) -> tuple[float, f
 def points(value: float) -> str:
     """A difference with its sign and one decimal; what rounds to zero is +0.0."""
     return f"{round(value, 1) + 0.0:+.1f}"
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean ± the sample standard deviation, with one decimal; a single value shows no spread."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def span(centre: float, half_width: float) -> str:

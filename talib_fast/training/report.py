@@ -13,7 +13,7 @@ from ..plots import STYLE, drawn
 from ..storage import write_atomically
 from . import trial_report
 from .choosing import best_run, best_trial, right_or_wrong
-from .comparison import by_method, comparisons, points, span
+from .comparison import by_method, comparisons, mean_and_deviation, points, span
 from .page import Choice, Section, html
 from .recipes import RECIPES, canonical
 
@@ -43,11 +43,10 @@ class Row:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def cells(self) -> tuple[str, ...]:
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
         preparation = f"{self.preparation_seconds:.1f}" if self.preparation_seconds >= 0.05 else "-"
         return (
             self.method,
-            f"{self.mean:.1f}{spread}",
+            mean_and_deviation(self.accuracies),
             str(len(self.accuracies)),
             f"{self.seconds_per_step:.3f}",
             preparation,
