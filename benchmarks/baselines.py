@@ -15,8 +15,8 @@ from talib_fast.ops.spectral_tail import _forward_by_gram as tail_forward
 from talib_fast.ops.spectral_tail import _gradient as tail_backward
 from talib_fast.ops.squared_distance import _backward as distance_backward
 from talib_fast.ops.squared_distance import _forward as distance_forward
-from talib_fast.ops.stoch_norm import _backward as operation_backward
-from talib_fast.ops.stoch_norm import _forward as operation_forward
+from talib_fast.ops.stoch_norm_operators import _backward as operation_backward
+from talib_fast.ops.stoch_norm_operators import _forward as operation_forward
 
 
 class UpstreamComposition(nn.BatchNorm2d):

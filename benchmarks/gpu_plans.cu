@@ -128,10 +128,10 @@ int main(int count, char** arguments) {
     std::istringstream request(line);
     std::string operation;
     request >> operation;
-    const bool known = operation == "stoch_norm"         ? stoch_norm_request(request, device)
-                       : operation == "squared_distance" ? squared_distance_request(request, device)
-                                                         : false;
-    if (!known) {
+    const bool understood = operation == "stoch_norm"         ? stoch_norm_request(request, device)
+                            : operation == "squared_distance" ? squared_distance_request(request, device)
+                                                              : false;
+    if (!understood) {
       std::fprintf(stderr, "no request: %s\n", line.c_str());
       return 2;
     }

@@ -18,6 +18,4 @@ std::string build_info() { return std::string("compiler=") + kCompiler + "\n" TA
 
 STABLE_TORCH_LIBRARY_FRAGMENT(talib_fast, m) { m.def("build_info() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(talib_fast, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&build_info));
-}
+STABLE_TORCH_LIBRARY_IMPL(talib_fast, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

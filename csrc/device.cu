@@ -34,7 +34,8 @@ cudaError_t probe(int device) {
   }
 }
 
-// Why the kernels are not registered or, of a GPU, do not run there, as the second half of a sentence; empty if they do.
+// Why the kernels are not registered or, of a GPU, do not run there, as the second half of a sentence; empty if they
+// do.
 std::string unserved(std::optional<int64_t> device) {
   if (!device) return unserved_by_driver();
   STD_TORCH_CHECK(*device >= 0 && *device < kMostDevices, "expected a GPU's number, got ", *device);

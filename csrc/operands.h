@@ -107,9 +107,9 @@ inline Tensor contiguous_vector(const Tensor& vector) {
 }
 
 inline bool same_strides(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  const auto sizes = a.sizes(), strides = a.strides(), b_strides = b.strides();
   for (int64_t dim = 0; dim < a.dim(); ++dim)
-    if (sizes[dim] != 1 && strides[dim] != others[dim]) return false;
+    if (sizes[dim] != 1 && strides[dim] != b_strides[dim]) return false;
   return true;
 }
 

@@ -14,12 +14,12 @@ inline Matrices matrices(const Tensor& tensor) {
   const bool several = tensor.dim() == 3;
   int64_t row = tensor.dim() - 2, column = row + 1;
   if (tensor.size(row) > tensor.size(column)) std::swap(row, column);
-  return {several ? tensor.size(0) : 1, tensor.size(row),   tensor.size(column),
+  return {several ? tensor.size(0) : 1,   tensor.size(row),   tensor.size(column),
           several ? tensor.stride(0) : 0, tensor.stride(row), tensor.stride(column)};
 }
 
-// Of the singular directions that make up the tail and of the others the fewer are looked for.
-inline bool by_the_others(const Matrices& shape, int64_t k) { return 2 * k > shape.m; }
+// Whether the directions of the tail's complement are looked for: they are, where they are fewer.
+inline bool uses_complement(const Matrices& shape, int64_t k) { return 2 * k > shape.m; }
 inline int64_t vector_count(const Matrices& shape, int64_t k) { return std::min(k, shape.m - k); }
 
 // What the forward pass of one tensor of matrices takes and gives.
@@ -45,7 +45,7 @@ inline TailCall tail_call(const Tensor& input, int64_t k) {
 
 // What its backward pass takes and gives.
 struct TailGradientCall {
-  Tensor grad;     // [] or [count], of the accumulation dtype, contiguous
+  Tensor grad;  // [] or [count], of the accumulation dtype, contiguous
   Tensor input;
   Tensor vectors;  // as above
   Matrices matrices;
@@ -65,7 +65,11 @@ inline TailGradientCall tail_gradient_call(const Tensor& grad, const Tensor& inp
                   "expected the vectors that the forward pass gave");
   STD_TORCH_CHECK(grad.numel() == shape.count && grad.device() == input.device(),
                   "expected one number of grad per matrix, on the input's device");
-  return {torch::stable::contiguous(torch::stable::to(grad, sums)), input, torch::stable::contiguous(vectors), shape, k,
+  return {torch::stable::contiguous(torch::stable::to(grad, sums)),
+          input,
+          torch::stable::contiguous(vectors),
+          shape,
+          k,
           dense_like(input)};
 }
 
@@ -83,9 +87,9 @@ inline std::vector<TailGradientCall> tail_gradient_calls(const std::vector<Tenso
                                                          const std::vector<Tensor>& inputs,
                                                          const std::vector<Tensor>& vectors,
                                                          const std::vector<int64_t>& k) {
-  STD_TORCH_CHECK(!inputs.empty() && grads.size() == inputs.size() && vectors.size() == inputs.size() &&
-                      k.size() == inputs.size(),
-                  "expected a gradient, the vectors and k for every input, and at least one input");
+  STD_TORCH_CHECK(
+      !inputs.empty() && grads.size() == inputs.size() && vectors.size() == inputs.size() && k.size() == inputs.size(),
+      "expected a gradient, the vectors and k for every input, and at least one input");
   std::vector<TailGradientCall> calls;
   for (size_t i = 0; i < inputs.size(); ++i) {
     STD_TORCH_CHECK(inputs[i].device() == inputs[0].device(), "expected all inputs on one device");

@@ -11,7 +11,7 @@ namespace talib_fast {
 
 // One term of the sum, target and source dense.
 struct Term {
-  ChannelView view;                // without a weight one channel of all elements
+  ChannelView view;  // without a weight one channel of all elements
   Tensor target;
   std::optional<Tensor> source;    // of a dtype that makes a pair with the target's
   Exchange exchange;               // how the source's order in memory differs from the target's
@@ -41,8 +41,9 @@ inline Term make_term(const Tensor& target, const Tensor* source, const Tensor* 
   if (source != nullptr) {
     STD_TORCH_CHECK(source->device() == target.device(), "expected a source on its target's device");
     STD_TORCH_CHECK(source->dim() == target.dim(), "expected a source of its target's shape");
-    const auto sizes = target.sizes(), others = source->sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), others.begin()), "expected a source of its target's shape");
+    const auto sizes = target.sizes(), source_sizes = source->sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), source_sizes.begin()),
+                    "expected a source of its target's shape");
     const ScalarType type = source_type(target, *source);
     const auto found = empty ? Exchange{} : exchange(term.target, *source);
     if (found) term.exchange = *found, term.source = of_type(*source, type);  // which keeps the order

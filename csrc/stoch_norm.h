@@ -10,8 +10,8 @@
 namespace talib_fast {
 
 inline void check_channels(const Tensor& vector, const Tensor& input, const char* name) {
-  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == input.size(1), "expected ", name, " of shape [",
-                  input.size(1), "]");
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == input.size(1), "expected ", name, " of shape [", input.size(1),
+                  "]");
   STD_TORCH_CHECK(vector.device() == input.device(), "expected ", name, " on the input's device");
 }
 
@@ -53,8 +53,8 @@ struct ForwardCall {
   Epilogue epilogue;
   Mask mask;
   ChannelVector weight, bias;
-  RunningStatistics running, moved;  // moved: the running ones again, or where their moved values go instead
-  int64_t* batches;  // to count this one; null: there is no counter, or nothing to count
+  RunningStatistics running, updated;  // updated: the running ones again, or where their new values go instead
+  int64_t* batches;                    // to count this one; null: there is no counter, or nothing to count
   double momentum, eps;
 };
 
@@ -74,8 +74,9 @@ inline Mask channel_mask(const Tensor& mask, double p, const Tensor& input) {
   STD_TORCH_CHECK(drawn || mask.scalar_type() == ScalarType::Bool, "expected a bool or float32 mask");
   const Tensor values = contiguous_vector(mask);
   const void* data = values.const_data_ptr();
-  return {values, {drawn ? static_cast<const float*>(data) : nullptr, drawn ? nullptr : static_cast<const bool*>(data),
-                   static_cast<float>(p)}};
+  return {values,
+          {drawn ? static_cast<const float*>(data) : nullptr, drawn ? nullptr : static_cast<const bool*>(data),
+           static_cast<float>(p)}};
 }
 
 inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& input) {
@@ -87,17 +88,17 @@ inline int64_t* counter(const std::optional<Tensor>& batches, const Tensor& inpu
 }
 
 inline Epilogue epilogue(int64_t activation, double negative_slope) {
-  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int64_t>(Activation::kGelu),
-                  "expected an activation from 0 to ", static_cast<int64_t>(Activation::kGelu));
-  const Activation known{activation};
-  const double slope = known == Activation::kNone ? 1 : known == Activation::kLeakyRelu ? negative_slope : 0;
-  const double limit = known == Activation::kRelu6 ? 6 : std::numeric_limits<double>::quiet_NaN();
-  return {known, slope, limit};
+  STD_TORCH_CHECK(0 <= activation && activation <= static_cast<int64_t>(kLastActivation),
+                  "expected an activation from 0 to ", static_cast<int64_t>(kLastActivation));
+  const Activation chosen{activation};
+  const double slope = chosen == Activation::kNone ? 1 : chosen == Activation::kLeakyRelu ? negative_slope : 0;
+  const double limit = chosen == Activation::kRelu6 ? 6 : std::numeric_limits<double>::quiet_NaN();
+  return {chosen, slope, limit};
 }
 
 inline void check_like(const Tensor& tensor, const Tensor& input, const char* name) {
-  bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type() &&
-              tensor.device() == input.device();
+  bool same =
+      tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device();
   for (int64_t dim = 0; same && dim < input.dim(); ++dim) same = tensor.size(dim) == input.size(dim);
   STD_TORCH_CHECK(same, "expected ", name, " of the input's shape, dtype and device");
 }
@@ -110,7 +111,7 @@ inline Tensor empty_statistics(const Tensor& input) {
 
 inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& bias, const RunningStatistics& running,
-                                const RunningStatistics& moved, const Tensor& mask, double momentum, double eps,
+                                const RunningStatistics& updated, const Tensor& mask, double momentum, double eps,
                                 double p, const std::optional<Tensor>& num_batches_tracked,
                                 const std::optional<Tensor>& residual, const Epilogue& epilogue) {
   STD_TORCH_CHECK(input.dim() >= 2, "expected input of shape [N, C, *]");
@@ -133,7 +134,7 @@ inline ForwardCall forward_call(const Tensor& input, const std::optional<Tensor>
           channel_vector(weight, input, "weight"),
           channel_vector(bias, input, "bias"),
           running,
-          moved,
+          updated,
           counter(num_batches_tracked, input),
           momentum,
           eps};
@@ -165,7 +166,7 @@ inline FunctionalCall functional_call(const Tensor& input, const std::optional<T
   check_rows(running, input, "running");
   const Tensor read = running.is_contiguous() ? running : torch::stable::contiguous(running);
   const Tensor batch = empty_statistics(input);
-  // a momentum of 1 makes the moved statistics the batch's
+  // a momentum of 1 makes the updated statistics the batch's
   return {read, batch,
           forward_call(input, weight, bias, rows(read), rows(batch), mask, 1, eps, p, {}, residual, epilogue)};
 }
@@ -204,15 +205,18 @@ inline BackwardCall backward_call(const Tensor& grad_output, const Tensor& input
           channel_vector(bias, input, "bias")};
 }
 
-// The operators of a device: Kernels::forward(call) and Kernels::backward(call), while Kernels::Guard(input) lives.
+// The operators of a kind of device: Kernels::forward(call) and Kernels::backward(call), while a Kernels::Guard of the
+// device's index lives.
 template <typename Kernels>
 struct Operators {
-  static std::tuple<Tensor, Tensor, Tensor> forward(
-      const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-      const Tensor& running_mean, const Tensor& running_var, const Tensor& mask, double momentum, double eps, double p,
-      const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& residual, int64_t activation,
-      double negative_slope) {
-    const typename Kernels::Guard guard(input);
+  static std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& weight,
+                                                    const std::optional<Tensor>& bias, const Tensor& running_mean,
+                                                    const Tensor& running_var, const Tensor& mask, double momentum,
+                                                    double eps, double p,
+                                                    const std::optional<Tensor>& num_batches_tracked,
+                                                    const std::optional<Tensor>& residual, int64_t activation,
+                                                    double negative_slope) {
+    const typename Kernels::Guard guard(input.get_device_index());
     const RunningStatistics running{channel_vector(running_mean, input, "running_mean"),
                                     channel_vector(running_var, input, "running_var")};
     const ForwardCall call = forward_call(input, weight, bias, running, running, mask, momentum, eps, p,
@@ -221,22 +225,25 @@ struct Operators {
     return {call.output, call.statistics, call.signs};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> functional(
-      const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-      const Tensor& running, const Tensor& mask, double eps, double p, const std::optional<Tensor>& residual,
-      int64_t activation, double negative_slope) {
-    const typename Kernels::Guard guard(input);
-    const FunctionalCall call = functional_call(input, weight, bias, running, mask, eps, p, residual,
-                                                epilogue(activation, negative_slope));
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> functional(const Tensor& input, const std::optional<Tensor>& weight,
+                                                               const std::optional<Tensor>& bias, const Tensor& running,
+                                                               const Tensor& mask, double eps, double p,
+                                                               const std::optional<Tensor>& residual,
+                                                               int64_t activation, double negative_slope) {
+    const typename Kernels::Guard guard(input.get_device_index());
+    const FunctionalCall call =
+        functional_call(input, weight, bias, running, mask, eps, p, residual, epilogue(activation, negative_slope));
     Kernels::forward(call.forward);
     return {call.forward.output, call.forward.statistics, call.forward.signs, call.batch};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
-      const Tensor& mask, double p, const std::optional<Tensor>& bias, const std::optional<Tensor>& signs,
-      int64_t activation, double negative_slope) {
-    const typename Kernels::Guard guard(input);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                             const Tensor& statistics,
+                                                             const std::optional<Tensor>& weight, const Tensor& mask,
+                                                             double p, const std::optional<Tensor>& bias,
+                                                             const std::optional<Tensor>& signs, int64_t activation,
+                                                             double negative_slope) {
+    const typename Kernels::Guard guard(input.get_device_index());
     const BackwardCall call = backward_call(grad_output, input, statistics, weight, mask, p, bias, signs,
                                             epilogue(activation, negative_slope));
     Kernels::backward(call);

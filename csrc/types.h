@@ -10,7 +10,7 @@ enum class FloatType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 // f(a zero of that type); the narrow ones have other names on the CPU and in CUDA
 template <typename Half, typename BFloat16, typename F>
-constexpr void with_float(FloatType type, const F& f) {
+constexpr void with_type(FloatType type, const F& f) {
   switch (type) {
     case FloatType::kFloat: return f(float{});
     case FloatType::kDouble: return f(double{});
@@ -24,9 +24,9 @@ constexpr void with_float(FloatType type, const F& f) {
 template <typename Half, typename BFloat16, typename F>
 constexpr bool with_pair(FloatType target, FloatType source, const F& f) {
   bool is_pair = false;
-  with_float<Half, BFloat16>(target, [&](auto t) {
+  with_type<Half, BFloat16>(target, [&](auto t) {
     using T = decltype(t);
-    with_float<Half, BFloat16>(source, [&](auto s) {
+    with_type<Half, BFloat16>(source, [&](auto s) {
       using S = decltype(s);
       if constexpr (std::is_same_v<T, S> || sizeof(T) + sizeof(S) == 6) f(T{}, S{}), is_pair = true;
     });
@@ -34,8 +34,9 @@ constexpr bool with_pair(FloatType target, FloatType source, const F& f) {
   return is_pair;
 }
 
-// What follows a normalisation, by the numbers that Python has for them.
+// What follows a normalisation: NAMES of talib_fast/ops/activation.py, in that order.
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kGelu };
+constexpr Activation kLastActivation = Activation::kGelu;
 
 // Those that are a straight line on each side of 0, and constant from a limit on. Their derivative is one of two
 // numbers, so that one bit an element is all that a backward pass needs.
@@ -50,9 +51,7 @@ struct ChannelMask {
   const bool* flags;
   float p;
 
-  constexpr bool operator()(int64_t c) const {
-    return drawn != nullptr ? (drawn[c] < p && -drawn[c] < p) : flags[c];
-  }
+  constexpr bool operator()(int64_t c) const { return drawn != nullptr ? (drawn[c] < p && -drawn[c] < p) : flags[c]; }
 };
 
 // One number per channel, of a type that is known at run time only. No data: the operand is absent.

@@ -54,3 +54,9 @@ def _ranks_end_with_the_session():
     yield
     if "rank_support" in sys.modules:
         sys.modules["rank_support"].end_processes()
+
+
+@pytest.fixture
+def on_host_harness(pytestconfig):
+    """Whether CUDA kernels run on the host."""
+    return pytestconfig.getoption("--library") is not None

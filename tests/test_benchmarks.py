@@ -977,28 +977,6 @@ class TestGpuScript:
         assert sum(limits) <= together + 20  # nothing takes all of its own
         assert half == "second" or limits[0] == 20
 
-    def test_what_is_asked_for_in_the_first_half(self, run, tmp_path):
-        assert run("first").returncode == 0
-        check, smoke, tests, kernels, norm = self.asked(tmp_path)
-        assert check == "auto: benchmarks/check_library.py"
-        assert "compiled: -m pytest " in smoke and " -W default tests/test_every_kernel.py -k cuda" in smoke
-        assert re.search(r"compiled: .* tests .* -n \d+ --dist worksteal .*--timeout 40 --timeout-method thread", tests)
-        assert kernels.startswith("compiled: benchmarks/kernels.py --out ")
-        assert "bench_stoch_norm.py --device cuda --rounds 3 " in norm
-        (tmp_path / "asked").unlink()
-        assert run("first", WITHOUT_TIMEOUTS="1").returncode == 0
-        assert "--dist worksteal" in self.asked(tmp_path)[2] and "--timeout" not in self.asked(tmp_path)[2]
-
-    def test_what_is_asked_for_in_the_second_half(self, run, tmp_path):
-        assert run("second").returncode == 0
-        asked = self.asked(tmp_path)[1:]
-        for tool, line in zip(SANITIZERS, asked, strict=False):
-            ours = "" if tool == "initcheck" else " kns=talib_fast"
-            assert line.startswith(f"under {tool}{ours} compiled: -m pytest ") and "tests/test_every_kernel.py" in line
-        for name, line in zip(BENCHMARKS, asked[4:], strict=True):
-            assert line.startswith(f"compiled: benchmarks/bench_{name}.py --device cuda --rounds ")
-        assert "--ways stochnorm 'stochnorm + bss' --out" in asked[6]
-
     def test_benchmarks_take_the_options_that_they_get(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         parsed = {}

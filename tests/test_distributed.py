@@ -192,7 +192,7 @@ import torch
 sys.path.insert(0, {tests!r})
 from training_support import register_tiny
 from talib_fast.__main__ import main
-from talib_fast.training.methods import L2
+from talib_fast.training.parts import L2
 
 penalty, calls = L2.forward, []
 
@@ -400,7 +400,7 @@ def test_what_the_ranks_tell_each_other(tmp_path):
     (tmp_path / "checks.py").write_text(CHECKS)
     code, out, err = finish(start([str(tmp_path / "checks.py")]))
     assert code == 0, err
-    assert out == "said once\n"
+    assert [line for line in out.splitlines() if not line.startswith("[Gloo]")] == ["said once"]  # as torch 2.10 says
 
 
 def as_rank(monkeypatch, rank, world_size=3):

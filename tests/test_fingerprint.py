@@ -244,6 +244,24 @@ def test_what_a_function_uses_of_its_module_counts(function, monkeypatch):
     assert fingerprint(function) != before
 
 
+def test_a_module_that_a_function_imports_counts_before_it_runs(tmp_path, monkeypatch):
+    (tmp_path / "imported_later").mkdir()
+    (tmp_path / "imported_later" / "part.py").write_text("FACTOR = 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def function(x):
+        from imported_later import part
+
+        return part.FACTOR * x
+
+    before = fingerprint(function)
+    assert function(3) == 6 and fingerprint(function) == before
+    monkeypatch.setattr("imported_later.part.FACTOR", 3)
+    assert fingerprint(function) != before
+    for name in ("imported_later", "imported_later.part"):
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_an_edited_method_counts_also_that_of_a_base_class(monkeypatch):
     class Derived(Scale):
         shared = 1

@@ -69,6 +69,7 @@ def test_kernels(operation, kind, tests, settings):
     ("operation", "tests"),
     [
         ("stoch_norm", "cpu and TestOperation"),
+        ("activation", "cpu and TestOperation"),
         ("squared_distance", "cpu and TestOperation"),
         ("spectral_tail", SMALL["spectral_tail"]),
     ],
@@ -135,9 +136,9 @@ def test_layers_without_code_for_the_device(step, tmp_path):
 
 @pytest.mark.parametrize("operation", ["stoch_norm", "squared_distance", "spectral_tail"])
 def test_fuzzed_kernels(operation):
-    """In blocks and orders of threads that test_fuzz.py draws for every example."""
+    """In blocks and orders of threads that are drawn for every example."""
     examples = os.environ.get("TALIB_FAST_FUZZ_EXAMPLES", "100")
-    run(f"test_fuzz.py::test_{operation}", "plain", "cpu", {"TALIB_FAST_FUZZ_EXAMPLES": examples})
+    run(f"test_fuzz_{operation}.py::test_{operation}", "plain", "cpu", {"TALIB_FAST_FUZZ_EXAMPLES": examples})
 
 
 def test_every_kernel_runs_on_a_gpu(tmp_path):

@@ -5,9 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import hot_loops
 import machine_code
 import pytest
-from machine_code import Instruction, Kernel, Loop, Record
+import sass
+from hot_loops import Kernel, Loop
+from machine_code import Record
+from sass import Instruction
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -96,18 +100,18 @@ def test_a_listing_is_read():
 )
 def test_accesses_are_read(line, expected):
     (instruction,) = listed(line)
-    access = machine_code.access_of(instruction)
+    access = sass.access_of(instruction)
     assert (access.memory, access.stores, access.bytes, set(access.registers)) == expected and access.pieces == 1
 
 
 def test_what_accesses_nothing_is_none():
     lines = ("LDC.64 R2, c[0x0][0x210]", "ULDC UR4, c[0x0][0x208]", "REDG.E.ADD [R2.64], R3", "FADD R2, R3, R4")
-    assert [machine_code.access_of(one) for one in listed(*lines)] == [None] * 4
+    assert [sass.access_of(one) for one in listed(*lines)] == [None] * 4
 
 
 def test_addresses_are_read():
     lines = ("LDG.E R4, desc[UR4][R2.64+0x10]", "LDG.E R4, desc[UR4][R2.64+-0x2000]", "STG.E desc[UR4][R6.64], R3")
-    addresses = [machine_code.address_of(one) for one in listed(*lines)]
+    addresses = [sass.address_of(one) for one in listed(*lines)]
     assert addresses == [("R2.64", 16), ("R2.64", -8192), ("R6.64", 0)]
 
 
@@ -117,12 +121,12 @@ def test_innermost_loops_are_found():
         "MOV R1, RZ", "MOV R2, RZ", "IADD3 R2, R2, 0x1, RZ", "@P0 BRA 0x20", "@P1 BRA 0x60", "MOV R3, RZ",
         "@P2 BRA 0x10", "BRX R4, -0x70", "EXIT", "@P3 BRA 0x90", "EXIT", "BRA 0xb0",
     )  # fmt: skip
-    loops = machine_code.innermost_loops(machine_code.blocks_of(code))
+    loops = sass.innermost_loops(sass.blocks_of(code))
     assert sorted([(block.begin, block.end) for block in loop] for loop in loops) == [[(2, 4)], [(9, 10)], [(11, 12)]]
 
 
 def test_a_loop_is_read():
-    (hot,) = machine_code.hot_loops(CODE, machine_code.Vectors(16))
+    (hot,) = hot_loops.hot_loops(CODE, hot_loops.Vectors(16))
     assert hot.blocks[0].begin == 3
     assert hot.split() == ["1 times 4 stores of 4 bytes where one of 16 would do"]
     # without either, with the first, which takes fewer than the second, and with both
@@ -139,7 +143,7 @@ def test_calls_are_no_short_cuts():
         "LDG.E R2, desc[UR4][R20.64]", "LDG.E R3, desc[UR4][R22.64]", "@P1 BRA 0x50", "CALL.REL.NOINC f", "BRA 0x80",
         "MUFU.RCP R4, R2", "FMUL R4, R4, R3", "FFMA R4, R4, R4, R3", "FADD R5, R2, R3", "@P0 BRA 0x0", "EXIT",
     )  # fmt: skip
-    (hot,) = machine_code.hot_loops(code, machine_code.Vectors(4))
+    (hot,) = hot_loops.hot_loops(code, hot_loops.Vectors(4))
     best = hot.best(stores=None)
     assert (best.calls, best.instructions, best.used) == (0, 8, 2)
 
@@ -149,7 +153,7 @@ def test_loads_that_wait_for_each_other_are_not_in_flight_together():
         "LDG.E.128 R4, desc[UR4][R20.64]", "LDG.E R12, desc[UR4][R24.64]", "SHF.R.U32 R13, RZ, R1, R12",
         "LDG.E.128 R8, desc[UR4][R22.64]", "FADD R3, R4, R8", "@P0 BRA 0x0", "EXIT",
     )  # fmt: skip
-    (hot,) = machine_code.hot_loops(code, machine_code.Vectors(16))
+    (hot,) = hot_loops.hot_loops(code, hot_loops.Vectors(16))
     loop = hot.figures("pass", hot.best(stores=None))
     assert (loop.load_bytes, loop.in_flight_bytes, loop.vectors) == (36, 20, 2)
 
@@ -163,10 +167,10 @@ def test_loops_over_constants_and_sums_are_not_hot():
         "LDG.E R4, desc[UR4][R20.64]", "LDG.E R5, desc[UR4][R20.64+0x4]", "LDG.E R6, desc[UR4][R22.64]",
         "LDG.E R7, desc[UR4][R22.64+0x4]", "FADD R4, R4, R5", "FADD R6, R6, R7", "@P0 BRA 0x0", "EXIT",
     )  # fmt: skip
-    assert machine_code.hot_loops(by_dtype, machine_code.Vectors(4, 1)) == []
+    assert hot_loops.hot_loops(by_dtype, hot_loops.Vectors(4, 1)) == []
     for width in (4, 8):  # where vectors are as wide as all fields together, too
-        assert machine_code.hot_loops(fields_of_sums, machine_code.Vectors(width, 1)) == []
-    assert len(machine_code.hot_loops(by_dtype[:2] + by_dtype[3:], machine_code.Vectors(4, 1))) == 1
+        assert hot_loops.hot_loops(fields_of_sums, hot_loops.Vectors(width, 1)) == []
+    assert len(hot_loops.hot_loops(by_dtype[:2] + by_dtype[3:], hot_loops.Vectors(4, 1))) == 1
 
 
 def test_passes_are_told_apart_by_the_sums_between_them():
@@ -182,14 +186,14 @@ def test_passes_are_told_apart_by_the_sums_between_them():
     second, again = loop(11, add, *predicated), loop(17, add, add, *stores)
     code = [*first, *written, *sums, *second, *again, *listed("EXIT")]
     name = "sliced_kernel<Forward<float, true>, 2, false>"
-    loops, faults = machine_code.loops_of(code, name)
+    loops, faults = hot_loops.loops_of(code, name)
     assert not faults
     assert [(one.role, one.vectors, one.instructions, one.store_bytes) for one in loops] == [
         ("first pass", 2, 4, 0), ("second pass", 2, 6, 16),
     ]  # fmt: skip
-    _, faults = machine_code.loops_of([*first, *sums, *listed("EXIT")], name)
+    _, faults = hot_loops.loops_of([*first, *sums, *listed("EXIT")], name)
     assert faults == ["expected a first and a second pass over vectors of 8 bytes, found first pass"]
-    _, faults = machine_code.loops_of([*first[1:], *sums, *listed("EXIT")], name)
+    _, faults = hot_loops.loops_of([*first[1:], *sums, *listed("EXIT")], name)
     assert faults == ["expected a first and a second pass over vectors of 8 bytes, found none"]
 
 
@@ -200,7 +204,7 @@ def test_of_the_versions_of_a_loop_the_main_one_counts():
 
     main, rest = version(0, 4, "FADD R4, R4, R5"), version(7, 8, "FADD R4, R4, R5")
     other, half = version(18, 2), version(22, 2, "HADD2.F32 R4, -RZ, R4.H0_H0")
-    loops, faults = machine_code.loops_of([*main, *rest, *other, *half, *listed("EXIT")], "forward_kernel<40>")
+    loops, faults = hot_loops.loops_of([*main, *rest, *other, *half, *listed("EXIT")], "forward_kernel<40>")
     assert not faults
     # the last load is the one that is used
     assert [(one.role, one.element, one.vectors, one.load_bytes) for one in loops] == [
@@ -208,7 +212,7 @@ def test_of_the_versions_of_a_loop_the_main_one_counts():
         ("pass, no sources", "half", 2, 32),
     ]  # fmt: skip
     for code in ([], version(0, 1)):
-        _, faults = machine_code.loops_of([*code, *listed("EXIT")], "forward_kernel<40>")
+        _, faults = hot_loops.loops_of([*code, *listed("EXIT")], "forward_kernel<40>")
         assert faults == ["no loop moves vectors of 16 bytes"]
 
 
@@ -218,22 +222,22 @@ def test_dtypes_are_told_by_what_takes_values_apart():
         ("PRMT R4, R5, 0x7632, R6", "bfloat16"), ("IMAD.U32 R4, R5, 0x10000, RZ", "bfloat16"),
         ("IADD3 R4, P0, R5, 0x10000, RZ", "float"),
     ):  # fmt: skip
-        assert machine_code.element_of(listed("LDG.E.128 R4, desc[UR4][R2.64]", line)) == dtype
+        assert hot_loops.element_of(listed("LDG.E.128 R4, desc[UR4][R2.64]", line)) == dtype
 
 
 def test_names_and_what_they_promise():
     name = "talib_fast::stoch_norm::sliced_kernel<talib_fast::stoch_norm::Forward<__nv_bfloat16, true>, 8, false>"
-    short = machine_code.short(f"void {name}(talib_fast::stoch_norm::Forward<__nv_bfloat16, true>, long)")
+    short = hot_loops.short(f"void {name}(talib_fast::stoch_norm::Forward<__nv_bfloat16, true>, long)")
     assert short == "sliced_kernel<Forward<bfloat16, true>, 8, false>"
-    assert machine_code.short("void (anonymous namespace)::k<__half>(int)") == "k<half>"
+    assert hot_loops.short("void (anonymous namespace)::k<__half>(int)") == "k<half>"
     promised = {
-        short: machine_code.Vectors(16, 1),
-        "resident_kernel<Backward<double, false>, 2, true>": machine_code.Vectors(16, 2),
-        "resident_kernel<Backward<half, false>, 1, true>": machine_code.Vectors(2, 2),
-        "backward_kernel<40>": machine_code.Vectors(16),
-        "gram_kernel": machine_code.Vectors(None),
+        short: hot_loops.Vectors(16, 1),
+        "resident_kernel<Backward<double, false>, 2, true>": hot_loops.Vectors(16, 2),
+        "resident_kernel<Backward<half, false>, 1, true>": hot_loops.Vectors(2, 2),
+        "backward_kernel<40>": hot_loops.Vectors(16),
+        "gram_kernel": hot_loops.Vectors(None),
     }
-    assert {name: machine_code.vectors_of(name) for name in promised} == promised
+    assert {name: hot_loops.vectors_of(name) for name in promised} == promised
 
 
 def test_launch_bounds_and_blocks():

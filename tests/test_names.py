@@ -68,7 +68,8 @@ class PeftModel(nn.Module):
     ids=["Fabric", "PEFT's tuner", "PEFT for prompts", "PEFT", "DataParallel of Fabric's"],
 )
 def test_other_libraries_wrappers(wrap):
-    net = nn.ModuleDict({"model": make_net(), "base_model": nn.Linear(2, 2)})  # a user's names, which stay
+    own = {"model": make_net(), "base_model": nn.Linear(2, 2), "module": nn.Linear(2, 2)}
+    net = nn.ModuleDict(own)  # a user's names, which stay
     assert parameters_by_name(wrap(net)) == dict(net.named_parameters())
     distance = delta.SPRegularization(copy.deepcopy(net), wrap(net), unmatched="error")
     assert torch.compile(lambda: distance(), fullgraph=True, backend="eager")() == 0

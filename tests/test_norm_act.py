@@ -128,7 +128,7 @@ class TestLayer:
         assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
     def test_compiles_into_one_graph_for_all_shapes(self):
-        kinds = nn.ReLU, nn.LeakyReLU, nn.GELU, nn.Mish
+        kinds = nn.ReLU, nn.LeakyReLU, nn.GELU, nn.Softplus
         net = nn.Sequential(*[ready(StochNormAct2d(6, act_layer=kind)) for kind in kinds]).double()
         twin, x = copy.deepcopy(net), images()
         compiled = torch.compile(twin, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -235,7 +235,7 @@ class TestFallbacks:
             "backward pre-hook": (hook_of("register_full_backward_pre_hook", "act"), ["act"]),
             "forward of its own": (with_forward_of_its_own, ["act"]),
             "subclass": (lambda: StochNormAct2d(6, act_layer=Loud), []),
-            "unknown": (lambda: StochNormAct2d(6, act_layer=nn.Mish), []),
+            "unknown": (lambda: StochNormAct2d(6, act_layer=nn.Softplus), []),
             "approximation": (lambda: StochNormAct2d(6, act_layer=nn.GELU, act_kwargs={"approximate": "tanh"}), []),
             "drop": (lambda: StochNormAct2d(6, drop_layer=functools.partial(nn.Dropout, 0.5)), []),
             "two activations": (lambda: StochNormAct2d(6, drop_layer=nn.SiLU), []),

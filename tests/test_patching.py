@@ -506,7 +506,7 @@ def test_threads_import_at_once(patched_first):
 
 def test_two_hooks_and_a_library_of_other_loaders(patched_first, site, monkeypatch):
     """Another copy of talib_fast may have a hook, too, and the library may lie in an archive."""
-    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "talib_fast.patching")
+    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "talib_fast.patching.library")
     monkeypatch.setattr(sys, "meta_path", [finder, type(finder)(), *sys.meta_path[1:]])
     archive = shutil.make_archive(str(site / "archive"), "zip", site / "library")
     sys.path[:] = [archive, *(path for path in sys.path if path != str(site / "library"))]
@@ -521,7 +521,7 @@ def test_a_library_that_never_comes(site, monkeypatch):
     monkeypatch.setitem(sys.modules, "tllib", None)
     assert patch() == {} and unpatch() == []
     assert patch(**dict.fromkeys(METHODS, False)) == {}
-    assert not any(type(finder).__module__ == "talib_fast.patching" for finder in sys.meta_path)
+    assert not any(type(finder).__module__ == "talib_fast.patching.library" for finder in sys.meta_path)
     with pytest.raises(ImportError):
         module("tllib.regularization")
 

@@ -256,6 +256,7 @@ class TestKernels:
             (torch.float16, torch.bfloat16, True),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.10
     def test_which_sources_are_converted_first(self, dtype, source_dtype, copies, device):
         if backends()["squared_distance"][device.type][0] != "compiled":
             pytest.skip("PyTorch's implementation copies")

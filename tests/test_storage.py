@@ -83,9 +83,9 @@ def test_target_shows_its_old_content_while_a_file_beside_it_is_written(tmp_path
 
 def test_content_is_on_disk_before_it_takes_the_targets_place(tmp_path, monkeypatch):
     calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+    for holder, name in ((os, "fsync"), (Path, "replace")):
+        real = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
     write_atomically(tmp_path / "table", content(b"x"))
     assert calls == ["fsync", "replace"]
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from talib_fast.finetune.delta import IntermediateLayerGetter
 from talib_fast.finetune.structures import clone, map_tensors, tensors_in
@@ -170,9 +172,22 @@ def test_modules_types_and_functions_are_never_copied():
     assert all(getattr(copied, name) is getattr(held, name) for name in ("module", "cls", "function", "kind", "ref"))
 
 
+of_own_class = pytest.mark.xfail(
+    TorchVersion(torch.__version__) < "2.11", raises=torch._dynamo.exc.Unsupported, strict=True,
+    reason="torch.compile of torch 2.10 does not follow an object's attributes",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "make",
-    [lambda x: {"a": x}, lambda x: (x, [x]), lambda x: Output(a=x), Data, Pair, Frozen],
+    [
+        lambda x: {"a": x},
+        lambda x: (x, [x]),
+        pytest.param(lambda x: Output(a=x), marks=of_own_class),
+        pytest.param(Data, marks=of_own_class),
+        Pair,
+        pytest.param(Frozen, marks=of_own_class),
+    ],
     ids=["dict", "tuple", "OrderedDict", "dataclass", "named tuple", "dataclass with slots"],
 )
 def test_outputs_of_layers_inside_a_compiled_function(make):

@@ -15,7 +15,7 @@ from talib_fast.finetune.stochnorm import StochNorm2d
 from talib_fast.images.preprocessing import Preprocessing
 from talib_fast.images.sample import load_sample
 from talib_fast.networks import pretrained
-from talib_fast.training import methods
+from talib_fast.training import methods, parts
 from talib_fast.training.data import TaskData
 from talib_fast.training.methods import Method, check
 from talib_fast.training.recipes import RECIPES
@@ -53,7 +53,7 @@ def first_loss(name, data, trade_off):
 
 
 def test_every_method_has_a_recipe():
-    assert list(methods.PARTS) == list(RECIPES)
+    assert list(parts.PARTS) == list(RECIPES)
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *COMBINATIONS])
@@ -179,7 +179,7 @@ def test_attention_comes_from_a_head_that_knows_the_task(data):
     for attention in method.knowledge.values():
         assert attention.sum().item() == pytest.approx(1) and attention.std() > 0
     images = torch.cat([images for images, _ in data.train])
-    methods.fit_head(method.classifier, data.train)
+    parts.fit_head(method.classifier, data.train)
     right = (method.classifier.eval()(images).argmax(1) == data.train.labels).float().mean()
     assert right > 0.8
 

@@ -135,6 +135,7 @@ def main(sources: Iterable[str]) -> int:
         for fault in faults:
             print(demangled(f"{source}: {fault}"), file=sys.stderr)
             status = 1
+    print("faults are found" if status else "no faults", file=sys.stderr if status else sys.stdout)
     return status
 
 

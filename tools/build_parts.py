@@ -24,7 +24,7 @@ EARLY_PTX = "8.0"
 OLDEST_CUDA = 12  # the first whose nvcc knows C++20
 
 AUTOGRAD_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden", "-g0")
-CXX_FLAGS = ("-O3", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden")
+CXX_FLAGS = ("-O3", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Werror=switch")
 NVCC_FLAGS = (
     *("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"),
     # torch defines these; without them half and bfloat16 convert as CUDA's own headers say, in every build alike
@@ -199,10 +199,10 @@ def architecture_list(environ: Mapping[str, str], supported: Sequence[str], visi
     if given and given != "native":
         return " ".join(given.replace(";", " ").split())
     gpus = set(visible)
-    known = sorted((gpus or set(ARCHITECTURES)) & set(supported), key=lambda name: tuple(map(int, name.split("."))))
-    *others, last = known or supported[-1:]
+    chosen = sorted((gpus or set(ARCHITECTURES)) & set(supported), key=lambda name: tuple(map(int, name.split("."))))
+    *earlier, last = chosen or supported[-1:]
     with_ptx = {last} if gpus else {EARLY_PTX, last}
-    return " ".join(f"{name}+PTX" if name in with_ptx else name for name in (*others, last))
+    return " ".join(f"{name}+PTX" if name in with_ptx else name for name in (*earlier, last))
 
 
 def nvcc_threads(environ: Mapping[str, str], cores: int, sources: int) -> int:

@@ -244,8 +244,8 @@ def try_out(
     """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        others = [["--no-deps", *without_dependencies]] if without_dependencies else []
-        own = new_environment(python, scratch / "environment", [torch], [f"{wheel.resolve()}[test]"], *others)
+        extra = [["--no-deps", *without_dependencies]] if without_dependencies else []
+        own = new_environment(python, scratch / "environment", [torch], [f"{wheel.resolve()}[test]"], *extra)
         copy_sources(ROOT, scratch / "tree")
         shutil.rmtree(scratch / "tree" / "talib_fast")
         path = path_without_compilers(os.environ["PATH"], scratch / "programs")

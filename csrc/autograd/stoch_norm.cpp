@@ -78,7 +78,7 @@ struct StochNormBackward final : torch::autograd::Node {
 
   Four differentiable_gradients(const Tensor& dy, const Tensor& x, const Tensor& gamma, const Tensor& beta) {
     py::gil_scoped_acquire gil;
-    return py::module_::import("talib_fast.ops.stoch_norm")
+    return py::module_::import("talib_fast.ops.stoch_norm_formula")
         .attr("differentiable_gradients")(dy, x, if_defined(gamma), mask, statistics, if_defined(beta),
                                           if_defined(signs), p, eps, activation, negative_slope)
         .cast<Four>();

@@ -44,8 +44,9 @@ INLINE Lanes<double>::type exponential(const Lanes<double>::type& x) {
 INLINE Floats upper_tail(const Floats& x, const Floats& power) {
   const Floats t = 1 / (1 + 0.2316419f * x);
   // the quotient of tail and power, fitted to a relative error of 1.3e-7 up to x = 14
-  return power * t * polynomial(t, {0.09252225f, 0.090420075f, 0.10265044f, 0.013551759f, 0.22525345f, -0.20166048f,
-                                    0.24768672f, -0.070424154f});
+  return power * t *
+         polynomial(t, {0.09252225f, 0.090420075f, 0.10265044f, 0.013551759f, 0.22525345f, -0.20166048f, 0.24768672f,
+                        -0.070424154f});
 }
 INLINE Lanes<double>::type upper_tail(const Lanes<double>::type& x, const Lanes<double>::type&) {
   return each_lane(x, [](double lane) { return 0.5 * std::erfc(lane * M_SQRT1_2); });

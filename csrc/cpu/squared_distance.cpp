@@ -137,8 +137,7 @@ class Walk {
     for_each_run(begin, end, [&](int64_t at, int64_t n, const S* s, const A* weights, A weight) {
       if (weights == nullptr)
         simd<WriteRun<kSource, false>>(t_ + at, s, weights, out_ + at, n, static_cast<A>(grad * weight), stream);
-      else
-        simd<WriteRun<kSource, true>>(t_ + at, s, weights, out_ + at, n, grad, stream);
+      else simd<WriteRun<kSource, true>>(t_ + at, s, weights, out_ + at, n, grad, stream);
     });
   }
 
@@ -207,7 +206,7 @@ template <typename F>
 void with_walk(const Term& term, const F& f) {
   const FloatType type = float_type(term.target);
   if (!term.source) {
-    dispatch(type, [&](auto zero) { f(Walk<decltype(zero), decltype(zero), false>(term)); });
+    with_type(type, [&](auto zero) { f(Walk<decltype(zero), decltype(zero), false>(term)); });
   } else {
     with_pair<Half, BFloat16>(type, float_type(*term.source),
                               [&](auto t, auto s) { f(Walk<decltype(t), decltype(s), true>(term)); });
@@ -254,9 +253,8 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
     });
   const auto [pieces, elements] = cut(terms);
   std::vector<double> sums(pieces.size()), halves(terms.size());
-  for_each_task(pieces.size(), elements, [&, &pieces = pieces](int64_t i) {
-    sums[i] = sum[pieces[i].term](pieces[i].begin, pieces[i].end);
-  });
+  for_each_task(pieces.size(), elements,
+                [&, &pieces = pieces](int64_t i) { sums[i] = sum[pieces[i].term](pieces[i].begin, pieces[i].end); });
   for (size_t i = 0; i < pieces.size(); ++i) halves[pieces[i].term] += sums[i] / 2;
 
   const ScalarType type = result_type(targets);
@@ -289,9 +287,8 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
       });
     });
   }
-  for_each_task(pieces.size(), elements, [&, &pieces = pieces](int64_t i) {
-    write[pieces[i].term](pieces[i].begin, pieces[i].end);
-  });
+  for_each_task(pieces.size(), elements,
+                [&, &pieces = pieces](int64_t i) { write[pieces[i].term](pieces[i].begin, pieces[i].end); });
   return gradients(terms);
 }
 

@@ -14,8 +14,8 @@ namespace talib_fast {
 constexpr int kCounterSets = 64, kCountersInSet = 4096;
 static __device__ unsigned counter_sets[kCounterSets][kCountersInSet];  // of one file's kernels, on every device
 
-// The set that belongs to a stream, whose kernels follow one another; null where no set can be kept for it: many streams
-// had one before, or the stream is being captured, and the graph may then run beside the stream.
+// The set that belongs to a stream, whose kernels follow one another; null where no set can be kept for it: many
+// streams had one before, or the stream is being captured, and the graph may then run beside the stream.
 static unsigned* counters_of(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const bool asked = cudaStreamIsCapturing(stream, &capture) == cudaSuccess;
@@ -29,8 +29,8 @@ static unsigned* counters_of(cudaStream_t stream) {
   static std::mutex mutex;
   static std::map<std::pair<int, unsigned long long>, unsigned*> sets;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto known = sets.find({device, id});
-  if (known != sets.end()) return known->second;
+  const auto found = sets.find({device, id});
+  if (found != sets.end()) return found->second;
   const auto first = sets.lower_bound({device, 0}), last = sets.lower_bound({device + 1, 0});
   const auto taken = std::distance(first, last);
   if (taken == kCounterSets) return nullptr;

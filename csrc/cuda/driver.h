@@ -29,12 +29,16 @@ inline int driver_version() {
 #endif
 }
 
-// Why no kernel is registered, so that PyTorch's implementations serve every GPU; empty if they are. Within a major
-// version of CUDA every driver runs them.
+// Whether a driver that serves one CUDA runs kernels of another: within a major version each does. 0: there is none.
+constexpr bool driver_serves(int driver, int kernels) { return driver == 0 || driver / 1000 >= kernels / 1000; }
+static_assert(driver_serves(13000, 13020) && driver_serves(14000, 13020) && driver_serves(0, 13000));
+static_assert(!driver_serves(12090, 13000));
+
+// Why no kernel is registered, so that PyTorch's implementations serve every GPU; empty if they are.
 inline std::string unserved_by_driver() {
 #if defined(__CUDACC__)
   const int driver = driver_version();
-  if (driver == 0 || driver / 1000 >= CUDART_VERSION / 1000) return "";
+  if (driver_serves(driver, CUDART_VERSION)) return "";
   const auto text = [](int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   };

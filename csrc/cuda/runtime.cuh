@@ -100,7 +100,7 @@ __device__ __forceinline__ T from_acc(acc_t<T> value) {
 // f(a zero of that type), for host and device
 template <typename F>
 constexpr void with_type(FloatType type, const F& f) {
-  with_float<__half, __nv_bfloat16>(type, f);
+  with_type<__half, __nv_bfloat16>(type, f);
 }
 
 // V consecutive elements that move as one word of at most 16 bytes.
@@ -110,8 +110,8 @@ struct alignas(sizeof(T) * V) Vector {
   T lane[V];
 };
 
-// A vector moves as one word. Stores of 8 and 16 bytes are inline PTX: nvcc takes ordinary ones apart in unrolled loops,
-// and joins only half of them again.
+// A vector moves as one word. Stores of 8 and 16 bytes are inline PTX: nvcc takes ordinary ones apart in unrolled
+// loops, and joins only half of them again.
 #if defined(__CUDACC__)
 template <size_t kBytes>
 struct Word;
@@ -209,7 +209,8 @@ __device__ __forceinline__ void store_vector(T* destination, const Vector<T, V>&
 // atomicInc's do, so that a kernel leaves them as it found them. What a thread wrote, or saw through __syncthreads,
 // before a release is visible to a thread that acquires the released value.
 
-// Returns when the counter is not below `least`. One fence when it is over: every acquire empties the first-level cache.
+// Returns when the counter is not below `least`. One fence when it is over: every acquire empties the first-level
+// cache.
 #if defined(__CUDACC__)
 __device__ __forceinline__ void wait_acquire(const unsigned* counter, unsigned least) {
   for (;;) {

@@ -15,7 +15,7 @@ using namespace spectral_tail;
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const std::vector<Tensor>& inputs,
                                                                            const std::vector<int64_t>& k) {
   std::vector<TailCall> calls = tail_calls(inputs, k);
-  const DeviceGuard guard(inputs[0]);
+  const DeviceGuard guard(inputs[0].get_device_index());
   const cudaStream_t stream = current_stream(inputs[0]);
   std::vector<Operand> operands;
   for (TailCall& tail : calls) {
@@ -34,7 +34,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
       operand.value = tail.value.mutable_data_ptr();
       operand.matrices = tail.matrices;
       operand.directions = static_cast<int>(vector_count(tail.matrices, tail.k));
-      operand.others = by_the_others(tail.matrices, tail.k);
+      operand.complement = uses_complement(tail.matrices, tail.k);
       operand.type = float_type(tail.input);
       operands.push_back(operand);
     }
@@ -57,7 +57,7 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
                                            const std::vector<Tensor>& vectors, const std::vector<int64_t>& k) {
   if (inputs.empty()) return {};
   std::vector<TailGradientCall> calls = tail_gradient_calls(grads, inputs, vectors, k);
-  const DeviceGuard guard(inputs[0]);
+  const DeviceGuard guard(inputs[0].get_device_index());
   std::vector<Operand> operands;
   for (TailGradientCall& tail : calls) {
     if (tail.input.numel() == 0) continue;
@@ -73,7 +73,7 @@ std::vector<Tensor> spectral_tail_backward(const std::vector<Tensor>& grads, con
     operand.value = tail.grad.mutable_data_ptr();
     operand.matrices = tail.matrices, operand.gradients = matrices(tail.gradient);
     operand.directions = static_cast<int>(vector_count(tail.matrices, tail.k));
-    operand.others = by_the_others(tail.matrices, tail.k);
+    operand.complement = uses_complement(tail.matrices, tail.k);
     operand.type = float_type(tail.input);
     choose_columns(operand);
     operands.push_back(operand);

@@ -24,8 +24,8 @@ Operand make_operand(const Term& term) {
   operand.exchange = term.exchange;
   operand.type = static_cast<uint8_t>(float_type(term.target));
   constexpr uintptr_t kVectorBytes = 16;
-  operand.vectors = (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.gradient)) %
-                        kVectorBytes == 0;
+  operand.vectors =
+      (reinterpret_cast<uintptr_t>(operand.target) | reinterpret_cast<uintptr_t>(operand.gradient)) % kVectorBytes == 0;
   int64_t bytes = term.target.element_size();
   if (term.source) {
     bytes += term.source->element_size();
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
                                                     const std::vector<Tensor>& sources,
                                                     const std::vector<Tensor>& weights, int64_t channel_dim) {
   STD_TORCH_CHECK(!targets.empty(), "expected at least one target");
-  const DeviceGuard guard(targets[0]);
+  const DeviceGuard guard(targets[0].get_device_index());
   const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, false);
   std::vector<Operand> operands = make_operands(terms);
   const std::vector<Launch> launches = plan(operands, current_device().multiprocessors);
@@ -63,8 +63,13 @@ std::tuple<Tensor, Tensor> squared_distance_forward(const std::vector<Tensor>& t
   const cudaStream_t stream = current_stream(targets[0]);
   const Scratch workspace(targets[0], blocks * static_cast<int64_t>(sizeof(double)));
   const Counters counters(targets[0], static_cast<int64_t>(operands.size() + launches.size()), stream);
-  Results results{reinterpret_cast<double*>(workspace.data()), counters.data(), nullptr, values.mutable_data_ptr(), 0,
-                  0, type == ScalarType::Double};
+  Results results{reinterpret_cast<double*>(workspace.data()),
+                  counters.data(),
+                  nullptr,
+                  values.mutable_data_ptr(),
+                  0,
+                  0,
+                  type == ScalarType::Double};
   for (const Launch& launch : launches) {
     results.first_term = launch.first;
     if (&launch == &launches.back()) results.total = total.mutable_data_ptr();
@@ -78,7 +83,7 @@ std::vector<Tensor> squared_distance_backward(const Tensor& grad, const std::vec
                                               const std::vector<Tensor>& sources, const std::vector<Tensor>& weights,
                                               int64_t channel_dim) {
   if (targets.empty()) return {};
-  const DeviceGuard guard(targets[0]);
+  const DeviceGuard guard(targets[0].get_device_index());
   const Tensor factor = checked_grad(grad, targets[0]);
   const std::vector<Term> terms = make_terms(targets, sources, weights, channel_dim, true);
   std::vector<Operand> operands = make_operands(terms);

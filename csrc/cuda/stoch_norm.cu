@@ -38,20 +38,21 @@ void forward_of(const ForwardCall& call) {
   using A = acc_t<T>;
   const int64_t channels = call.view.channels;
   A* statistics = static_cast<A*>(call.statistics.mutable_data_ptr());
-  run(stoch_norm::Forward<T, kFused>{
+  run(
+      stoch_norm::Forward<T, kFused>{
           .x = static_cast<const T*>(call.input.const_data_ptr()),
           .residual = data<const T>(call.residual),
           .out = static_cast<T*>(call.output.mutable_data_ptr()),
           .signs = call.signs.numel() == 0 ? nullptr : static_cast<unsigned*>(call.signs.mutable_data_ptr()),
           .mean = statistics,
-          .invstd = statistics + channels,
+          .rstd = statistics + channels,
           .mask = call.mask.channels,
           .weight = call.weight,
           .bias = call.bias,
           .running_mean = call.running.mean,
           .running_var = call.running.var,
-          .moved_mean = call.moved.mean,
-          .moved_var = call.moved.var,
+          .updated_mean = call.updated.mean,
+          .updated_var = call.updated.var,
           .batches = call.batches,
           .momentum = static_cast<A>(call.momentum),
           .eps = static_cast<A>(call.eps),
@@ -66,14 +67,15 @@ void backward_of(const BackwardCall& call) {
   using A = acc_t<T>;
   const int64_t channels = call.view.channels;
   const A* statistics = static_cast<const A*>(call.statistics.const_data_ptr());
-  run(stoch_norm::Backward<T, kFused>{
+  run(
+      stoch_norm::Backward<T, kFused>{
           .x = static_cast<const T*>(call.input.const_data_ptr()),
           .dy = static_cast<const T*>(call.grad_output.const_data_ptr()),
           .out = static_cast<T*>(call.grad_input.mutable_data_ptr()),
           .signs = data<const unsigned>(call.signs),
           .dz = static_cast<T*>(call.grad_residual.mutable_data_ptr()),
           .mean = statistics,
-          .invstd = statistics + channels,
+          .rstd = statistics + channels,
           .mask = call.mask.channels,
           .weight = call.weight,
           .bias = call.bias,

@@ -1,9 +1,12 @@
 // The device that a call's tensors are on, made the current one, and torch's current stream there; with the harness of
-// tests/simt, for which g++ compiles this, the one stream there is.
+// tests/simt, for which g++ compiles this, the one device and the one stream there are.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
 
 #include "runtime.cuh"
 
@@ -24,28 +27,13 @@ inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor&
 #endif
 }
 
-// Makes a device, or a tensor's, the current one, and afterwards the one that was.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const torch::stable::Tensor& tensor) {
-    if (tensor.is_cuda()) enter(tensor.get_device_index());
-  }
-  explicit DeviceGuard(int index) { enter(index); }
-  ~DeviceGuard() {
-    if (previous_ != kNone) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  void enter(int index) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (index == previous_) previous_ = kNone;
-    else check(cudaSetDevice(index), "cudaSetDevice");
-  }
-
-  static constexpr int kNone = -1;
-  int previous_ = kNone;
+// Makes a device the current one, and afterwards the one that was.
+#if defined(__CUDACC__)
+using torch::stable::accelerator::DeviceGuard;
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
 };
+#endif
 
 }  // namespace talib_fast

@@ -120,17 +120,17 @@ def channel_attention(
     warn_of_share(data_loader, "channel_attention")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    known = _Increases(names)
+    increases = _Increases(names)
     if cache is not None:
         options = (method, max_batches, criterion, channel_dim, model_parts(model))
-        known.keep_in(Path(cache), options, data_loader)
-    if not known.complete:
+        increases.keep_in(Path(cache), options, data_loader)
+    if not increases.complete:
         # a DataLoader of an IterableDataset looks as if it had a len()
         total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
         batches, first = itertools.islice(data_loader, max_batches), True
         with evaluating(model), uncompiled(), _outside_inference_mode(), folded(model, layers.values()) as run:
             for number, batch in enumerate(progress_bar(batches, "Channel attention", total, progress)):
-                wanted = {name: layer for name, layer in layers.items() if known.batches(name) == number}
+                wanted = {name: layer for name, layer in layers.items() if increases.batches(name) == number}
                 if not wanted:
                     continue
                 x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_on_device(labels_of(batch), device))
@@ -141,18 +141,18 @@ def channel_attention(
                 if method == "taylor":
                     estimated = _estimated_increases(model, wanted, x, labels, criterion, channel_dim)
                     for name, increase in estimated.items():
-                        known.add(name, increase)
+                        increases.add(name, increase)
                     continue
                 for name in wanted:
                     with torch.no_grad():
                         replay = Replay(model, name, x, channel_dim)
                         increase = _loss_increases(replay, labels, criterion, channels_per_pass, progress)
-                    known.add(name, increase)
-        known.finish()
+                    increases.add(name, increase)
+        increases.finish()
     attention = OrderedDict()
     with _outside_inference_mode():
         for name, alias in aliases.items():
-            increase = known.mean(name)
+            increase = increases.mean(name)
             centred = increase - increase.mean()
             deviation = centred.square().mean().sqrt()
             standardized = torch.where(deviation > 0, centred / deviation, 0)

@@ -213,8 +213,8 @@ class BiTuning(nn.Module):
         """The keys ``[b, C·K]`` of a queue in each sample's order: its own class's, then the others' ascending."""
         start = labels[:, None] * self.K
         own = start + torch.arange(self.K, device=labels.device)
-        others = torch.arange((self.num_classes - 1) * self.K, device=labels.device)
-        return torch.cat([own, torch.add(others, others >= start, alpha=self.K)], dim=1)
+        other_keys = torch.arange((self.num_classes - 1) * self.K, device=labels.device)
+        return torch.cat([own, torch.add(other_keys, other_keys >= start, alpha=self.K)], dim=1)
 
     @torch.no_grad()
     def _class_weights(self, labels: Tensor) -> Tensor:

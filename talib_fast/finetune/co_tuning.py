@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calibration import calibrate_temperature
 from .classifier import ParameterGroup, Part
 from .logits import at_least_float32, check_logits, with_masked_classes
 from .lwf import Classifier as ClassifierBase
-from .relationship import Relationship, calibrate_temperature
+from .relationship import Relationship
 
 __all__ = ["Classifier", "CoTuningLoss", "Relationship", "calibrate_temperature"]
 

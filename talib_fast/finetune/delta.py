@@ -19,7 +19,8 @@ from ..checks import check_module, is_dtensor
 from ..ops import squared_distance
 from .attention import channel_attention
 from .kept import KeptTensors
-from .layers import IntermediateLayerGetter, check_channel_dim, get_attribute
+from .layer_outputs import IntermediateLayerGetter
+from .layers import check_channel_dim, get_attribute
 from .names import FLATTENED, by_plain_name, parameters_by_name, plain_name
 from .parameters import check_parameter, check_start, half_squared_distance, is_flattened, is_of_integers
 

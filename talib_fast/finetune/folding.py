@@ -54,13 +54,13 @@ def _takes_a_norm(module: Any) -> bool:
     """Whether ``module`` is linear in its weight and bias, and these are its own, plain and floating-point."""
     kind: Any = type(module)
     layers = (*_LAYERS, *_of("timm.layers.conv2d_same", "Conv2dSame"))
-    known = any(
+    is_linear = any(
         isinstance(module, layer)
         and kind.forward is layer.forward
         and getattr(kind, "_conv_forward", None) is getattr(layer, "_conv_forward", None)
         for layer in layers
     )
-    if not known or "forward" in vars(module) or (isinstance(module, _TRANSPOSED) and module.groups > 1):
+    if not is_linear or "forward" in vars(module) or (isinstance(module, _TRANSPOSED) and module.groups > 1):
         return False
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     return is_ordinary(weight) and (is_ordinary(bias) or ("bias" in module._parameters and bias is None))

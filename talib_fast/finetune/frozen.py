@@ -16,7 +16,8 @@ from .fingerprint import Unknown, fingerprint
 from .folding import fold, watch
 from .fusion import separate
 from .kept import KeptModule
-from .layers import IntermediateLayerGetter, find_layer, uncompiled, unseen, unwrap
+from .layer_outputs import IntermediateLayerGetter, unseen
+from .layers import find_layer, uncompiled, unwrap
 from .packing import pack
 from .structures import clone, map_tensors, tensors_in
 

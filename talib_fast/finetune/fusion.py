@@ -81,7 +81,7 @@ def _in_turn(modules: Iterable[Any], input: Tensor) -> Tensor:
     return input
 
 
-class _Known(NamedTuple):
+class _Fusion(NamedTuple):
     """How a class that is known by name is fused.
 
     Attributes:
@@ -95,13 +95,13 @@ class _Known(NamedTuple):
     reads: str
 
 
-_KNOWN: dict[str, _Known] = {}
+_FUSIONS: dict[str, _Fusion] = {}
 _originals: dict[type, type] = {}  # of the fused classes
 
 
 def _fuses(*classes: str, method: str = "forward", reads: str) -> Callable[[Callable[[Any, Any], Any]], Any]:
     def register(forward: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        _KNOWN.update(dict.fromkeys(classes, _Known(forward, method, reads)))
+        _FUSIONS.update(dict.fromkeys(classes, _Fusion(forward, method, reads)))
         return forward
 
     return register
@@ -111,12 +111,12 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _known(kind: type) -> _Known | None:
+def _fusion_of(kind: type) -> _Fusion | None:
     if getattr(kind, "forward", None) is nn.Sequential.forward:
-        return _Known(_in_turn, "forward", "")
-    known = _KNOWN.get(_name(kind))
-    code = getattr(getattr(kind, known.method, None), "__code__", None) if known else None
-    return known if known and code and {*code.co_names} == {*known.reads.split()} else None
+        return _Fusion(_in_turn, "forward", "")
+    fusion = _FUSIONS.get(_name(kind))
+    code = getattr(getattr(kind, fusion.method, None), "__code__", None) if fusion else None
+    return fusion if fusion and code and {*code.co_names} == {*fusion.reads.split()} else None
 
 
 def _instance(kind: type) -> nn.Module:
@@ -128,15 +128,15 @@ def _instance(kind: type) -> nn.Module:
 @functools.cache
 def _fused_class(kind: type) -> type | None:
     """What a module of class ``kind`` becomes: a class that looks like it, but for the one method."""
-    known = _known(kind)
-    if known is None or kind in _originals:
+    fusion = _fusion_of(kind)
+    if fusion is None or kind in _originals:
         return None
-    original = getattr(kind, known.method)
+    original = getattr(kind, fusion.method)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         usual = self.training and len(args) == 1 and not kwargs
-        output = known.forward(self, *args) if usual else NotImplemented
+        output = fusion.forward(self, *args) if usual else NotImplemented
         return original(self, *args, **kwargs) if output is NotImplemented else output
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ def _fused_class(kind: type) -> type | None:
         return _instance, (kind,), *parts[2:]
 
     contents = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    fused = type(kind)(kind.__name__, (kind,), {**contents, known.method: forward, "__reduce_ex__": reduce})
+    fused = type(kind)(kind.__name__, (kind,), {**contents, fusion.method: forward, "__reduce_ex__": reduce})
     _originals[fused] = kind
     return fused
 
@@ -371,8 +371,8 @@ def fuse_activations(model: nn.Module) -> nn.Module:
     - torchvision's ResNet and RegNet, MobileNetV2 and V3; timm's ResNet, the blocks that HRNet shares with it, and
       EfficientNet's shortcuts; Hugging Face's ResNet and MobileNetV2.
 
-    The activations are ``nn.ReLU``, ``nn.ReLU6``, ``nn.LeakyReLU``, ``nn.SiLU``, ``nn.Hardswish`` and ``nn.GELU``, a
-    shortcut with none or one of the first three. The modules that hold a norm and what is behind it change their class,
+    The activations are the modules of those that :func:`~talib_fast.ops.stoch_norm` knows, a shortcut with none or a
+    piecewise linear one. The modules that hold a norm and what is behind it change their class,
     to one of the same name; norms, activations, parameters, names and the state dict stay. In evaluation the model
     computes as before. So it does in a call in which something else is to happen at or between norm, shortcut and
     activation: hooks, an attention, a drop path, a frozen norm. :func:`restore_batch_norm` undoes it.

@@ -79,8 +79,8 @@ def loader_parts(data_loader: Iterable, ordered: bool, all_ranks: bool = False) 
         raise Unknown("the order in which the workers are ready, by in_order=False")
     if type(loader) is not DataLoader:
         plain: DataLoader = DataLoader(loader.dataset)
-        known = vars(plain).keys() | {"_iterator", "_IterableDataset_len_called"}
-        parts += [type(loader), {name: value for name, value in vars(loader).items() if name not in known}]
+        usual = vars(plain).keys() | {"_iterator", "_IterableDataset_len_called"}
+        parts += [type(loader), {name: value for name, value in vars(loader).items() if name not in usual}]
     if isinstance(loader.dataset, IterableDataset):
         batches = loader.batch_size if ordered or loader.drop_last else None
         return [*parts, loader.num_workers, batches, loader.drop_last, skipped]
@@ -217,8 +217,8 @@ def _sharing(data_loader: Any) -> tuple[int, int]:
     loader, _ = _plain(data_loader)
     batch_sampler = _batch_sampler(loader)
     if isinstance(batch_sampler, _accelerate("BatchSamplerShard")):
-        known = type(batch_sampler.batch_sampler) is BatchSampler  # type: ignore[attr-defined]
-        return (batch_sampler.num_processes, batch_sampler.process_index) if known else _UNSHARED  # type: ignore
+        is_plain = type(batch_sampler.batch_sampler) is BatchSampler  # type: ignore[attr-defined]
+        return (batch_sampler.num_processes, batch_sampler.process_index) if is_plain else _UNSHARED  # type: ignore
     if batch_sampler is not None and type(batch_sampler) is not BatchSampler:
         return _UNSHARED
     ranks, rank, total = _interleaved(_distributed(loader))

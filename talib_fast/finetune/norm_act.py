@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.activation import NO_ACTIVATION, Activation
-from ..ops.stoch_norm import followed
+from ..ops.stoch_norm_formula import followed
 from .norms import StochNorm2d, SyncStochNorm, activation_of, runs_its_forward_alone
 
 TIMM = "timm.layers"
@@ -56,9 +56,8 @@ class StochNormAct2d(StochNorm2d):
     """Stochastic normalisation of ``[N, C, H, W]`` inputs, and an activation, in place of timm's ``BatchNormAct2d``.
 
     The layer computes ``act(drop(norm(x)))`` and has timm's attributes and state dict. In training the operation takes
-    the activation along where it knows it (``nn.ReLU``, ``nn.ReLU6``, ``nn.LeakyReLU``, ``nn.SiLU``, ``nn.Hardswish``
-    and ``nn.GELU``), ``drop`` does nothing and no hook waits for either. Otherwise as
-    :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
+    the activation along if it is the module of one that :func:`~talib_fast.ops.stoch_norm` knows, ``drop`` does nothing
+    and no hook waits for either. Otherwise as :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
 
     timm's ``create_model(norm_layer=...)`` takes its own classes only:
     :func:`~talib_fast.finetune.stochnorm.convert_model` the network.
@@ -109,8 +108,8 @@ class StochNormAct2d(StochNorm2d):
         followers = self._followers()
         if not self.training or not runs_its_forward_alone(*followers):
             return None
-        known = [activation_of(follower) for follower in followers]
-        active = [activation for activation in known if activation != NO_ACTIVATION]
+        activations = [activation_of(follower) for follower in followers]
+        active = [activation for activation in activations if activation != NO_ACTIVATION]
         if not active:
             return NO_ACTIVATION
         return active[0] if len(active) == 1 else None

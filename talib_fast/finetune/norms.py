@@ -19,7 +19,8 @@ from ..checks import check_number
 from ..ops.activation import NO_ACTIVATION, Activation
 from ..ops.draw import draw, drawn_mask
 from ..ops.library import accumulation_dtype
-from ..ops.stoch_norm import check_channels, check_training, followed
+from ..ops.stoch_norm import check_channels, check_training
+from ..ops.stoch_norm_formula import followed
 from ..ops.stoch_norm_step import Vectors, move, stoch_norm_step
 from ..torch_private import have_global_hooks
 
@@ -306,9 +307,9 @@ class SyncStochNorm(_StochNorm):
                 batch = [torch.where(some, *pair) for pair in zip((mean.detach(), unbiased), running, strict=True)]
                 move(running, batch, repeats, self._buffers, self.momentum, some)
             mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])
-        invstd = (variance + self.eps).rsqrt()
+        rstd = (variance + self.eps).rsqrt()
         shape = [-1] + [1] * (input.dim() - 2)
-        scale = invstd if self.weight is None else invstd * self.weight
+        scale = rstd if self.weight is None else rstd * self.weight
         output = (values - mean.view(shape)) * scale.view(shape)
         if self.bias is not None:
             output = output + self.bias.view(shape)

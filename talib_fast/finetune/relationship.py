@@ -17,45 +17,13 @@ from torch import Tensor, nn
 
 from ..checks import check_module, check_positive_integer
 from ..storage import write_atomically
+from .calibration import target_logits
 from .fingerprint import Unknown, fingerprint, model_parts
 from .labels import check_range, integer_labels
 from .loader import Share, loader_parts, share_of, warn_of_share
-from .logits import at_least_float32, check_logits, check_temperature
+from .logits import at_least_float32, check_temperature
 from .prediction import OnHost, class_labels_of, counted, joined_over_ranks, predictions
 from .ranks import check_group, from_first, gathered, summed, together
-
-
-def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> float:
-    """The temperature T > 0 that minimises the cross entropy of softmax(logits / T).
-
-    On Calibration of Modern Neural Networks, ICML 2017 (https://arxiv.org/abs/1706.04599).
-
-    Args:
-        logits: ``[N, N_p]`` of the source classifier on held-out source data.
-        labels: ``[N]``, their source classes.
-        label_smoothing: the share of each label that is spread over all classes, in [0, 1), as in
-            :func:`torch.nn.functional.cross_entropy`; any at all keeps T away from 0 where every label is predicted.
-
-    Raises:
-        TypeError: the logits are no floating-point tensor, or the labels no integers.
-        ValueError: the shapes do not fit, a label is out of range, or ``label_smoothing`` is.
-    """
-    check_logits(logits, "logits")
-    labels = integer_labels(labels).cpu()
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(f"expected logits [N, N_p] and labels [N], got {list(logits.shape)} and {list(labels.shape)}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected a label_smoothing in [0, 1), got {label_smoothing}")
-    logits = logits.detach().cpu().double()
-    check_range(labels, logits.size(1))
-    own = (1 - label_smoothing) * logits.gather(1, labels[:, None]).mean() + label_smoothing * logits.mean()
-    # the loss is convex in 1/T, and its slope has the sign of the mean of z_y - E[z]: bisect log T for its change
-    low, high = -7.0, 7.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        expected = (F.softmax(logits / np.exp(middle), dim=1) * logits).sum(1).mean()
-        low, high = (low, middle) if own > expected else (middle, high)
-    return float(np.exp((low + high) / 2))
 
 
 class Relationship:
@@ -356,7 +324,7 @@ class Relationship:
 
     def _reverse(self, probabilities: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         present, labels = labels.unique(return_inverse=True)
-        logits = _target_logits(probabilities.numpy(), labels.numpy(), self.C)
+        logits = target_logits(probabilities.numpy(), labels.numpy(), self.C)
         # p(y_t | y_s) p(y_s) over its sum over y_s; in logarithms, as all of a row may be too small for a number
         log_joint = F.log_softmax(logits, dim=1).T + probabilities.mean(0).log()
         rows = probabilities.new_zeros(num_classes, probabilities.size(1))
@@ -394,46 +362,6 @@ _COLLECT, _RELATE = Relationship.collect_labels, Relationship.get_category_relat
 _OPTIONS = ("num_classes", "absent", "method", "temperature", "C")
 # what the fingerprint sees elsewhere, or what decides nothing
 _ATTRIBUTES = {*_OPTIONS, "data_loader", "classifier", "device", "process_group", "_progress"}
-
-
-def _target_logits(probabilities: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> Tensor:
-    """Calibrated logits ``[N_p, N_t]`` of the target classes, all of which are in ``labels``, for each source class.
-
-    From a logistic regression on source ``probabilities [N, N_p]``, whose inverse regularisation strength is the one
-    of ``strengths`` that predicts held out labels best.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
-
-    def fitted_logits(C: float, features: np.ndarray, classes: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Without an intercept, which probabilities make superfluous as they sum to 1."""
-        scores = (
-            LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(features, classes).decision_function(at)
-        )
-        return np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores  # of two classes: one column
-
-    source_classes = np.eye(probabilities.shape[1])
-    counts = np.bincount(labels)
-    if len(counts) == 1:
-        return torch.zeros(len(source_classes), 1, dtype=torch.float64, device="cpu")
-    best, temperature = strengths[0], 1.0
-    held_out = counts[labels] > 1  # a class's only sample can't be predicted from its others
-    features, (classes, held_out_labels) = probabilities[held_out], np.unique(labels[held_out], return_inverse=True)
-    if len(classes) > 1:
-        folds = StratifiedKFold(min(5, counts[classes].min()), shuffle=True, random_state=0)
-        smoothing, least = 1 / (len(features) + 2), math.inf
-        for C in strengths:
-            logits = torch.empty(len(features), len(classes), dtype=torch.float64, device="cpu")
-            for rest, fold in folds.split(features, held_out_labels):
-                found = fitted_logits(C, features[rest], held_out_labels[rest], features[fold])
-                logits[fold] = torch.from_numpy(found)
-            calibrated = calibrate_temperature(logits, torch.from_numpy(held_out_labels), smoothing)
-            loss = F.cross_entropy(
-                logits / calibrated, torch.from_numpy(held_out_labels), label_smoothing=smoothing
-            ).item()
-            if loss < least:
-                best, temperature, least = C, calibrated, loss
-    return torch.from_numpy(fitted_logits(best, probabilities, labels, source_classes)) / temperature
 
 
 def _read_cache(

@@ -77,23 +77,23 @@ def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:
     """
     folder = existing(folder, option)
     found: dict[str, Path] = {}
-    others = []
+    rest = []
     for child in subfolders(folder):
         part = PARTS.get(child.name.lower())
         if part is None:
-            others.append(child)
+            rest.append(child)
         elif part in found:
             raise UsageError(
                 f"{printable(folder)} has both {found[part].name} and {child.name}: remove or rename one of them"
             )
         else:
             found[part] = child
-    others = [child for child in others if any(is_image for _, is_image in walk(child))]
-    if others and len(found) < 2:
+    rest = [child for child in rest if any(is_image for _, is_image in walk(child))]
+    if rest and len(found) < 2:
         return {}  # a class may be called train
-    if others:
+    if rest:
         raise UsageError(
-            f"{printable(folder)} has {printable(others[0].name)} beside {' and '.join(found)}: move it elsewhere, or "
+            f"{printable(folder)} has {printable(rest[0].name)} beside {' and '.join(found)}: move it elsewhere, or "
             "name the folders of images one by one (--data, --test)"
         )
     if found and "train" not in found:

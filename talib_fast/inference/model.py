@@ -100,8 +100,8 @@ def timm_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     timm = import_library("timm")
     name = config["network"].rpartition(":")[2]
-    known = timm.models.get_pretrained_cfg(name)
-    if known is None or known.classifier != config["head"]:
+    pretrained_cfg = timm.models.get_pretrained_cfg(name)
+    if pretrained_cfg is None or pretrained_cfg.classifier != config["head"]:
         return {}  # timm has its head elsewhere
     kept = ("tag", "fixed_input_size", "pool_size", "first_conv", "classifier", "license", "origin_url", "paper_ids")
     preprocessing = config["preprocessing"]
@@ -110,13 +110,13 @@ def timm_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": name.partition(".")[0],
         "label_names": config["classes"],
         "pretrained_cfg": {
-            **{key: value for key, value in known.to_dict().items() if key in kept},
+            **{key: value for key, value in pretrained_cfg.to_dict().items() if key in kept},
             "num_classes": config["num_classes"],
             "input_size": [3, size, size],
             **{key: preprocessing[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         },
     }
-    if known.fixed_input_size and tuple(known.input_size[1:]) != (size, size):
+    if pretrained_cfg.fixed_input_size and tuple(pretrained_cfg.input_size[1:]) != (size, size):
         entries["model_args"] = {"img_size": size}
     return entries
 

@@ -46,8 +46,8 @@ def build(
         model = library_model(library, model_name, pretrained=file is None)
         network = cut(name, model, preprocessing_of(library, model_name, model, image_size), file)
     else:
-        known = ", ".join([*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)])
-        raise UsageError(f"there is no network {name}: --network knows {known}")
+        names = ", ".join([*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)])
+        raise UsageError(f"there is no network {name}: --network knows {names}")
     if delta_layers:
         layers_of_delta.check_named(name, network.backbone, delta_layers)
         images = probe_images(network.preprocessing.size)

@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# torch.nn.functional's names, in the order of Activation in csrc/types.h: piecewise linear ones, then smooth ones
 NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
 _PLACES = {name: place for place, name in enumerate(NAMES)}  # by which a kernel knows them
-FIRST_SMOOTH = _PLACES["silu"]  # those before it are piecewise linear
+FIRST_SMOOTH = _PLACES["silu"]
 _BITS = 32
 
 
 class Activation(NamedTuple):
     """An activation. Those before "silu" are piecewise linear: the derivative is 1 or the slope.
+
+    It has methods and no properties, which torch.compile of torch 2.10 can't follow in a named tuple.
 
     Attributes:
         name: one of ``NAMES``; not a number, of which torch.compile would make a variable.
@@ -24,12 +27,10 @@ class Activation(NamedTuple):
     name: str = "none"
     negative_slope: float = 0.0
 
-    @property
     def arguments(self) -> tuple[int, float]:
         """What operators take."""
         return _PLACES[self.name], self.negative_slope if self.name == "leaky_relu" else 0.0
 
-    @property
     def slope(self) -> float:
         """Of the piecewise linear ones, where the derivative is not 1."""
         return {"none": 1.0, "leaky_relu": self.negative_slope}.get(self.name, 0.0)
@@ -38,7 +39,7 @@ class Activation(NamedTuple):
         """Whether the kernels add a residual before it: of the piecewise linear ones a bit an element is enough."""
         return _PLACES[self.name] < FIRST_SMOOTH
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """By PyTorch's own operator."""
         if self.name == "none":
             return z
@@ -53,7 +54,7 @@ class Activation(NamedTuple):
 
     def gradient(self, grad: Tensor, passes: Tensor) -> Tensor:
         """Of what a piecewise linear one was given. A select: 0 times an infinite gradient is 0."""
-        return torch.where(passes, grad, grad * self.slope if self.slope else 0)
+        return torch.where(passes, grad, grad * self.slope() if self.slope() else 0)
 
     def backward(self, grad: Tensor, z: Tensor) -> Tensor:
         """The gradient of ``z``, in operators that can be differentiated any number of times."""
@@ -64,12 +65,15 @@ class Activation(NamedTuple):
             return grad * (s * (1 + z * (1 - s)))
         if self.name == "hardswish":
             return torch.where(z <= -3, 0, torch.where(z < 3, grad * (z / 3 + 0.5), grad))
-        cumulative, density = 0.5 * (1 + torch.erf(z / math.sqrt(2))), torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return grad * (cumulative + z * density)
+        if self.name == "gelu":
+            cumulative = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+            density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+            return grad * (cumulative + z * density)
+        raise NotImplementedError(f"the derivative of {self.name}")
 
 
 def activation_by_arguments(place: int, negative_slope: float) -> Activation:
-    """The activation that an operator is given as :attr:`Activation.arguments`."""
+    """The activation that an operator is given as :meth:`Activation.arguments`."""
     return Activation(NAMES[place], negative_slope)
 
 

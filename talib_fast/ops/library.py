@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..torch_private import (
     function_transforms,
@@ -49,15 +50,15 @@ def define(schema: str, implementation: Callable, fake: Callable, *tags: torch.T
     return getattr(torch.ops.talib_fast, name).default
 
 
-class Function(torch.autograd.Function):
-    """An autograd function with a ``setup_context``, which torch.func asks for, at no cost where torch.func is not."""
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply``, of one with a ``setup_context``, which torch.func asks for, at no cost where it is not used.
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or may_be_in_function_transform():
-            return super().apply(*args)
-        # past the class above, which takes the signature of ``forward`` apart on every call
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+    It is no method of a base class, which torch.compile of torch 2.10 can't follow.
+    """
+    if torch.compiler.is_compiling() or may_be_in_function_transform():
+        return function.apply(*args)
+    # past a class that takes the signature of ``forward`` apart on every call
+    return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def argument_names(function: type[Function]) -> Any:
@@ -211,8 +212,8 @@ def _load_autograd(kernels: Compiled) -> tuple[Any, Compiled]:
     package = Path(__file__).parent.parent
     library = package / f"_autograd{EXTENSION_SUFFIXES[0]}"
     if not library.exists():
-        others = sorted(package.glob("_autograd*.so"))
-        reason = f"{others[0].name} is built for another Python: install talib_fast again" if others else ""
+        found = sorted(package.glob("_autograd*.so"))
+        reason = f"{found[0].name} is built for another Python: install talib_fast again" if found else ""
         return None, Compiled(False, reason or "talib_fast was installed without it")
     if reason := _not_for_this_torch(library):
         return None, Compiled(False, reason)

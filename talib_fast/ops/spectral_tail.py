@@ -17,9 +17,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..checks import check_floats, check_integer
-from .library import Function, accumulation_dtype, compiles_without_gradient, define, needs_pytorch_formula
+from .library import accumulation_dtype, apply, compiles_without_gradient, define, needs_pytorch_formula
 
 
 def _short_side_first(input: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _finite(matrix: Tensor) -> Tensor:
     return torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
-def _by_the_others(short_side: int, k: int) -> bool:
+def _by_complement(short_side: int, k: int) -> bool:
     """Whether the vectors span the other singular directions, which are fewer, and not the tail's."""
     return 2 * k > short_side
 
@@ -68,7 +69,7 @@ def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tens
     values, vectors = spectrum(torch.where(finite, matrix, 0))
     value = torch.where(finite[..., 0], values, torch.nan)[..., :k].sum(-1)
     vectors = torch.where(finite, vectors, torch.nan)
-    vectors = vectors[..., k:] if _by_the_others(vectors.size(-1), k) else vectors[..., :k]
+    vectors = vectors[..., k:] if _by_complement(vectors.size(-1), k) else vectors[..., :k]
     value = value.to(device=input.device, dtype=accumulation_dtype(input))
     return value, vectors.clone(memory_format=torch.contiguous_format)
 
@@ -77,7 +78,7 @@ def _tail_part(input: Tensor, vectors: Tensor, k: int) -> Tensor:
     short_side = vectors.size(-2)
     wide = short_side == input.size(-2)
     part = vectors @ (vectors.mT @ input) if wide else (input @ vectors) @ vectors.mT
-    return input - part if _by_the_others(short_side, k) else part
+    return input - part if _by_complement(short_side, k) else part
 
 
 def _forward_by_gram(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -168,9 +169,9 @@ class _TailProjector(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         matrix, values, vectors = ctx.saved_tensors
-        chosen, others = vectors[..., : ctx.k], vectors[..., ctx.k :]
+        chosen, complement = vectors[..., : ctx.k], vectors[..., ctx.k :]
         gaps = values[..., : ctx.k, None] - values[..., None, ctx.k :]
-        coupling = chosen @ ((chosen.mT @ (grad + grad.mT) @ others) / gaps) @ others.mT
+        coupling = chosen @ ((chosen.mT @ (grad + grad.mT) @ complement) / gaps) @ complement.mT
         return (coupling + coupling.mT) @ matrix, None, None
 
 
@@ -216,7 +217,7 @@ class _SpectralTail(Function):
         """A mapped dimension is one more of the batch."""
         dims = in_dims[1:]
         batches = [input if dim is None else input.movedim(dim, 0) for input, dim in zip(inputs, dims, strict=True)]
-        results = _SpectralTail.apply(k, *(batch.flatten(0, -3) if batch.dim() > 3 else batch for batch in batches))
+        results = apply(_SpectralTail, k, *(batch.flatten(0, -3) if batch.dim() > 3 else batch for batch in batches))
         shapes = [batch.shape[:-2] for batch in batches]
         values = [value.view(shape) for value, shape in zip(results, shapes, strict=False)]
         vectors = results[len(batches) :]
@@ -229,7 +230,7 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
     finite = _finite(matrix)
     decomposed = torch.where(finite, matrix, 0)
     decomposed = decomposed / _magnitude(decomposed.detach())  # the projector is the same, and no square overflows
-    projector = _TailProjector.apply(decomposed, k, input.dtype == torch.float64)[0]
+    projector = apply(_TailProjector, decomposed, k, input.dtype == torch.float64)[0]
     projection = torch.where(finite, projector, torch.nan) @ matrix
     if input.size(-2) > input.size(-1):
         projection = projection.mT
@@ -259,8 +260,8 @@ def _by_formula(input: Tensor, k: int) -> Tensor:
     scale = _magnitude(constant)  # so that no square overflows
     values, vectors = (_by_qr if input.dtype == torch.float64 else _by_gram)(constant / scale)
     vectors = torch.where(finite, vectors, torch.nan)
-    chosen, others = (part.mT @ matrix for part in (vectors[..., :k], vectors[..., k:]))
-    coupling = chosen @ (others / scale).mT
+    chosen, complement = (part.mT @ matrix for part in (vectors[..., :k], vectors[..., k:]))
+    coupling = chosen @ (complement / scale).mT
     coupling = coupling - coupling.detach()  # what rounding leaves of 0
     by_gap = 1 / (values[..., :k, None] - values[..., None, k:])
     tied = by_gap.isinf()
@@ -320,7 +321,7 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
             return _by_formula(input, number)
         if input.dim() > 3:
             return spectral_tail(input.flatten(0, -3), number).view(input.shape[:-2])
-        return _SpectralTail.apply([number], input)[0]
+        return apply(_SpectralTail, [number], input)[0]
     inputs = list(input)
     numbers = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k] * len(inputs)
     if len(numbers) != len(inputs):
@@ -336,7 +337,8 @@ def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> T
         group = [j for j, tensor in enumerate(inputs) if (tensor.dtype == torch.float64) == doubles]
         if group:
             flat = [inputs[j].flatten(0, -3) if inputs[j].dim() > 3 else inputs[j] for j in group]
-            function = _SpectralTail.forward if compiles_without_gradient(*flat) else _SpectralTail.apply
-            found = function([numbers[j] for j in group], *flat)
+            ks = [numbers[j] for j in group]
+            without = compiles_without_gradient(*flat)
+            found = _SpectralTail.forward(ks, *flat) if without else apply(_SpectralTail, ks, *flat)
             values.update((j, value.view(inputs[j].shape[:-2])) for j, value in zip(group, found, strict=False))
     return tuple(values[j] for j in range(len(inputs)))

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..checks import check_floats, check_integer, is_dtensor, is_ordinary
-from .library import Function, accumulation_dtype, compiles_without_gradient, define, needs_pytorch_formula
+from .library import accumulation_dtype, apply, compiles_without_gradient, define, needs_pytorch_formula
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
@@ -192,10 +193,10 @@ def squared_distance(
         if isinstance(tensors, Tensor):  # of which a list would make its rows
             raise TypeError(f"expected {name} to be a list of tensors, got one tensor")
     targets = list(targets)
-    sources, weights = (None if others is None else list(others) for others in (sources, weights))
-    for name, others in (("sources", sources), ("weights", weights)):
-        if others is not None and len(others) != len(targets):
-            raise ValueError(f"expected {len(targets)} {name}, one per target, got {len(others)}")
+    sources, weights = (None if tensors is None else list(tensors) for tensors in (sources, weights))
+    for name, tensors in (("sources", sources), ("weights", weights)):
+        if tensors is not None and len(tensors) != len(targets):
+            raise ValueError(f"expected {len(targets)} {name}, one per target, got {len(tensors)}")
     if not targets:
         return torch.zeros(()), torch.zeros(0)
     check_floats(targets[0], "target 0")
@@ -242,4 +243,4 @@ def squared_distance(
     tensors = [*targets, *sources, *weights]
     if torch.compiler.is_compiling():
         tensors = _distinct(tensors)
-    return _SquaredDistance.apply(int(channel_dim), len(targets), len(sources), *tensors)
+    return apply(_SquaredDistance, int(channel_dim), len(targets), len(sources), *tensors)

@@ -14,16 +14,9 @@ from ..torch_private import assign, only_autograd_looks_on
 from .activation import FIRST_SMOOTH, NO_ACTIVATION, Activation
 from .draw import draw
 from .library import is_empty, needs_pytorch_formula, node_function
-from .stoch_norm import (
-    apply_in_place,
-    check_count,
-    check_training,
-    followed,
-    functional_stoch_norm,
-    moved,
-    stoch_norm_by_formula,
-    stoch_norm_in_place,
-)
+from .stoch_norm import check_count, check_training
+from .stoch_norm_formula import followed, stoch_norm_by_formula, updated
+from .stoch_norm_operators import apply_in_place, functional_stoch_norm, stoch_norm_in_place
 
 Vectors = Mapping[str, Any]  # a layer's parameters or buffers, by name
 
@@ -76,7 +69,7 @@ def stoch_norm_step(
     activation: Activation = NO_ACTIVATION,
     residual: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """A layer's output in training, after which its running statistics have moved: act(norm(input) + residual()).
+    """A layer's output in training, after which its running statistics are updated: act(norm(input) + residual()).
 
     Args:
         input: ``[N, C, *]``, float16, bfloat16, float32 or float64.
@@ -95,7 +88,7 @@ def stoch_norm_step(
         RuntimeError: see :func:`~talib_fast.ops.draw.draw`.
     """
     if not torch.compiler.is_compiling():
-        place, slope = activation.arguments
+        place, slope = activation.arguments()
         outcome: Any = _ordinary_step(input, parameters, buffers, momentum, eps, p, tracks, place, slope, residual)
         if outcome is not None:
             return followed(outcome[0], activation, outcome[1]) if type(outcome) is tuple else outcome
@@ -106,7 +99,7 @@ def stoch_norm_step(
     operands, counter = (drawn, parameters["weight"], parameters["bias"]), buffers["num_batches_tracked"]
     added = None if residual is None else residual()
     along: tuple[Activation, Tensor | None] = activation, added
-    if added is not None and not _takes_along(added, input, activation.arguments[0]):
+    if added is not None and not _takes_along(added, input, activation.arguments()[0]):
         along = NO_ACTIVATION, None
     countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
     formula = needs_pytorch_formula()
@@ -172,7 +165,7 @@ def move(
         if counter is None:
             return  # there is nothing to average by; batch norms leave their statistics, too
         share = counter.clamp_min(1).reciprocal()
-    values = [moved(old, new, share) for old, new in zip(read, batch, strict=True)]
+    values = [updated(old, new, share) for old, new in zip(read, batch, strict=True)]
     if isinstance(repeats, Tensor):
         values = [torch.where(repeats, *pair) for pair in zip(targets, values, strict=True)]
     assign(targets, values)

@@ -392,9 +392,9 @@ def trade_off(text: str) -> tuple[str, float]:
 
 def own_setting(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    known = own_defaults()
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"{text} should be METHOD.NAME=VALUE with one of {', '.join(known)}")
+    defaults = own_defaults()
+    if name not in defaults:
+        raise argparse.ArgumentTypeError(f"{text} should be METHOD.NAME=VALUE with one of {', '.join(defaults)}")
     method, _, own = name.partition(".")
     if RECIPES[method].own[own].whole:
         return name, whole(1)(value)

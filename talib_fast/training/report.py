@@ -289,8 +289,8 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
     palette = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9"]
     single = [name for name in RECIPES if name not in ("plain", "linear")]
     own = {"plain": "0.35", "linear": "0.65"} | dict(zip(single, palette, strict=True))
-    others = [name for name in methods if name not in own]
-    return own | {name: COMBINED[place % len(COMBINED)] for place, name in enumerate(others)}
+    combined = [name for name in methods if name not in own]
+    return own | {name: COMBINED[place % len(COMBINED)] for place, name in enumerate(combined)}
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:

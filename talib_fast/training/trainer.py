@@ -188,12 +188,12 @@ class Run:
 
     def _prepare(self) -> None:
         start = time.perf_counter()
-        known, name = self.data.knowledge, self.method.name
-        if name not in known:  # a method's trials with other settings start from the same network
-            known[name] = parallel.from_first(
+        prepared, name = self.data.knowledge, self.method.name
+        if name not in prepared:  # a method's trials with other settings start from the same network
+            prepared[name] = parallel.from_first(
                 lambda: {part: value.cpu() for part, value in self.method.prepare(self.data.train).items()}
             )
-        self._use(known[name])
+        self._use(prepared[name])
         self.record.preparation_seconds = time.perf_counter() - start
 
     def _use(self, knowledge: dict[str, Tensor]) -> None:

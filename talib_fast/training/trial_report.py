@@ -96,24 +96,24 @@ def candidate_cells(trial: Trial, winners: str, difference: str) -> tuple[str, .
 
 def rivals(trials: Sequence[Trial], winner: Trial) -> list[Rival]:
     """The other methods' best candidates, those that came furthest first."""
-    others = [best_trial(own) for name, own in by_method(trials).items() if name != canonical(winner["method"])]
-    best = sorted((trial for trial in others if trial), key=lambda trial: (trial["steps"], merit(trial)), reverse=True)
+    best = [best_trial(own) for name, own in by_method(trials).items() if name != canonical(winner["method"])]
+    ranked = sorted((trial for trial in best if trial), key=lambda trial: (trial["steps"], merit(trial)), reverse=True)
     winners = {trial["rung"]: trial for trial in trials if candidate(trial) == candidate(winner)}
     found = []
-    for trial in best:
+    for trial in ranked:
         same = winners[trial["rung"]]
-        found.append(Rival(trial, same, *paired_images(right_or_wrong(trial), right_or_wrong(same), len(best))))
+        found.append(Rival(trial, same, *paired_images(right_or_wrong(trial), right_or_wrong(same), len(ranked))))
     return found
 
 
 def halving(results: Mapping[str, Any], winner: Trial) -> Section:
     """How close the other methods came to the winner."""
     trials = results["trials"]
-    others = rivals(trials, winner)
+    behind = rivals(trials, winner)
     return Section(
         "The best method by successive halving",
         HALVED,
-        [candidate_cells(winner, "-", "-"), *(rival.cells() for rival in others)],
+        [candidate_cells(winner, "-", "-"), *(rival.cells() for rival in behind)],
         " ".join(
             [
                 halving_budget(results),
@@ -123,7 +123,7 @@ def halving(results: Mapping[str, Any], winner: Trial) -> Section:
                 CHOSEN,
             ]
         ),
-        closeness(winner, others),
+        closeness(winner, behind),
         words=(0, len(HALVED) - 1),
         plots={"trials": "Validation accuracy of each candidate over the steps of the rungs"},
     )
@@ -140,17 +140,17 @@ def halving_budget(results: Mapping[str, Any]) -> str:
     )
 
 
-def closeness(winner: Trial, others: Sequence[Rival]) -> list[str]:
+def closeness(winner: Trial, rivals: Sequence[Rival]) -> list[str]:
     """Which methods can be told from the winner, in sentences."""
-    close = [rival.trial["method"] for rival in others if not rival.told_apart]
-    behind = [rival for rival in others if rival.told_apart]
+    close = [rival.trial["method"] for rival in rivals if not rival.told_apart]
+    behind = [rival for rival in rivals if rival.told_apart]
     found = []
     if close:
         found.append(f"Not told apart from {winner['method']} by these images: {', '.join(close)}.")
     if behind:
         names = ", ".join(rival.trial["method"] for rival in behind)
         found.append(f"Behind {winner['method']} by more than chance, given the steps that they had: {names}.")
-    if any(rival.trial["steps"] < winner["steps"] for rival in others):
+    if any(rival.trial["steps"] < winner["steps"] for rival in rivals):
         found.append(f"Whether those with fewer than {winner['steps']:,} steps would have caught up was not tried.")
     return found
 

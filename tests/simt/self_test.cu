@@ -86,9 +86,20 @@ void test_device_functions(bool) {
   launch_device_functions(out.data(), kStream);
   for (unsigned thread = 0; thread < 64; ++thread) {
     const unsigned lane = thread % 32;
-    const float expected[kDeviceFunctions] = {
-        3, static_cast<float>(lane % 8 == 7 ? lane : lane + 1), static_cast<float>(lane < 2 ? lane : lane - 2),
-        5, 1, 0.75, 13, 9, 9, 35, 3, 2, 0x1p-46f, 1};
+    const float expected[kDeviceFunctions] = {3,
+                                              static_cast<float>(lane % 8 == 7 ? lane : lane + 1),
+                                              static_cast<float>(lane < 2 ? lane : lane - 2),
+                                              5,
+                                              1,
+                                              0.75,
+                                              13,
+                                              9,
+                                              9,
+                                              35,
+                                              3,
+                                              2,
+                                              0x1p-46f,
+                                              1};
     for (int i = 0; i < kDeviceFunctions; ++i) {
       EXPECT(out[thread * kDeviceFunctions + i] == expected[i]);
     }

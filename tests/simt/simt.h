@@ -27,7 +27,7 @@
 #include <utility>
 
 #include "cuda_types.h"
-#include "engine.h"
+#include "launch.h"
 
 #define SIMT_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                   \
   simt::launch(simt::At::current(), #kernel, kernel, (grid), (block), (dynamic_shared_bytes), \
@@ -219,38 +219,25 @@ inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, c
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorNoKernelImageForDevice:
-      return "cudaErrorNoKernelImageForDevice";
-    default:
-      break;
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+    default: break;
   }
   return "unrecognized error code";
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
-    default:
-      break;
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    default: break;
   }
   return "unrecognized error code";
 }
@@ -298,9 +285,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount:
       *value = static_cast<int>(simt::setting("SIMT_MULTIPROCESSORS", 3));
       return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(simt::shared_limit());
-      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(simt::shared_limit()); return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = static_cast<int>(min(simt::shared_limit(), simt::kDefaultSharedBytes));
       return cudaSuccess;
@@ -310,21 +295,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxThreadsPerBlock:
       *value = static_cast<int>(simt::setting("SIMT_THREADS", simt::kMaxThreads));
       return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2 * simt::kMaxThreads;
-      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2 * simt::kMaxThreads; return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = static_cast<int>(simt::setting("SIMT_CACHE_BYTES", 1 << 20));
       return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = warpSize;
-      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
+    case cudaDevAttrWarpSize: *value = warpSize; return cudaSuccess;
   }
   return simt::fail(cudaErrorInvalidValue);
 }

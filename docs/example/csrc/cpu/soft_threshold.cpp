@@ -49,7 +49,7 @@ SIMD_CLONES void write_run(const T* x, const T* dy, T* out, int64_t n, acc_t<T> 
 template <int kTensors>
 Tensor run(const ThresholdCall& call, double threshold) {
   constexpr int64_t kPiece = 65536;  // elements of a task: how many there are does not depend on the threads
-  dispatch(float_type(call.input), [&](auto zero) {
+  with_type(float_type(call.input), [&](auto zero) {
     using T = decltype(zero);
     const T* x = static_cast<const T*>(call.input.const_data_ptr());
     const T* dy = kTensors == 1 ? x : static_cast<const T*>(call.grad_output.const_data_ptr());

@@ -9,19 +9,9 @@
 namespace talib_fast {
 namespace {
 
-template <typename F>
-void dispatch(const Tensor& tensor, const F& f) {
-  switch (float_type(tensor)) {
-    case FloatType::kFloat: return f(float{});
-    case FloatType::kDouble: return f(double{});
-    case FloatType::kHalf: return f(__half{});
-    case FloatType::kBFloat16: return f(__nv_bfloat16{});
-  }
-}
-
 template <bool kBackward>
 Tensor run(const ThresholdCall& call, double threshold) {
-  dispatch(call.input, [&](auto zero) {
+  with_type(float_type(call.input), [&](auto zero) {
     using T = decltype(zero);
     soft_threshold::Operands<T> operands{};
     operands.x = static_cast<const T*>(call.input.const_data_ptr());
@@ -35,12 +25,13 @@ Tensor run(const ThresholdCall& call, double threshold) {
 }
 
 Tensor soft_threshold_forward(const Tensor& input, double threshold) {
-  const DeviceGuard guard(input);  // first of all: what is allocated and launched goes to the current device
+  // first of all: what is allocated and launched goes to the current device
+  const DeviceGuard guard(input.get_device_index());
   return run<false>(threshold_call(input), threshold);
 }
 
 Tensor soft_threshold_backward(const Tensor& grad_output, const Tensor& input, double threshold) {
-  const DeviceGuard guard(input);
+  const DeviceGuard guard(input.get_device_index());
   return run<true>(threshold_gradient_call(grad_output, input), threshold);
 }
 

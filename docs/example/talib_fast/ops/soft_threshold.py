@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..checks import check_floats, check_number
-from .library import Function, accumulation_dtype, define, needs_pytorch_formula
+from .library import accumulation_dtype, apply, define, needs_pytorch_formula
 
 # ---- The PyTorch implementation: it serves every device that has no kernel, and a kernel has to agree with it. It may
 # be slow. Half precision is calculated with in float32 and rounded once, as the kernels do it.
@@ -78,7 +79,7 @@ class _SoftThreshold(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, None], input: Tensor, threshold: float) -> tuple[Tensor, int | None]:
         """Single elements do not care which dimension is mapped over."""
-        return _SoftThreshold.apply(input, threshold), in_dims[0]
+        return apply(_SoftThreshold, input, threshold), in_dims[0]
 
 
 def soft_threshold(input: Tensor, threshold: float) -> Tensor:
@@ -102,4 +103,4 @@ def soft_threshold(input: Tensor, threshold: float) -> Tensor:
     check_number(threshold, "threshold", sys.float_info.max)
     if needs_pytorch_formula():  # forward mode and torch.func.functionalize take no autograd function like ours
         return _shrunk(input, threshold).to(input.dtype)
-    return _SoftThreshold.apply(input, threshold)
+    return apply(_SoftThreshold, input, threshold)

@@ -1,4 +1,4 @@
-"""One line for a script of the Transfer-Learning-Library: its names give what talib_fast has under them."""
+"""The library's names, replaced where they are defined, where they were imported, and when they will be imported."""
 
 import importlib
 import importlib.abc
@@ -6,19 +6,15 @@ import importlib.util
 import pkgutil
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from . import finetune
-from .checks import check_module, check_number
-from .finetune.fusion import fuse
-from .finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d
+from .. import finetune
+from ..finetune.fusion import fuse
 
 # The methods' modules by the package that holds them: tllib's three, and talib's, as the library was called before.
 _REGULARIZATION = ("delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation")
@@ -29,8 +25,7 @@ _PACKAGES = {
     "talib.finetune": ("stochnorm", *_REGULARIZATION),
 }
 _METHODS = {f"{package}.{method}": method for package, held in _PACKAGES.items() for method in held}
-_STOCH_NORM_MODULES = [name for name, method in _METHODS.items() if method == "stochnorm"]
-_STOCH_NORMS = {layer.__name__: layer for layer in (StochNorm1d, StochNorm2d, StochNorm3d)}
+STOCH_NORM_MODULES = [name for name, method in _METHODS.items() if method == "stochnorm"]
 
 
 def convert_model(module: nn.Module, p: float) -> nn.Module:
@@ -278,7 +273,8 @@ def _want(methods: set[str]) -> None:
         sys.meta_path.remove(_finder)
 
 
-def _patch_library(methods: set[str]) -> dict[str, str]:
+def patch_library(methods: set[str]) -> dict[str, str]:
+    """Replace the names of ``methods`` in the library's modules, or in those to come: see :func:`talib_fast.patch`."""
     if "lwf" in methods and "co_tuning" not in methods:
         raise ValueError(
             "expected talib.finetune.co_tuning.Classifier to be replaced along with talib.finetune.lwf.Classifier, "
@@ -300,133 +296,8 @@ def _patch_library(methods: set[str]) -> dict[str, str]:
         return _report(_in_place[since:])
 
 
-def _is_upstream(kind: type) -> bool:
-    return kind.__module__ in _STOCH_NORM_MODULES and kind.__name__ in _STOCH_NORMS
-
-
-def _missing_state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attributes and buffers by which one of upstream's layers becomes ours."""
-    mean = layer.running_mean
-    p: Any = layer.p
-    # Upstream's convert_model hands p over as track_running_stats, and leaves the layer's p at 0.5.
-    if not isinstance(layer.track_running_stats, bool):
-        p = layer.track_running_stats
-    buffers: dict[str, Any] = {"running_mean": mean, "running_var": layer.running_var, "num_batches_tracked": None}
-    if isinstance(mean, torch.Tensor):
-        buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
-    check_number(p, "p", 1)
-    return {"p": float(p), "track_running_stats": mean is not None}, buffers
-
-
-def _patch_model(model: nn.Module) -> dict[str, str]:
-    plan, left = [], []
-    for name, layer in model.named_modules():
-        kind = type(layer)
-        # A pickled layer of upstream's that was loaded while its class was replaced is ours, but not complete.
-        unfinished = kind in _STOCH_NORMS.values() and "num_batches_tracked" not in layer._buffers
-        if unfinished or _is_upstream(kind):
-            plan.append((name, layer, kind, _STOCH_NORMS[kind.__name__], *_missing_state(layer)))
-        elif any(_is_upstream(base) for base in kind.__mro__):
-            left.append(f"{name or 'model'} ({kind.__module__}.{kind.__qualname__})")
-    try:
-        for _, layer, _, ours, _, _ in plan:
-            layer.__class__ = ours
-    except BaseException:
-        for _, layer, kind, _, _, _ in plan:
-            layer.__class__ = kind
-        raise
-    for _, layer, _, _, attributes, buffers in plan:
-        for name in buffers:
-            layer._parameters.pop(name, None)  # upstream registers absent statistics as parameters
-        layer._buffers.update(buffers)
-        vars(layer).update(attributes)
-    if plan:
-        fuse(model)
-    if left:
-        warnings.warn(f"patch leaves unknown subclasses of StochNorm as they are: {', '.join(left)}", stacklevel=3)
-    return {name or "model": f"talib_fast.finetune.stochnorm.{ours.__name__}" for name, _, _, ours, _, _ in plan}
-
-
-def patch(
-    model: nn.Module | None = None,
-    *,
-    stochnorm: bool = True,
-    delta: bool = True,
-    bss: bool = True,
-    co_tuning: bool = True,
-    lwf: bool = True,
-    bi_tuning: bool = True,
-    knowledge_distillation: bool = True,
-    classifier: bool = True,
-) -> dict[str, str]:
-    """Replace the Transfer-Learning-Library's fine-tuning methods by talib_fast's, or its layers in a model.
-
-    ``patch()`` changes ``tllib`` and ``talib`` (not TA-Lib, which has the same name), as many as there are: in
-    ``tllib.regularization``, ``tllib.normalization``, ``tllib.modules.classifier`` and ``talib.finetune``, whatever
-    talib_fast has under the same name in the same module, and what their other modules have imported of it; classes
-    of theirs that derive from a replaced one derive from talib_fast's. Their ``convert_model`` also calls
-    :func:`~talib_fast.finetune.stochnorm.fuse_activations`. What can be imported is imported for that.
-    What can't, as before a script's own ``sys.path.append``, is changed when it is imported, by an import hook which
-    stays until :func:`unpatch`; so an empty result of the first call means that nothing is there yet. Nothing else is
-    touched. Call it before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's
-    classes, and constructing one of those, or of subclasses defined earlier, may then fail.
-
-    ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's,
-    lets them take along the activations behind them, as :func:`~talib_fast.finetune.stochnorm.fuse_activations` does,
-    and changes nothing else. They stay the objects they are, so that parameters, statistics, ``training``,
-    ``requires_grad``, hooks, sharing and a running optimizer stay too; ``num_batches_tracked`` is added. p is what
-    upstream's ``convert_model`` was asked for, which it had lost. It also completes the StochNorm layers of a pickled
-    model that was loaded after ``patch()``. Subclasses are left alone, with a warning.
-
-    Calling it again is harmless: what has been replaced is left as it is. If anything fails, nothing is changed.
-
-    Args:
-        model: a model to change instead of the library.
-        stochnorm, delta, bss, co_tuning, lwf, bi_tuning, knowledge_distillation, classifier: False leaves that module
-            as it is.
-
-    Returns:
-        What this call has replaced by what, by the dotted names of the library's attributes or of the model's layers.
-
-    Raises:
-        ImportError: one of the methods' modules is there, but fails to be imported.
-        TypeError: ``model`` is no module, or a choice is not True or False.
-        ValueError: methods are chosen for a model; or LWF without Co-Tuning, which derives from it; or a layer's p is
-            not in [0, 1].
-    """
-    choices = {
-        "stochnorm": stochnorm,
-        "delta": delta,
-        "bss": bss,
-        "co_tuning": co_tuning,
-        "lwf": lwf,
-        "bi_tuning": bi_tuning,
-        "knowledge_distillation": knowledge_distillation,
-        "classifier": classifier,
-    }
-    for name, choice in choices.items():
-        if not isinstance(choice, bool):
-            raise TypeError(f"expected {name} to be True or False, got {choice!r}")
-    methods = {name for name, choice in choices.items() if choice}
-    if model is None:
-        return _patch_library(methods)
-    check_module(model, "model")
-    if len(methods) < len(choices):
-        left_out = ", ".join(sorted(choices.keys() - methods))
-        raise ValueError(f"expected a model or a choice of methods, got a model and {left_out} left out")
-    return _patch_model(model)
-
-
-def unpatch() -> list[str]:
-    """Give the Transfer-Learning-Library back what every ``patch()`` so far has replaced, and replace nothing more.
-
-    Models stay as they are, those built since and those given to ``patch(model)``: their layers and losses go on
-    working. Attributes that someone else has set since are left alone. Harmless when nothing is patched.
-
-    Returns:
-        The dotted names that were restored, whether replaced by ``patch()`` or as they were imported since; none if
-        the library never came.
-    """
+def unpatch_library() -> list[str]:
+    """Give back all that is replaced, and want nothing more: see :func:`talib_fast.unpatch`."""
     with _lock:
         _want(set())
         return sorted(_report(_restore(0)))

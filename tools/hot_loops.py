@@ -1,0 +1,470 @@
+"""The loops of a CUDA kernel that move its vectors, and what one iteration of them does.
+
+A *hot loop* is an innermost loop that moves a kernel's vectors. Its figures are those of one whole iteration: one that
+uses every vector that it loads. Of all ways through the loop that do, it is the shortest; of stoch_norm's first pass
+the shortest without a store, as of channels whose output waits for the constants.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sass import (
+    BYTES_PER_INSTRUCTION,
+    Access,
+    Block,
+    Instruction,
+    access_of,
+    address_of,
+    blocks_of,
+    innermost_loops,
+)
+
+
+def accesses_of(instructions: Sequence[Instruction], block: Block, whole: int) -> dict[int, Access]:
+    """Loads and stores of a block by the instruction that completes them.
+
+    Args:
+        instructions: the kernel's.
+        block: one of its blocks.
+        whole: bytes. Narrower ones of global memory at neighbouring addresses are taken together.
+    """
+    found: dict[int, Access] = {}
+    narrow: dict[tuple[bool, str, int], dict[int, int]] = defaultdict(dict)  # instructions by offset from a base
+
+    def join(run: Sequence[int]) -> None:
+        if len(run) > 1:
+            pieces = [found.pop(i) for i in run]
+            registers = frozenset[int]().union(*(piece.registers for piece in pieces))
+            size = sum(piece.bytes for piece in pieces)
+            found[max(run)] = Access("global", pieces[0].stores, size, len(pieces), registers)
+
+    def join_neighbours(key: tuple[bool, str, int]) -> None:
+        size, instruction_at = key[2], narrow.pop(key)
+        run: list[int] = []
+        for offset in sorted(instruction_at):
+            if offset - size not in instruction_at or len(run) * size == whole:
+                join(run)
+                run = []
+            run.append(instruction_at[offset])
+        join(run)
+
+    for i in range(block.begin, block.end):
+        access = access_of(instructions[i])
+        if access is not None:
+            found[i] = access
+            base, offset = address_of(instructions[i])
+            if access.memory == "global" and access.bytes < whole:
+                narrow[access.stores, base, access.bytes][offset] = i
+        written = instructions[i].registers[0]
+        for key in [key for key in narrow if written is not None and re.search(rf"\bR{written}\b", key[1])]:
+            join_neighbours(key)  # what follows has another base of that name
+    for key in list(narrow):
+        join_neighbours(key)
+    return found
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way through a loop.
+
+    Attributes:
+        used: vectors that are loaded by `main_loads` and calculated with or stored.
+        stores: vectors that are stored.
+        calls: of functions, whose own instructions are not counted.
+        instructions: of a thread.
+        blocks: the way.
+    """
+
+    used: int
+    stores: int
+    calls: int
+    instructions: int
+    blocks: tuple[Block, ...]
+
+
+def unavoidable(loop: Sequence[Block]) -> set[int]:
+    """The blocks that every way through the loop passes, by their first instruction."""
+    head = loop[0].begin
+    to: dict[int, int] = defaultdict(int, {head: 1})  # how many ways lead there from the head, and on to it again
+    back: dict[int, int] = defaultdict(int)
+    for block in loop:
+        for successor in block.successors:
+            to[successor] += to[block.begin] * (successor != head)
+    for block in reversed(loop):
+        back[block.begin] = sum(1 if successor == head else back[successor] for successor in block.successors)
+    return {block.begin for block in loop if to[block.begin] * back[block.begin] == back[head]}
+
+
+def main_loads(
+    instructions: Sequence[Instruction], loop: Sequence[Block], accesses: Mapping[int, Access], vector: int
+) -> set[int]:
+    """The loads of vectors that every way makes, or that come before any vector is calculated with on all ways.
+
+    What is left is for some ways only, as the residual is in a first pass that writes.
+    """
+    everywhere = unavoidable(loop)
+    found: set[int] = set()
+    before: dict[int, tuple[frozenset[int], bool]] = {}  # registers that may hold a vector; whether one may be used
+    for block in loop:
+        loaded, used = before.get(block.begin, (frozenset(), False))
+        for i in range(block.begin, block.end):
+            written, read = instructions[i].registers
+            holds = bool(loaded & read)
+            used |= holds and instructions[i].calculates
+            if written is not None:
+                loaded = loaded | {written} if holds and not instructions[i].calculates else loaded - {written}
+            access = accesses.get(i)
+            if access is not None and not access.stores and access.memory != "local" and access.bytes == vector:
+                loaded |= access.registers
+                if not used or block.begin in everywhere:
+                    found.add(i)
+        for successor in block.successors:
+            registers, other_used = before.get(successor, (frozenset(), False))
+            before[successor] = (registers | loaded, other_used or used)
+    return found
+
+
+# Registers with what is loaded and not used yet, each with its load; vectors used; vectors stored.
+State = tuple[frozenset[tuple[int, int]], int, int]
+
+
+def ways_through(
+    instructions: Sequence[Instruction], loop: Sequence[Block], accesses: Mapping[int, Access], vector: int
+) -> list[Way]:
+    """For each number of vectors used and stored in an iteration the shortest way; calls count as longer than all else.
+
+    Args:
+        instructions: the kernel's.
+        loop: its blocks, the head first.
+        accesses: of all of its blocks.
+        vector: bytes.
+    """
+    main = main_loads(instructions, loop, accesses, vector)
+    writes = {i for i, one in accesses.items() if one.stores and one.memory == "global" and one.bytes == vector}
+
+    def after(state: State, i: int) -> Iterator[State]:
+        held, used, stores = state
+        written, read = instructions[i].registers
+        loads = {load for register, load in held if register in read}
+        if instructions[i].calculates:
+            used += len(loads)
+            held = frozenset(pair for pair in held if pair[1] not in loads)
+        if written is not None and not instructions[i].predicate:
+            held = frozenset(pair for pair in held if pair[0] != written)
+        if written is not None and not instructions[i].calculates:
+            held |= {(written, load) for load in loads}
+        if i in main:
+            held |= {(register, i) for register in accesses[i].registers}
+        if i not in writes or instructions[i].predicate:
+            yield held, used, stores
+        if i in writes:
+            yield held, used, stores + 1
+
+    head, inside = loop[0].begin, {block.begin for block in loop}
+    states: dict[int, dict[State, tuple[int, int, tuple[Block, ...]]]] = defaultdict(dict)
+    states[head][frozenset(), 0, 0] = (0, 0, ())
+    best: dict[tuple[int, int], Way] = {}
+    for block in loop:
+        calls = sum(instructions[i].operation == "CALL" for i in range(block.begin, block.end))
+        for state, (calls_before, length, way) in states.pop(block.begin, {}).items():
+            results = {state}
+            watched = {register for register, _ in state[0]}
+            for i in range(block.begin, block.end):
+                written, read = instructions[i].registers
+                if i in main or i in writes or written in watched or watched & read:
+                    results = {result for one in results for result in after(one, i)}
+                    watched = {register for held, _, _ in results for register, _ in held}
+            cost = (calls_before + calls, length + block.end - block.begin, (*way, block))
+            for held, used, stores in results:
+                for successor in block.successors:
+                    if successor == head:
+                        found = best.get((used, stores))
+                        if found is None or cost[:2] < (found.calls, found.instructions):
+                            best[used, stores] = Way(used, stores, *cost)
+                    elif successor in inside:
+                        there = states[successor].get((held, used, stores))
+                        if there is None or cost[:2] < there[:2]:
+                            states[successor][held, used, stores] = cost
+    return list(best.values())
+
+
+def loads_in_flight(
+    instructions: Sequence[Instruction], way: Way, accesses: Mapping[int, Access]
+) -> list[tuple[int, Access]]:
+    """The loads of global memory that a thread has issued in an iteration when it first uses one."""
+    found: list[tuple[int, Access]] = []
+    for block in way.blocks:
+        for i in range(block.begin, block.end):
+            if any(access.registers & instructions[i].registers[1] for _, access in found):
+                return found
+            if i in accesses and accesses[i].memory == "global" and not accesses[i].stores:
+                found.append((i, accesses[i]))
+    return found
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a thread does in one iteration of a hot loop.
+
+    Attributes:
+        role: ``first pass`` or ``second pass`` of stoch_norm, elsewhere ``pass``; squared_distance's, ``with sources``
+            or ``no sources``.
+        element: the dtype that it calculates with or converts, where that is not in the kernel's name.
+        instructions: as many as are issued.
+        vectors: that are stored, or if none are, that are loaded; of stoch_norm, of each tensor.
+        vector_bytes: how wide they are, or the widest access where a kernel promises none.
+        load_bytes: loaded from global memory, vectors and all else.
+        store_bytes: stored there.
+        in_flight_bytes: loaded from global memory before the first use of any of that.
+    """
+
+    role: str
+    element: str
+    instructions: int
+    vectors: int
+    vector_bytes: int
+    load_bytes: int
+    store_bytes: int
+    in_flight_bytes: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's figures.
+
+    Attributes:
+        name: without namespaces and parameters, like ``sliced_kernel<Forward<bfloat16, false>, 4, true>``.
+        operation: the source's name.
+        threads: the most of a block, by the launch bounds.
+        blocks: the most on a multiprocessor, by registers, or by the launch bounds where these say for how many the
+            kernel is compiled: as many are launched.
+        registers: of a thread.
+        shared_bytes: of a block, without what the launch asks for.
+        loops: the hot ones.
+    """
+
+    name: str
+    operation: str
+    threads: int
+    blocks: int
+    registers: int
+    shared_bytes: int
+    loops: tuple[Loop, ...] = ()
+
+
+ELEMENTS = {"float": 4, "double": 8, "half": 2, "bfloat16": 2}
+SIGNS_BYTES, FULL_BYTES = 4, 16  # of a word of signs; of a vector where the kernel's name does not say it
+ON_CHIP = "solve_kernel"  # its work is arithmetic on what is in shared memory: no loop of it is hot here
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a kernel promises of the vectors that it moves.
+
+    Attributes:
+        bytes: how wide they are; None: it moves single elements.
+        tensors: of which the first of two passes loads one each; 0: there are no two passes.
+    """
+
+    bytes: int | None
+    tensors: int = 0
+
+
+def vectors_of(name: str) -> Vectors:
+    """The promise of a kernel by its short name: stoch_norm's says it, squared_distance has the widest there are."""
+    parts = re.fullmatch(r"\w+<(Forward|Backward)<(\w+), \w+>, (\d+), \w+>", name)
+    if parts is not None:
+        return Vectors(ELEMENTS[parts[2]] * int(parts[3]), 1 if parts[1] == "Forward" else 2)
+    if re.fullmatch(r"(forward|backward)_kernel<\d+>", name):
+        return Vectors(FULL_BYTES)
+    return Vectors(None)
+
+
+def short(name: str) -> str:
+    """A demangled kernel's name without what says nothing: namespaces, parameters, what it returns."""
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name.removeprefix("void "))
+    return re.sub(r"\b__(?:nv_)?(half|bfloat16)\b", r"\1", name.partition("(")[0])
+
+
+def element_of(instructions: Iterable[Instruction]) -> str:
+    """The dtype that a loop without one in its kernel's name calculates with, or converts from or to."""
+    opcodes = {instruction.opcode for instruction in instructions}
+    if any(re.match(r"D(ADD|MUL|FMA)", opcode) for opcode in opcodes):
+        return "double"
+    if any(re.match(r"HADD2\.F32|F2FP\.F16", opcode) for opcode in opcodes):
+        return "half"
+    return "bfloat16" if opcodes & {"PRMT", "IMAD.U32"} else "float"  # by which it is taken apart
+
+
+@dataclass(frozen=True)
+class HotLoop:
+    """One that moves vectors, and its accesses."""
+
+    instructions: Sequence[Instruction]
+    blocks: Sequence[Block]  # the head first
+    accesses: Mapping[int, Access]
+    vector: int  # bytes
+    ways: Sequence[Way]
+
+    def moves_vectors(self, words: bool) -> bool:
+        """Whether it stores two vectors, or loads two of which none is a neighbour of another.
+
+        Loops beside the hot ones over sums load their fields, which are neighbours; loops over constants load them in
+        whatever dtype they have.
+
+        Args:
+            words: whether hot loops load nothing but vectors and words of signs.
+        """
+        if max((way.stores for way in self.ways), default=0) > 1:
+            return True
+        loads = [one for one in self.accesses.values() if one.memory == "global" and not one.stores]
+        if words and any(one.bytes // one.pieces not in (self.vector, SIGNS_BYTES) for one in loads):
+            return False
+        main = main_loads(self.instructions, self.blocks, self.accesses, self.vector)
+        whole = {i for i in main if self.accesses[i].memory == "global" and self.accesses[i].pieces == 1}
+        places = {address_of(self.instructions[i]) for i in whole}
+        around = (-self.vector, self.vector)
+        alone = [one for one in places if not any((one[0], one[1] + distance) in places for distance in around)]
+        return len(alone) > 1
+
+    def best(self, stores: bool | None) -> Way | None:
+        """The shortest way that uses as many vectors as any.
+
+        Args:
+            stores: whether it stores vectors, then as many as any; None: as it likes.
+        """
+        used = max((way.used for way in self.ways), default=0)
+        ways = [way for way in self.ways if way.used == used and (stores is None or bool(way.stores) == stores)]
+        if stores and ways:
+            # Where vectors are words, the signs' stores look like theirs; each has an atomic operation beside it.
+            atomic = sum(self.instructions[i].operation == "REDG" for i in self.span())
+            most = max(way.stores for way in ways) - (atomic if self.vector == SIGNS_BYTES else 0)
+            ways = [way for way in ways if way.stores == most]
+        return min(ways, key=lambda way: (way.calls, way.instructions, -way.stores), default=None)
+
+    @property
+    def begin(self) -> int:
+        return self.blocks[0].begin
+
+    def span(self) -> Iterator[int]:
+        for block in self.blocks:
+            yield from range(block.begin, block.end)
+
+    def vectors_loaded(self, way: Way) -> int:
+        passed = [self.accesses[i] for i in self.accesses if any(block.begin <= i < block.end for block in way.blocks)]
+        return sum(not one.stores and one.memory != "local" and one.bytes == self.vector for one in passed)
+
+    def figures(self, role: str, way: Way, element: str = "", tensors: int = 0) -> Loop:
+        """What it does on that way. Of two passes the first loads so many ``tensors``."""
+        passed = [self.accesses[i] for block in way.blocks for i in range(block.begin, block.end) if i in self.accesses]
+        moved = [one for one in passed if one.memory == "global"]
+        if not way.stores:  # those that it passes all the same have a predicate
+            moved = [one for one in moved if not one.stores or one.bytes != self.vector]
+        in_flight = loads_in_flight(self.instructions, way, self.accesses)
+        return Loop(
+            role=role,
+            element=element,
+            instructions=way.instructions,
+            vectors=way.stores or (way.used // tensors if tensors else self.vectors_loaded(way)),
+            vector_bytes=self.vector,
+            load_bytes=sum(access.bytes for access in moved if not access.stores),
+            store_bytes=sum(access.bytes for access in moved if access.stores),
+            in_flight_bytes=sum(access.bytes for _, access in in_flight),
+        )
+
+    def split(self) -> list[str]:
+        """A sentence for each width in which a vector or a part of it is moved in pieces."""
+        counts: dict[tuple[str, int, int], int] = defaultdict(int)
+        for access in self.accesses.values():
+            if access.pieces > 1:
+                kind = "stores" if access.stores else "loads"
+                counts[kind, access.pieces, access.bytes // access.pieces] += 1
+        return [
+            f"{count} times {pieces} {kind} of {size} bytes where one of {pieces * size} would do"
+            for (kind, pieces, size), count in sorted(counts.items())
+        ]
+
+
+def hot_loops(instructions: Sequence[Instruction], vectors: Vectors) -> list[HotLoop]:
+    """Those that move vectors, or of a kernel that has none, those that touch global memory."""
+    found = []
+    blocks = blocks_of(instructions)
+    for loop in innermost_loops(blocks):
+        whole = vectors.bytes or 0
+        accesses = {i: one for block in loop for i, one in accesses_of(instructions, block, whole).items()}
+        widths = [access.bytes for access in accesses.values() if access.memory == "global"]
+        vector = vectors.bytes or max(widths, default=0)
+        if not widths or not any(access.bytes == vector for access in accesses.values()):
+            continue
+        hot = HotLoop(instructions, loop, accesses, vector, ways_through(instructions, loop, accesses, vector))
+        if vectors.bytes is None or hot.moves_vectors(words=bool(vectors.tensors)):
+            found.append(hot)
+    return found
+
+
+def loops_of(instructions: Sequence[Instruction], name: str) -> tuple[list[Loop], list[str]]:
+    """A kernel's hot loops, and in a sentence each what is wrong with its machine code."""
+    vectors = vectors_of(name)
+    hot = [] if name.startswith(ON_CHIP) else hot_loops(instructions, vectors)
+    local = sum(one.operation in ("LDL", "STL") for one in instructions)
+    faults = [f"{local} loads and stores of local memory"] if local else []
+    faults += [
+        f"in the loop at {loop.begin * BYTES_PER_INSTRUCTION:#x} {sentence}"
+        for loop in hot
+        if vectors.bytes is not None
+        for sentence in loop.split()
+    ]
+    if not vectors.tensors:
+        if vectors.bytes is not None and not hot:
+            faults.append(f"no loop moves vectors of {vectors.bytes} bytes")
+        return main_of_each_kind(hot, vectors), faults
+    loops = two_passes(instructions, hot, vectors.tensors)
+    roles = [loop.role for loop in loops]
+    if roles != ["first pass", "second pass"]:
+        found = " and ".join(roles) or "none"
+        faults.append(f"expected a first and a second pass over vectors of {vectors.bytes} bytes, found {found}")
+    return loops, faults
+
+
+def two_passes(instructions: Sequence[Instruction], hot: Sequence[HotLoop], tensors: int) -> list[Loop]:
+    """The loop of the first pass, which ends with sums over a warp by shuffles, and that of the second one behind them.
+
+    nvcc may make several versions of a loop: for channels that are written in the first pass, or of another depth. Of
+    those with a whole iteration without a store, in the second pass with stores, it is the one that moves most vectors.
+    """
+    inside = {i for loop in hot for i in loop.span()}
+    sums = [i for i, one in enumerate(instructions) if one.operation == "SHFL" and i not in inside]
+    first = min((loop.begin for loop in hot), default=0)
+    behind = next((i for i in sums if i > first), max((loop.begin for loop in hot), default=0))
+    found: list[Loop] = []
+    for role, stores in (("first pass", False), ("second pass", True)):
+        versions = [
+            loop.figures(role, way, tensors=0 if stores else tensors)
+            for loop in hot
+            if (loop.begin >= behind) == stores and (way := loop.best(stores)) is not None
+        ]
+        found += sorted(versions, key=lambda loop: (-loop.vectors, loop.instructions))[:1]
+    return found
+
+
+def main_of_each_kind(loops: Iterable[HotLoop], vectors: Vectors) -> list[Loop]:
+    """Of the versions of each loop, which move alike, the main one, which is the first that a thread reaches.
+
+    The others are for what it leaves, one vector at a time, even where nvcc has unrolled these further.
+    """
+    kinds: dict[tuple[str, str, int, float, float], Loop] = {}
+    for hot in loops:
+        way = hot.best(stores=None)
+        if way is None:
+            continue
+        code = [hot.instructions[i] for i in hot.span()]
+        element, role = "", "pass"
+        if vectors.bytes is not None:
+            element = element_of(code)
+            role += ", with sources" if any(one.operation in ("FADD", "DADD") for one in code) else ", no sources"
+        found = hot.figures(role, way, element)
+        shares = (found.load_bytes / max(found.vectors, 1), found.store_bytes / max(found.vectors, 1))
+        kinds.setdefault((role, element, found.vector_bytes, *shares), found)
+    return list(kinds.values())
