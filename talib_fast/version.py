@@ -1,3 +1,3 @@
 """The package's version, which the build reads too."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
