@@ -54,7 +54,7 @@ struct ChannelMask {
   constexpr bool operator()(int64_t c) const { return drawn != nullptr ? (drawn[c] < p && -drawn[c] < p) : flags[c]; }
 };
 
-// One number per channel, of a type that is known at run time only. No data: the operand is absent.
+// One number per channel, of a type that is chosen at run time. No data: the operand is absent.
 struct ChannelVector {
   void* data = nullptr;
   FloatType type = FloatType::kFloat;

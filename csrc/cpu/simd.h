@@ -69,7 +69,7 @@ INLINE void store_lanes(T* to, const lanes_t<T> (&lanes)[kCount]) {
   }
 }
 
-// The first `n` lanes of what may end there; the others are 0.
+// The first `n` lanes of what may end there; the rest is 0.
 template <bool kWide, typename T>
 INLINE lanes_t<T> load_first(const T* from, int64_t n) {
   alignas(64) T values[kLanes<T>] = {};

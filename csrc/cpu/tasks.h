@@ -27,7 +27,7 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 
 // Hands out [0, tasks) to torch's threads one by one. Each begins with a range of its own, the same in every call and
 // about what PyTorch's operators give it of a tensor, so that its cache may still hold it; with a random mask some
-// tasks take longer than others, so it goes on with what is left of the others' ranges.
+// tasks take longer, so it goes on with what is left of another thread's range.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t elements, const F& f, bool backwards = false) {
   constexpr int64_t kSerialElements = 32768;

@@ -5,8 +5,8 @@
 // sliced:   many blocks share a group. They take items off one list, on which the second pass over a group follows
 //           its first one so closely that it should read from the L2 cache. One launch, no sync with the host.
 //
-// What follows the norm, an activation and a residual, is a part of the kernels with kFused, and costs the others
-// nothing.
+// What follows the norm, an activation and a residual, is a part of the kernels with kFused, and costs those
+// without it nothing.
 //
 // All sums are reduced in an order that depends on shapes and launch parameters only: equal input, equal bits.
 #pragma once

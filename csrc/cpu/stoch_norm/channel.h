@@ -1,4 +1,4 @@
-// Numbers of one channel, whose dtype is known at run time only.
+// Numbers of one channel, whose dtype is chosen at run time.
 #pragma once
 
 #include "../../types.h"

@@ -1,4 +1,4 @@
-// Numbers of one channel, whose dtype is known at run time only, and bits of one element.
+// Numbers of one channel, whose dtype is chosen at run time, and bits of one element.
 #pragma once
 
 #include "../../types.h"

@@ -14,7 +14,7 @@ constexpr int kBlocksPerMultiprocessor = 2;  // likewise; of three, with 80 regi
 // runs: one channel, whose elements lie in runs of `inner`. All of a vector are of that channel.
 // rows: as many neighbouring channels as fill vectors: in channels_last (inner = 1) those of some 128 bytes, elsewhere
 //       those until a run ends where a vector does, as 8 channels of 7 × 7. Their elements are rows, one after another
-//       in memory, and a vector's are of several channels: in channels_last all of others, elsewhere of two at most.
+//       in memory, and a vector's are of several channels: in channels_last each of another, elsewhere of two at most.
 //
 // In rows a block's threads form columns, a vector wide, and go down the rows. A column's vectors are its steps.
 struct Geometry {
