@@ -41,6 +41,8 @@ import talib_fast
 from talib_fast.finetune.stochnorm import StochNorm2d
 from talib_fast.ops.library import Compiled
 
+pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
+
 ROOT = Path(__file__).parent.parent
 BENCHMARK = "benchmarks/bench_stoch_norm.py"
 

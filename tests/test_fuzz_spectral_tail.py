@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from fuzz_support import (
     COIN,
@@ -30,6 +31,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from talib_fast.ops import spectral_tail
+
+pytestmark = pytest.mark.no_cover  # which would follow hypothesis; the operation's own tests cover it
 
 MATRICES = st.sampled_from(["normal", "normal", "integers", "constant", "orthogonal", "low rank", "blocks", "decay"])
 BATCH = st.lists(st.integers(0, 3), max_size=3).filter(lambda sizes: math.prod(sizes) <= 4)

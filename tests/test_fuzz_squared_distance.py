@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from fuzz_support import (
     ANY_FLOAT,
@@ -33,6 +34,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from talib_fast.ops import squared_distance
+
+pytestmark = pytest.mark.no_cover  # which would follow hypothesis; the operation's own tests cover it
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ from torch import Tensor
 from talib_fast.finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d
 from talib_fast.ops import stoch_norm
 
+pytestmark = pytest.mark.no_cover  # which would follow hypothesis; the operation's own tests cover it
+
 
 @dataclass(frozen=True)
 class Normalization:

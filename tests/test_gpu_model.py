@@ -10,6 +10,8 @@ import pytest
 from compiler_support import needs
 from gpu_model import Gpu, Kernel, Loop, Model, Steps, Sums, Task, Traffic
 
+pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
+
 needs_gxx = needs("g++")
 NOTHING = Sums(0, 0, 0, 0, 0)
 FREE = Steps(

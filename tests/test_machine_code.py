@@ -13,6 +13,8 @@ from hot_loops import Kernel, Loop
 from machine_code import Record
 from sass import Instruction
 
+pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 RECORDED = Record.of((machine_code.RESULTS / "sm_90.json").read_text())

@@ -27,6 +27,8 @@ import torch
 from talib_fast.__main__ import build_parser
 from talib_fast.networks import Network
 
+pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
+
 
 def run_of(*ours, baseline=1.0, operation="stoch_norm", label="64@56"):
     """A run in which ours takes these seconds, one a round, and the baseline as many as given in every round."""
