@@ -54,7 +54,8 @@ class Activation(NamedTuple):
 
     def gradient(self, grad: Tensor, passes: Tensor) -> Tensor:
         """Of what a piecewise linear one was given. A select: 0 times an infinite gradient is 0."""
-        return torch.where(passes, grad, grad * self.slope() if self.slope() else 0)
+        slope = self.slope()
+        return torch.where(passes, grad, grad * slope if slope else 0)
 
     def backward(self, grad: Tensor, z: Tensor) -> Tensor:
         """The gradient of ``z``, in operators that can be differentiated any number of times."""

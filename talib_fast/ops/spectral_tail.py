@@ -57,7 +57,7 @@ def _finite(matrix: Tensor) -> Tensor:
     return torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
-def _by_complement(short_side: int, k: int) -> bool:
+def _uses_complement(short_side: int, k: int) -> bool:
     """Whether the vectors span the other singular directions, which are fewer, and not the tail's."""
     return 2 * k > short_side
 
@@ -69,7 +69,7 @@ def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tens
     values, vectors = spectrum(torch.where(finite, matrix, 0))
     value = torch.where(finite[..., 0], values, torch.nan)[..., :k].sum(-1)
     vectors = torch.where(finite, vectors, torch.nan)
-    vectors = vectors[..., k:] if _by_complement(vectors.size(-1), k) else vectors[..., :k]
+    vectors = vectors[..., k:] if _uses_complement(vectors.size(-1), k) else vectors[..., :k]
     value = value.to(device=input.device, dtype=accumulation_dtype(input))
     return value, vectors.clone(memory_format=torch.contiguous_format)
 
@@ -78,7 +78,7 @@ def _tail_part(input: Tensor, vectors: Tensor, k: int) -> Tensor:
     short_side = vectors.size(-2)
     wide = short_side == input.size(-2)
     part = vectors @ (vectors.mT @ input) if wide else (input @ vectors) @ vectors.mT
-    return input - part if _by_complement(short_side, k) else part
+    return input - part if _uses_complement(short_side, k) else part
 
 
 def _forward_by_gram(input: Tensor, k: int) -> tuple[Tensor, Tensor]:

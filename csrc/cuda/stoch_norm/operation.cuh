@@ -76,8 +76,8 @@ struct Forward {
       store(updated_mean, c, updated(channel.mean, sums.mean));
       store(updated_var, c, updated(channel.var_or_rstd, unbiased));
       if (c == 0 && batches != nullptr) ++*batches;
-    } else if (updated_mean.data !=
-               running_mean.data) {  // in place they stay as they are: A may be too narrow for them
+    } else if (updated_mean.data != running_mean.data) {
+      // in place they stay as they are: A may be too narrow for them
       store(updated_mean, c, channel.mean), store(updated_var, c, channel.var_or_rstd);
     }
     return {used_mean, used_rstd * channel.weight, channel.bias, 0};
