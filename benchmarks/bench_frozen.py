@@ -123,16 +123,14 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     """What is to be reached, with the figures that decide it."""
     passes = [case for case in results["cases"] if case["work"] == PASS]
     rest = [case for case in results["cases"] if case["work"] != PASS]
-    found = []
-    for most, candidate, judged, where in (
-        (0.80, OURS, True, ""),
-        (0.40, "bfloat16", results["settings"]["amx"], ", on a processor with AMX"),
-    ):
-        figures = {case["network"]: over_evaluation(case, candidate).median for case in passes if judged}
-        text = f"the pass at most {most:g}× evaluation's: {candidate}{where}"
-        found.append(Goal(text, most, figures, at_most=True))
-    figures = {f"{case['work']}, {case['network']}": speedup(case, EVALUATION, OURS, "forward").median for case in rest}
-    return [*found, Goal("preparation of LWF and Co-Tuning at least 1.2× as fast", 1.2, figures)]
+    bare = {case["network"]: over_evaluation(case, BARE).median for case in passes}
+    figures = {case["network"]: over_evaluation(case, OURS).median for case in passes}
+    faster = {case["label"]: speedup(case, EVALUATION, OURS, "forward").median for case in rest}
+    limits = {case["label"]: 1 / bare[case["network"]] for case in rest}
+    return [
+        Goal("the pass at most 0.8× evaluation's", 0.8, figures, at_most=True, limits=bare),
+        Goal("preparation of LWF and Co-Tuning at least 1.2× as fast", 1.2, faster, limits=limits),
+    ]
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
@@ -150,7 +148,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 CAPTION = (
     f"Times over {EVALUATION}'s: median (quartiles) of the rounds' ratios. {OURS}: batch norms folded and "
     f"weights packed, in float32; bfloat16, float16: in that dtype besides; {BARE}: evaluation without batch norms and "
-    "activations. Error: the largest relative error of a layer's map."
+    "activations, which is also the limit beside the aims. Error: the largest relative error of a layer's map."
 )
 
 
@@ -207,7 +205,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "operation": OPERATION,
         "environment": report.environment(device),
         "settings": {
-            **{"device": options.device, "rounds": options.rounds, "batch": options.batch, "amx": harness.has_amx()},
+            **{"device": options.device, "rounds": options.rounds, "batch": options.batch},
             "units": "seconds per pass",
         },
         "cases": cases(),

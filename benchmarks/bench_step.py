@@ -76,8 +76,7 @@ class Workload:
     rounds: Mapping[str, int]
     keys: int = 0  # in Bi-Tuning's queue, of each class
     ways: Sequence[str] = WAYS
-    time: Mapping[str, float] = field(default_factory=dict)  # at most, of a step with StochNorm over plain's, by dtype
-    kept: float | None = None  # at most, likewise of what is kept for the backward pass
+    kept: float | None = None  # at most, of what StochNorm keeps for the backward pass over what plain keeps
     delta: Mapping[str, float] = field(default_factory=dict)  # at most, of a step with DELTA over plain's, by way
 
 
@@ -93,19 +92,19 @@ def of_library(library: str, name: str) -> Network:
 
 WORKLOADS = {
     "mobilenet_v2": Workload(
-        mobilenet_v2, size=128, classes=10, rounds=MANY, keys=8, time={"float32": 0.8, "bfloat16": 0.8}, kept=0.75,
-        delta={DELTA: 1.18, REDUCED: 1.15, WITH_DELTA: 1.10},
+        mobilenet_v2, size=128, classes=10, rounds=MANY, keys=8, kept=0.75,
+        delta={DELTA: 1.18, WITH_DELTA: 1.10},
     ),
     "mobilenet_v2_32": Workload(
-        mobilenet_v2, size=32, classes=10, rounds=MANY, ways=(STOCHNORM,), time={"float32": 1.0},
+        mobilenet_v2, size=32, classes=10, rounds=MANY, ways=(STOCHNORM,),
     ),
     "efficientnet_b0": Workload(
         functools.partial(of_library, "timm", "efficientnet_b0"), size=128, classes=10, rounds=MANY,
-        ways=WITH_STOCHNORM, time={"float32": 0.85, "bfloat16": 0.85}, kept=0.78,
+        ways=WITH_STOCHNORM, kept=0.78,
     ),
     "resnet50": Workload(
         functools.partial(of_library, "torchvision", "resnet50"), size=224, classes=200, rounds=FEW, keys=40,
-        time={"float32": 0.95, "bfloat16": 0.88}, delta={DELTA: 1.27, REDUCED: 1.15},
+        delta={DELTA: 1.27},
     ),
 }  # fmt: skip
 FULL_NETWORKS = {"cpu": tuple(WORKLOADS), "cuda": ("resnet50",)}
@@ -325,9 +324,19 @@ def kept_over_plain(case: Case, candidate: str) -> float:
     return case["kept_bytes"][candidate] / case["kept_bytes"][PLAIN]
 
 
-def limit(case: Case) -> str:
+def without_norms(case: Case) -> str:
     """How many times as long as plain fine-tuning's a step takes that has no norms and activations."""
     return str(over_plain(case, BARE)) if BARE in case["samples"] else "-"
+
+
+def limit(case: Case) -> float:
+    """About how short a step with StochNorm can be, over plain fine-tuning's.
+
+    The convolutions stay. A fused norm moves 8 of the 13 times an activation's bytes that norm and activation move one
+    by one, where no cache holds them (docs/operations/stoch_norm.md).
+    """
+    convolutions = over_plain(case, BARE).median
+    return convolutions + (1 - convolutions) * 8 / 13
 
 
 def measured(results: dict[str, Any], names: Sequence[str]) -> list[str]:
@@ -348,25 +357,22 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     stochastic = [case for case in cases if case["way"] == STOCHNORM]
     found = []
     for network, work in WORKLOADS.items():
-        own = [case for case in stochastic if case["network"] == network and case["layout"] == "channels_last"]
-        for dtype, most in work.time.items():
-            figures = {place(case): over_plain(case, OURS).median for case in own if case["dtype"] == dtype}
-            text = f"StochNorm's step at most {most:g}× plain's: {network}, channels_last, {dtype}"
-            found.append(Goal(text, most, figures, at_most=True))
         if work.kept is not None:
-            figures = {place(case): kept_over_plain(case, OURS) for case in own}
+            figures = {place(case): kept_over_plain(case, OURS) for case in stochastic if case["network"] == network}
             text = f"StochNorm keeps at most {work.kept:g}× as much for the backward pass: {network}"
             found.append(Goal(text, work.kept, figures, at_most=True))
         for way, most in work.delta.items():
-            judged = way != REDUCED or results["settings"]["amx"]
-            named = [case for case in cases if (case["network"], case["way"]) == (network, way) and judged]
+            named = [case for case in cases if (case["network"], case["way"]) == (network, way)]
             figures = {place(case): over_plain(case, OURS).median for case in named}
-            where = ", on a processor with AMX" if way == REDUCED else ""
-            found.append(
-                Goal(f"a step at most {most:g}× plain's: {network}, {way}{where}", most, figures, at_most=True)
-            )
+            found.append(Goal(f"a step at most {most:g}× plain's: {network}, {way}", most, figures, at_most=True))
     figures = {place(case): over_plain(case, OURS).median for case in stochastic}
-    return [*found, Goal("StochNorm faster than BatchNorm, below 1×", 1.0, figures, at_most=True)]
+    limits = {place(case): limit(case) for case in stochastic}
+    beyond = {name: figure / limits[name] for name, figure in figures.items()}
+    return [
+        Goal("StochNorm's step at most 1× plain's", 1.0, figures, at_most=True, limits=limits),
+        Goal("StochNorm's step at most 1.05× its limit", 1.05, beyond, at_most=True),
+        *found,
+    ]
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
@@ -382,7 +388,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         speeds = (str(speedup(case, name, OURS, "forward")) if name in case["samples"] else "-" for name in against)
         lines.append(
             [
-                *(case["label"], case["layout"], case["dtype"], str(over_plain(case, OURS)), limit(case)),
+                *(case["label"], case["layout"], case["dtype"], str(over_plain(case, OURS)), without_norms(case)),
                 *speeds,
                 *(f"{peaks[name] / peaks[PLAIN]:.2f}" for name in (OURS, UPSTREAM)),
                 *(f"{kept_over_plain(case, name):.2f}" for name in (OURS, UPSTREAM)),
@@ -393,7 +399,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 CAPTION = (
     "A step is forward, backward and SGD with Nesterov's momentum. Times: median (quartiles) of the rounds' ratios. "
-    f"{BARE}: plain without batch norms and activations, which StochNorm cannot be faster than. "
+    f"{BARE}: plain without batch norms and activations, which StochNorm cannot be faster than. The limit beside the "
+    "aims adds 8/13 of the rest, the share of the bytes that a fused norm has to move; it depends on the processor. "
     "Peak: what a step takes at most beyond weights, gradients and optimizer state; kept: what autograd saves for the "
     "backward pass, but for parameters, buffers and images."
 )
@@ -470,7 +477,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "operation": OPERATION,
         "environment": report.environment(torch.device(options.device)),
-        "settings": {"device": options.device, "rounds": rounds, "units": "seconds per step", "amx": harness.has_amx()},
+        "settings": {"device": options.device, "rounds": rounds, "units": "seconds per step"},
         "cases": harness.measure(asked, timed, peak_bytes, asked[0]),
     }
 

@@ -7,9 +7,7 @@ One command measures all candidates interleaved and writes ``results.json`` (raw
 
     python benchmarks/bench_stoch_norm.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``. For a look at single cases there is
-``python -m pytest benchmarks/bench_stoch_norm.py -k 'ours and 512x7'`` with pytest-benchmark's own options, and
-``--batch``; it times one candidate after the other, so it compares less well.
+``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
 
 Speed-ups are medians of the single rounds' ratios, with quartiles. Floor bytes, with N those of the map: forward 2N
 for a channel with running statistics, 3N for one with the batch's, or 2N where the channel fits on chip; backward 3N
@@ -31,11 +29,10 @@ import baselines
 import command
 import harness
 import numpy as np
-import pytest
 import report
 import torch
 import torch.nn.functional as F
-from command import BOTH_DTYPES, DTYPES, LAYOUTS
+from command import BOTH_DTYPES, DTYPES
 from harness import Candidate, Feed
 from report import Case, Goal, Spread, seconds, speedup
 from torch import Tensor, nn
@@ -246,11 +243,21 @@ def bandwidth_share(cases: Sequence[Case], measure: str, copy: str, on_chip: int
     return Spread.of([floors[i] / ours[i] / (copied[i] / copying[i]) for i in range(len(ours))])
 
 
-def limit(case: Case, on_chip: int | None) -> Spread:
-    """Our speed over BatchNorm's, were the floor's bytes moved as fast as a plain copy moves its own."""
-    floors, copied = floor_bytes(case, "both", on_chip), 2.0 * map_bytes(case)
-    rounds = zip(seconds(case, BATCH_NORM, "both"), seconds(case, COPY, "forward"), floors, strict=True)
-    return Spread.of([base / (copying * floor / copied) for base, copying, floor in rounds])
+def limit(cases: Sequence[Case], baseline: str, on_chip: int | None) -> Spread:
+    """The speed over a baseline's of something that moves the floor's bytes as fast as a plain copy moves its own.
+
+    It is that of all layers together that ``cases`` stand for.
+    """
+    slow, fast = [0.0] * len(seconds(cases[0], baseline, "both")), [0.0] * len(seconds(cases[0], COPY, "forward"))
+    for case in cases:
+        rounds = zip(
+            seconds(case, baseline, "both"), seconds(case, COPY, "forward"), floor_bytes(case, "both", on_chip),
+            strict=True,
+        )  # fmt: skip
+        for number, (base, copying, floor) in enumerate(rounds):
+            slow[number] += case["count"] * base
+            fast[number] += case["count"] * copying * floor / (2.0 * map_bytes(case))
+    return Spread.of([base / copying for base, copying in zip(slow, fast, strict=True)])
 
 
 def network(cases: Sequence[Case], label: str) -> Case:
@@ -268,6 +275,11 @@ def network(cases: Sequence[Case], label: str) -> Case:
     count = sum(case["count"] for case in cases)
     total = {key: cases[0][key] for key in ("layout", "dtype")}
     return {**total, "label": f"all {count} {label}", "members": list(cases), "samples": samples}
+
+
+def members(case: Case) -> list[Case]:
+    """The cases that a case of ``network`` sums up; of any other case itself."""
+    return case.get("members", [case])
 
 
 def is_alone(case: Case) -> bool:
@@ -325,7 +337,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 
     def faster(factor: float, baseline: str, chosen: Sequence[Case], where: str) -> Goal:
         figures = {place(case): speedup(case, baseline, OURS, "both").median for case in chosen}
-        return Goal(f"{both} at least {factor:g}× {baseline} {where}", factor, figures)
+        limits = {place(case): limit(members(case), baseline, on_chip).median for case in chosen}
+        return Goal(f"{both} at least {factor:g}× {baseline} {where}", factor, figures, limits=limits)
 
     def memory(case: Case) -> float:
         ours, reference = (case["peak_bytes"][name] for name in (OURS, BATCH_NORM))
@@ -370,16 +383,18 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     for group in groups(results["cases"]):
         alone, behind = (list(part) for part in (filter(is_alone, group), filterfalse(is_alone, group)))
         for case in (*alone, all_layers(group), *behind, all_blocks(group)):
-            members = case.get("members", [case])
             peaks = case.get("peak_bytes")
             line = [
                 case["label"] if "members" in case else f"{case['label']}×{case['count']}",
                 case["layout"],
                 case["dtype"],
                 *(str(speedup(case, BATCH_NORM, OURS, part)) for part in ("forward", "backward", "both")),
-                "-" if "members" in case else str(limit(case, on_chip)),
+                str(limit(members(case), BATCH_NORM, on_chip)),
                 *(str(speedup(case, name, OURS, "both")) if name in case["samples"] else "-" for name in others),
-                *(f"{100 * bandwidth_share(members, 'both', name, on_chip).median:.0f}" for name in (CLONE, COPY)),
+                *(
+                    f"{100 * bandwidth_share(members(case), 'both', name, on_chip).median:.0f}"
+                    for name in (CLONE, COPY)
+                ),
                 f"{peaks[OURS] / max(peaks[BATCH_NORM], 1):.2f}" if peaks else "-",
             ]
             if gpu:
@@ -466,51 +481,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     report.run(parse(arguments), run, goals, publish)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [OURS, BATCH_NORM, COMPOSITION, IN_PYTORCH, UNFUSED, CLONE, COPY],
-    ids=["ours", "batch_norm", "upstream", "in_pytorch", "unfused", "clone", "copy"],
-)
-@pytest.mark.parametrize("part", ["forward", "backward", "both"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("channels", "size", "block"),
-    [
-        pytest.param(channels, size, block, id=f"{channels}x{size}-{'alone' if block == NORM else 'block'}")
-        for channels, size, blocks in LAYERS
-        for block in blocks | {NORM: 1}
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_speed(benchmark, pytestconfig, device, dtype, channels, size, block, layout, part, name):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    _seed()
-    setting = Setting(channels, size, 1, layout, dtype, pytestconfig.getoption("batch"), device, block)
-    (feed,) = setting.feeds(1)
-    candidate = next((candidate for candidate in candidates(setting, feed) if candidate.name == name), None)
-    if candidate is None:
-        pytest.skip("not measured in this block")
-    if part != "forward" and candidate.parameters is None:
-        pytest.skip("a copy has no backward pass")
-    stopwatch = harness.Stopwatch(feed.grad.device)
-
-    def prepared() -> tuple[tuple[Tensor | None], dict[str, Any]]:
-        output = candidate.forward(*feed.arguments) if part == "backward" else None
-        stopwatch.synchronize()
-        return (output,), {}
-
-    def run(output: Tensor | None) -> None:
-        output = candidate.forward(*feed.arguments) if output is None else output
-        if part != "forward":
-            candidate.backward(output, feed)
-        stopwatch.synchronize()
-
-    benchmark.group = f"{setting.label} {layout} {dtype} {device} {part}"
-    benchmark.pedantic(run, setup=prepared, rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from talib_fast.training.memory import PeakMemory, release_memory
 
 Samples = dict[str, dict[str, list[float]]]
 
-_PROCESSOR = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MOST_SETS = 32
 _MOST_REPETITIONS = 16
@@ -114,11 +113,6 @@ def _cache_bytes(level: int) -> int | None:
             if int((cache / "level").read_text()) == level:
                 return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
     return None
-
-
-def has_amx() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in tiles."""
-    return _PROCESSOR.exists() and "amx_bf16" in _PROCESSOR.read_text().split()
 
 
 def last_cache_bytes(device: torch.device) -> int:

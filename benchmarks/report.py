@@ -176,30 +176,52 @@ def speedup(case: Case, baseline: str, candidate: str, measure: str) -> Spread:
     return Spread.of([base / own for base, own in pairs])
 
 
+GOAL_COLUMNS = ("aim", "outcome", "kept in", "worst", "limit there", "where")
+
+
 @dataclass(frozen=True)
 class Goal:
-    """A bound that each of some figures has to keep: at least ``threshold``, or at most where ``at_most``."""
+    """A bound that measured figures are to keep: at least ``threshold``, or at most ``threshold`` where ``at_most``.
+
+    ``figures`` are named by the place where they were measured. ``limits`` has, for some of these places, the best
+    figure that memory or arithmetic allows on the machine of the run. A place whose limit does not keep the bound is
+    not judged: no code could keep it there.
+    """
 
     text: str
     threshold: float
     figures: dict[str, float] = field(default_factory=dict)
     at_most: bool = False
+    limits: dict[str, float] = field(default_factory=dict)
 
-    def _kept(self, figure: float) -> bool:
+    def _keeps(self, figure: float) -> bool:
         return figure <= self.threshold if self.at_most else figure >= self.threshold
 
     @property
-    def passed(self) -> bool | None:
-        """None where nothing was measured."""
-        return all(map(self._kept, self.figures.values())) if self.figures else None
+    def judged(self) -> dict[str, float]:
+        """The figures whose limit leaves room for the bound."""
+        return {
+            place: figure
+            for place, figure in self.figures.items()
+            if place not in self.limits or self._keeps(self.limits[place])
+        }
 
-    def __str__(self) -> str:
+    @property
+    def passed(self) -> bool | None:
+        """None where there is nothing to judge."""
+        return all(map(self._keeps, self.judged.values())) if self.judged else None
+
+    def row(self) -> list[str]:
+        """The cells under GOAL_COLUMNS."""
         if not self.figures:
-            return f"n/a   {self.text}: nothing measured"
-        worst = (max if self.at_most else min)(self.figures, key=lambda name: self.figures[name])
-        kept = sum(map(self._kept, self.figures.values()))
-        verdict = "pass" if self.passed else "FAIL"
-        return f"{verdict}  {self.text}: {kept} of {len(self.figures)}, worst {self.figures[worst]:.2f} at {worst}"
+            return [self.text, "not measured", *["–"] * (len(GOAL_COLUMNS) - 2)]
+        judged = self.judged
+        shown = judged or self.figures
+        worst = (max if self.at_most else min)(shown, key=lambda place: shown[place])
+        outcome = {True: "reached", False: "missed", None: "beyond the limit"}[self.passed]
+        kept = f"{sum(map(self._keeps, judged.values()))} of {len(judged)}" if judged else "–"
+        limit = f"{self.limits[worst]:.3g}" if worst in self.limits else "–"
+        return [self.text, outcome, kept, f"{shown[worst]:.3g}", limit, worst]
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
@@ -255,12 +277,12 @@ def publish(
     draw: Callable[[], Any],
 ) -> None:
     """Print a table and what became of the goals; write ``table.md`` and, from the figure drawn, ``plot.png``."""
-    where, verdicts = results["environment"], "\n".join(map(str, goals))
+    where, outcomes = results["environment"], [GOAL_COLUMNS, *(goal.row() for goal in goals)]
     warning = backend_warning(results["operation"], where)
-    print(align(lines), caption, origin(where), verdicts, sep="\n\n", end="\n\n")
+    print(align(lines), caption, align(outcomes), origin(where), sep="\n\n", end="\n\n")
     if warning:
         print(warning, file=sys.stderr)
-    parts = [*([warning] if warning else []), markdown(lines), caption, origin(where), f"```\n{verdicts}\n```"]
+    parts = [*([warning] if warning else []), markdown(lines), caption, markdown(outcomes), origin(where)]
     text = "\n\n".join(parts) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     write_plot(folder / "plot.png", draw)

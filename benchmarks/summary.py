@@ -1,6 +1,7 @@
 """A device's results on one page, from what each benchmark measured.
 
-Whole steps with StochNorm over plain fine-tuning's, and the speed of each part over upstream's.
+Whole steps with StochNorm over plain fine-tuning's, the speed of each part over upstream's, and all aims with their
+outcomes.
 
     python benchmarks/summary.py [FOLDER]
 
@@ -19,6 +20,8 @@ import bench_bi_tuning as bi_tuning
 import bench_channel_attention as attention
 import bench_co_tuning as co_tuning
 import bench_frozen as frozen
+import bench_host_overhead as overhead
+import bench_images as images
 import bench_spectral_tail as tail
 import bench_squared_distance as distance
 import bench_step as step
@@ -104,27 +107,44 @@ def step_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
-ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "stoch_norm": stoch_norm_rows,
-    "squared_distance": squared_distance_rows,
-    "channel_attention": channel_attention_rows,
-    "frozen": frozen_rows,
-    "spectral_tail": spectral_tail_rows,
-    "bi_tuning": bi_tuning_rows,
-    "co_tuning": co_tuning_rows,
-    "step": step_rows,
+def no_rows(results: dict[str, Any]) -> list[Row]:
+    """Of a benchmark that compares nothing with upstream's code."""
+    return []
+
+
+# each benchmark's module, and what it adds to the table of parts
+BENCHMARKS: dict[str, tuple[Any, Callable[[dict[str, Any]], list[Row]]]] = {
+    "stoch_norm": (norm, stoch_norm_rows),
+    "squared_distance": (distance, squared_distance_rows),
+    "channel_attention": (attention, channel_attention_rows),
+    "frozen": (frozen, frozen_rows),
+    "spectral_tail": (tail, spectral_tail_rows),
+    "bi_tuning": (bi_tuning, bi_tuning_rows),
+    "co_tuning": (co_tuning, co_tuning_rows),
+    "step": (step, step_rows),
+    "host_overhead": (overhead, no_rows),
+    "images": (images, no_rows),
 }
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The results that a summary is made of, by benchmark."""
-    files = {name: folder / name / "results.json" for name in ROWS}
+    files = {name: folder / name / "results.json" for name in BENCHMARKS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
     """Each part's row with its benchmark's name."""
-    return [(name, row) for name, results in found.items() for row in ROWS[name](results)]
+    return [(name, row) for name, results in found.items() for row in BENCHMARKS[name][1](results)]
+
+
+def aims(found: dict[str, dict[str, Any]], link: bool) -> list[list[str]]:
+    """A row per aim, with its benchmark; ``link``: to the benchmark's own table."""
+    lines = [[*report.GOAL_COLUMNS, "from"]]
+    for name, results in found.items():
+        for goal in BENCHMARKS[name][0].goals(results):
+            lines.append([*goal.row(), linked(name, link)])
+    return lines
 
 
 def steps(found: dict[str, dict[str, Any]]) -> list[Case]:
@@ -140,14 +160,18 @@ def steps_table(cases: Sequence[Case]) -> list[list[str]]:
     for case in cases:
         ours, upstream = (str(step.over_plain(case, name)) for name in (step.OURS, step.UPSTREAM))
         kept = f"{step.kept_over_plain(case, step.OURS):.2f}"
-        lines.append([f"{case['network']}, {case['dtype']}", ours, step.limit(case), upstream, kept])
+        lines.append([f"{case['network']}, {case['dtype']}", ours, step.without_norms(case), upstream, kept])
     return lines
 
 
 def table(rows: Sequence[tuple[str, Row]], link: bool) -> list[list[str]]:
     """A row per part; ``link``: with its benchmark's own table."""
-    cells = [(f"[{name}]({name}/table.md)" if link else name, label, spread) for name, (label, spread) in rows]
-    return [["part", "speed over upstream", "from"], *([label, str(spread), name] for name, label, spread in cells)]
+    lines = [[label, str(spread), linked(name, link)] for name, (label, spread) in rows]
+    return [["part", "speed over upstream", "from"], *lines]
+
+
+def linked(name: str, link: bool) -> str:
+    return f"[{name}]({name}/table.md)" if link else name
 
 
 def draw_steps(axes: Any, cases: Sequence[Case]) -> None:
@@ -218,14 +242,27 @@ PARTS_CAPTION = (
 )
 
 
+AIMS_CAPTION = (
+    "An aim is missed where any judged place misses it. The limit is the best figure that memory or arithmetic allows "
+    "on this machine, by what the same run measured; the benchmark's table says how it is calculated. A place whose "
+    "limit leaves no room for the aim is not judged. Shown is the worst judged place."
+)
+
+
 def main(folder: Path = RESULTS / "cpu") -> None:
     found = read(folder)
     cases, rows = steps(found), parts(found)
     if not rows:
-        sys.exit(f"summary.py: {folder} holds no results of {', '.join(ROWS)}")
+        sys.exit(f"summary.py: {folder} holds no results of {', '.join(BENCHMARKS)}")
     device = ", ".join(dict.fromkeys(results["environment"]["device"] for results in found.values()))
-    print(*(align(lines) for lines in (steps_table(cases), table(rows, link=False))), device, sep="\n\n")
-    page = [markdown(steps_table(cases)), STEPS_CAPTION, markdown(table(rows, link=True)), PARTS_CAPTION, f"{device}."]
+    tables = (steps_table(cases), table(rows, link=False), aims(found, link=False))
+    print(*map(align, tables), device, sep="\n\n")
+    page = [
+        *("## A training step with StochNorm", markdown(steps_table(cases)), STEPS_CAPTION),
+        *("## Single parts", markdown(table(rows, link=True)), PARTS_CAPTION),
+        *("## Aims and outcomes", markdown(aims(found, link=True)), AIMS_CAPTION),
+        f"{device}.",
+    ]
     write_atomically(folder / "summary.md", lambda file: file.write(("\n\n".join(page) + "\n").encode()))
     report.write_plot(folder / "summary.png", partial(draw, cases, rows, device))
 

@@ -306,15 +306,21 @@ class TestGoals:
         return [goal.passed for goal in bench.goals(results(*cases, **options))]
 
     def test_cpu(self):
-        assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4)), block()) == [True] * 4
-        assert self.verdicts(case(), case(batch_norm=(2, 3.9)), block()) == [True, False, True, True]
-        assert self.verdicts(case(composition=(6, 11.9)), block()) == [False, True, True, True]
-        assert self.verdicts(case(peak=1.02), block()) == [True, True, True, False]
-        assert self.verdicts(case(peak=1.009), block()) == [True] * 4
-        residual = case("64@56 + add + relu", block=bench.ADD_RELU, peak=1.02)  # with a bit for each of its elements
-        assert self.verdicts(case(), residual) == [True] * 4
-        assert self.verdicts(case(), block(batch_norm=(2, 3.9))) == [True, True, False, True]
-        channels_last = {"layout": "channels_last", "batch_norm": (2, 3.1)}
+        fast = {"copy": (0.5,)}  # a copy so fast that the limits leave room for every aim
+        assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4), **fast), block(**fast)) == [True] * 4
+        assert self.verdicts(case(**fast), case(batch_norm=(2, 3.9), **fast), block(**fast)) == [
+            True,
+            False,
+            True,
+            True,
+        ]
+        assert self.verdicts(case(composition=(6, 11.9), **fast), block(**fast)) == [False, True, True, True]
+        assert self.verdicts(case(peak=1.02, **fast), block(**fast)) == [True, True, True, False]
+        assert self.verdicts(case(peak=1.009, **fast), block(**fast)) == [True] * 4
+        residual = case("64@56 + add + relu", block=bench.ADD_RELU, peak=1.02, **fast)  # a bit for each of its elements
+        assert self.verdicts(case(**fast), residual) == [True] * 4
+        assert self.verdicts(case(**fast), block(batch_norm=(2, 3.9), **fast)) == [True, True, False, True]
+        channels_last = {"layout": "channels_last", "batch_norm": (2, 3.1), **fast}
         assert self.verdicts(case(**channels_last), block(**channels_last)) == [True, False, True, True]
 
     def test_gpu(self):
@@ -328,13 +334,26 @@ class TestGoals:
 
     def test_the_limit_is_what_the_floor_s_bytes_take_at_a_copy_s_speed(self):
         made = case(batch_norm=(4, 6), copy=(2,))  # five maps' bytes a round, of which the copy moves two in 2 s
-        assert bench.limit(made, on_chip=10**7).median == 2
+        assert bench.limit([made], bench.BATCH_NORM, on_chip=10**7).median == 2
+        other = case(batch_norm=(1, 1), copy=(2,), count=3)
+        assert bench.limit([made, other], bench.BATCH_NORM, on_chip=10**7).median == (10 + 3 * 2) / (5 + 3 * 5)
+
+    def test_a_place_whose_limit_leaves_no_room_is_not_judged(self):
+        figures, limits = {"a": 1.5, "b": 2.5, "c": 0.5}, {"a": 1.9, "b": 3.0}
+        assert report.Goal("", 2, figures, limits=limits).judged == {"b": 2.5, "c": 0.5}
+        assert report.Goal("", 2, figures, at_most=True, limits=limits).judged == {"a": 1.5, "c": 0.5}
+        assert report.Goal("", 2, {"b": 2.5}, limits=limits).row() == ["", "reached", "1 of 1", "2.5", "3", "b"]
+        beyond = report.Goal("", 2, {"a": 1.5}, limits=limits)
+        assert beyond.passed is None and beyond.row() == ["", "beyond the limit", "–", "1.5", "1.9", "a"]
 
     def test_a_verdict_names_the_worst_place(self):
-        first, *_ = bench.goals(results(case(), case("2048@7", composition=(1, 2)), block()))
-        assert str(first).startswith("FAIL  forward + backward at least 6× upstream composition at every shape: 1 of 2")
-        assert str(first).endswith("worst 1.00 at 2048@7 contiguous float32")
-        assert str(report.Goal("a goal", 1)) == "n/a   a goal: nothing measured"
+        small = case(
+            "2048@7", composition=(1, 2), copy=(3 / 21,)
+        )  # 6.5 maps and their bits at two maps in a seventh of 1 s
+        first, *_ = bench.goals(results(case(), small, block()))
+        text = "forward + backward at least 6× upstream composition at every shape"
+        assert first.row() == [text, "missed", "1 of 2", "1", "6.46", "2048@7 contiguous float32"]
+        assert report.Goal("a goal", 1).row() == ["a goal", "not measured", "–", "–", "–", "–"]
 
 
 class TestReport:
@@ -407,7 +426,7 @@ class TestCommand:
         said = capsys.readouterr().out
         written = json.loads((tmp_path / "results.json").read_text())
         labels = ["2048@7", "2048@7 + add + relu"]
-        places = [(layout, dtype) for dtype in dtypes for layout in bench.LAYOUTS]
+        places = [(layout, dtype) for dtype in dtypes for layout in command.LAYOUTS]
         if device.type == "cpu":
             places.remove(("contiguous", "bfloat16"))
         assert [(c["label"], c["layout"], c["dtype"]) for c in written["cases"]] == [
@@ -426,9 +445,11 @@ class TestCommand:
         assert {"2048@7×4", "2048@7 + add + relu×3", "all 4 layers", "all 4 blocks"} <= set(
             said.replace("\n", "  ").split("  ")
         )
-        assert "pass" in said or "FAIL" in said
+        assert "at least 2× nn.BatchNorm2d at every shape" in said
         table = (tmp_path / "table.md").read_text()
-        assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + 4 * len(places) and "```" in table
+        cases, _, rest = table.partition("\n\n")
+        assert sum(line.startswith("| ") for line in cases.splitlines()) == 1 + 4 * len(places)
+        assert "| aim | outcome |" in rest
         assert str(tmp_path) not in json.dumps(written) + table
 
     def test_table_and_plot_come_again_from_the_json(self, tmp_path):
@@ -465,16 +486,28 @@ class TestCommand:
             bench.main(["--device", "cuda"])
         assert "there is no GPU that this torch can use" in capsys.readouterr().err
 
-    def test_pytest_benchmark_times_single_cases(self, tmp_path):
+    def test_pytest_benchmark_keeps_runs_and_compares_them(self, tmp_path):
         pytest.importorskip("pytest_benchmark")
-        chosen = "cpu and float32 and 512x7 and alone and channels_last and (copy or batch_norm)"
-        done = run(
-            [sys.executable, "-m", "pytest", BENCHMARK, "-k", chosen, "--batch", "2", "-p", "no:cacheprovider",
-             f"--benchmark-json={tmp_path / 'benchmark.json'}"]
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "--batch", "2"]
+        command += ["-k", "spectral_tail-48x2048 or 2048x7", f"--benchmark-storage={tmp_path}"]
+        done = run([*command, "--benchmark-autosave"])
         assert done.returncode == 0, done.stdout + done.stderr
-        timed = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
-        assert sorted(one["group"].split()[-1] for one in timed) == ["backward", "both", "forward", "forward"]
+        (kept,) = tmp_path.rglob("*.json")
+        groups = [one["group"] for one in json.loads(kept.read_text())["benchmarks"]]
+        layouts, parts = ("contiguous", "channels_last"), ("forward", "backward")
+        assert sorted(set(groups)) == sorted(
+            [f"stoch_norm-2048x7-norm-{layout}-{part}" for layout in layouts for part in parts]
+            + [f"spectral_tail-48x2048-{part}" for part in parts]
+        )
+        assert len(groups) == 2 * 2 * 3 + 2 * 2  # ours, BatchNorm and upstream; ours and upstream
+        # how fast a loaded machine is doesn't matter here
+        compared = run([*command, "--benchmark-compare", "--benchmark-compare-fail=median:100000%"])
+        assert compared.returncode == 0 and "(0001_" in compared.stdout, compared.stdout + compared.stderr
+
+    def test_pytest_benchmark_refuses_a_gpu_that_is_not_there(self):
+        pytest.importorskip("pytest_benchmark")
+        done = run([sys.executable, "-m", "pytest", "benchmarks", "--device", "cuda"], CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 4 and "there is no GPU that this torch can use" in done.stderr
 
 
 class TestSquaredDistance:
@@ -520,7 +553,7 @@ class TestSquaredDistance:
         labels = (distances.DELTA, distances.ATTENTION, distances.L2_SP, distances.L2)
         for ours, passed in ((0.5, True), (8.0, False)):
             found = distances.goals(results(*(measured(label, ours) for label in labels)))
-            assert [goal.passed for goal in found] == [passed] * 6
+            assert [goal.passed for goal in found] == [passed] * 2
             gpu = distances.goals(results(*(measured(label, ours) for label in labels), device="cuda"))
             assert [goal.passed for goal in gpu] == [passed] * 4
 
@@ -534,7 +567,7 @@ class TestSquaredDistance:
         for case in written["cases"]:
             assert all(len(own["forward"]) == 3 and min(own["forward"]) > 0 for own in case["samples"].values())
         assert "| DELTA with attention | channels_last |" in (tmp_path / "table.md").read_text()
-        assert "L2-SP: forward + backward at least" in capsys.readouterr().out
+        assert "L2: forward + backward at least" in capsys.readouterr().out
 
     def test_only_a_full_run_takes_the_place_of_the_results(self):
         assert distances.parse([]).out == command.RESULTS / "cpu" / "squared_distance"
@@ -579,8 +612,8 @@ class TestChannelAttention:
         def verdicts(*cases):
             return [goal.passed for goal in attention.goals(results(*cases))]
 
-        assert verdicts(measured(1, 4, 4, 1), measured(1, 12, 16, 2)) == [True, True, True]
-        assert verdicts(measured(1, 4, 3, 1), measured(1, 11, 16, 3)) == [False, False, False]
+        assert verdicts(measured(1, 4, 4, 1), measured(1, 12, 16, 2)) == [True, True]
+        assert verdicts(measured(1, 4, 3, 1), measured(1, 11, 16, 3)) == [False, False]
 
     def test_runs_end_to_end(self, tmp_path, capsys, monkeypatch):
         for name in ("FULL", "SMALL"):
@@ -703,9 +736,10 @@ class TestBiTuning:
             found = bi_tuning.goals({**results(case, device=device), "calls": calls})
             return [goal.passed for goal in found]
 
-        assert verdicts(1 / 12.1, 59, 0) == [True, True, True]
-        assert verdicts(1 / 11.9, 60, 1) == [False, False, False]
+        assert verdicts(1 / 12.1, 59, 0) == [True, True]
+        assert verdicts(1 / 11.9, 60, 1) == [False, False]
         assert verdicts(1 / 19, 59, 0, "cuda") == [False, True, True]
+        assert verdicts(1 / 21, 59, 0, "cuda") == [True, True, True]
 
     def test_runs_end_to_end(self, tmp_path, capsys, device, monkeypatch):
         sizes = ((4, 3, 2), (5, 3, 2), (4, 2, 2), (4, 3, 1))
