@@ -4,7 +4,7 @@
 
 writes ``results.json`` and ``table.md``: ``stoch_norm`` at ResNet-50's shapes and ``squared_distance`` on its lists,
 for an H100 and an H200. ``--before`` names an older ``results.json`` to compare with. ``--page`` puts the totals into
-docs/kernels.md. It needs g++, and no GPU.
+the operations' pages in docs/operations. It needs g++, and no GPU.
 
 What is known goes in as it is: how a launch looks comes from the kernels' own ``choose_plan`` and ``plan``
 (gpu_plans.cu), instructions, bytes in flight and registers from their machine code (tools/machine_code.py), the floor's
@@ -52,10 +52,10 @@ ROOT = Path(__file__).parent.parent
 FOLDER = command.RESULTS / "gpu_model"
 BEFORE = FOLDER / "before.json"
 MACHINE_CODE = command.RESULTS / "machine_code" / "sm_90.json"
-PAGE = ROOT / "docs" / "kernels.md"
+PAGES = ROOT / "docs" / "operations"
 BATCH = 48
 PASSES = FORWARD, BACKWARD = "forward", "backward"
-STOCH_NORM, SQUARED_DISTANCE = norm.OPERATION, distance.OPERATION
+OPERATIONS = STOCH_NORM, SQUARED_DISTANCE = norm.OPERATION, distance.OPERATION
 LISTS = (distance.DELTA, distance.ATTENTION, distance.L2_SP, distance.L2)
 WORK, MEMORY, CACHE = "work", "memory", "cache"
 ELEMENTS = {"float32": "float", "bfloat16": "bfloat16"}  # dtypes as the machine code's table names them
@@ -870,7 +870,7 @@ def grouped(results: dict[str, Any], operation: str) -> dict[tuple[str, str], di
 
 
 def total_rows(results: dict[str, Any], operation: str) -> list[list[str]]:
-    """What docs/kernels.md shows of an operation: a header, and a row for each layout and dtype."""
+    """What an operation's page shows: a header, and a row for each layout and dtype."""
     names = [gpu["name"] for gpu in results["settings"]["gpus"]]
     times = ["before, ms", "predicted, ms"] if "before" in results else ["predicted, ms"]
     columns = [*times, "of a copy", *(["over BatchNorm"] if operation == STOCH_NORM else [])]
@@ -931,7 +931,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     said = caption(results)
     origin = f"`{where['command']}` ({where['date']}; commit {where['commit']}; {where['machine_code']})"
     parts = [said]
-    for operation in (STOCH_NORM, SQUARED_DISTANCE):
+    for operation in OPERATIONS:
         rows = total_rows(results, operation)
         print(report.align(rows), end="\n\n")
         parts += [f"## {operation}", report.markdown(rows), report.markdown(case_rows(results, operation))]
@@ -940,20 +940,23 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
 
 
-def page_with_tables(page: str, results: dict[str, Any]) -> str:
-    """The page, with the operations' totals between its markers.
+def page_of(operation: str) -> Path:
+    return PAGES / f"{operation}.md"
+
+
+def page_with_table(page: str, results: dict[str, Any], operation: str) -> str:
+    """The text of an operation's page, with its totals between the markers.
 
     Raises:
-        ValueError: it lacks the markers of one of them.
+        ValueError: the page lacks the markers.
     """
-    for operation in (STOCH_NORM, SQUARED_DISTANCE):
-        begin, end = (f"<!-- gpu_model, {operation}: {word} -->" for word in ("begin", "end"))
-        before, found, rest = page.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found or not found_end:
-            raise ValueError(f"expected {begin} and, behind it, {end} in {PAGE.name}")
-        page = f"{before}{begin}\n{report.markdown(total_rows(results, operation))}\n{end}{after}"
-    return page
+    return report.with_block(page, f"gpu_model, {operation}", report.markdown(total_rows(results, operation)))
+
+
+def write_pages(results: dict[str, Any]) -> None:
+    texts = {name: page_with_table(page_of(name).read_text(), results, name) for name in OPERATIONS}
+    for name, text in texts.items():
+        page_of(name).write_text(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -962,7 +965,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="an older results.json; before.json beside the committed results")  # fmt: skip
     parser.add_argument("--machine-code", type=Path, metavar="FILE", default=MACHINE_CODE, help="that of sm_90")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder; results/gpu_model beside this file")
-    parser.add_argument("--page", action="store_true", help="write the totals into docs/kernels.md as well")
+    parser.add_argument("--page", action="store_true", help="write the totals into docs/operations as well")
     return parser.parse_args(arguments)
 
 
@@ -974,8 +977,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = json.loads((options.out / "results.json").read_text())
         publish(results, options.out)
         if options.page:
-            text = page_with_tables(PAGE.read_text(), results).encode()
-            write_atomically(PAGE, lambda file: file.write(text))
+            write_pages(results)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"gpu_model.py: {error}")
 

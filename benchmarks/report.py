@@ -241,6 +241,20 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([header, rule, *rows])
 
 
+def with_block(page: str, name: str, block: str) -> str:
+    """A page's text with ``block`` in the place of what stands between its markers of that name.
+
+    Raises:
+        ValueError: the page lacks the markers.
+    """
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"expected {begin} and, behind it, {end} in the page")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
 def origin(where: dict[str, Any]) -> str:
     """Command, code and machine of a run in a line."""
     machine = f"{where['device']}, {where['cores']} CPU cores, {where['threads']} threads"

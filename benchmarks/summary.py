@@ -6,7 +6,7 @@ outcomes.
     python benchmarks/summary.py [FOLDER]
 
 reads ``FOLDER/<name>/results.json`` (``results/cpu`` beside this file unless said) and writes ``summary.md`` and
-``summary.png`` there.
+``summary.png`` there. From ``results/cpu`` it also writes the aims into docs/benchmarks.md.
 """
 
 import json
@@ -32,6 +32,7 @@ from report import LOOKS, Case, Spread, align, error_bars, markdown, speedup
 
 from talib_fast.storage import write_atomically
 
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 Row = tuple[str, Spread]
 
 
@@ -138,12 +139,12 @@ def parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
     return [(name, row) for name, results in found.items() for row in BENCHMARKS[name][1](results)]
 
 
-def aims(found: dict[str, dict[str, Any]], link: bool) -> list[list[str]]:
-    """A row per aim, with its benchmark; ``link``: to the benchmark's own table."""
+def aims(found: dict[str, dict[str, Any]], folder: str | None) -> list[list[str]]:
+    """A row per aim, with its benchmark and, where ``folder`` leads to the results, a link to its table."""
     lines = [[*report.GOAL_COLUMNS, "from"]]
     for name, results in found.items():
         for goal in BENCHMARKS[name][0].goals(results):
-            lines.append([*goal.row(), linked(name, link)])
+            lines.append([*goal.row(), linked(name, folder)])
     return lines
 
 
@@ -164,14 +165,14 @@ def steps_table(cases: Sequence[Case]) -> list[list[str]]:
     return lines
 
 
-def table(rows: Sequence[tuple[str, Row]], link: bool) -> list[list[str]]:
-    """A row per part; ``link``: with its benchmark's own table."""
-    lines = [[label, str(spread), linked(name, link)] for name, (label, spread) in rows]
+def table(rows: Sequence[tuple[str, Row]], folder: str | None) -> list[list[str]]:
+    """A row per part, with its benchmark and, where ``folder`` leads to the results, a link to its table."""
+    lines = [[label, str(spread), linked(name, folder)] for name, (label, spread) in rows]
     return [["part", "speed over upstream", "from"], *lines]
 
 
-def linked(name: str, link: bool) -> str:
-    return f"[{name}]({name}/table.md)" if link else name
+def linked(name: str, folder: str | None) -> str:
+    return name if folder is None else f"[{name}]({folder}{name}/table.md)"
 
 
 def draw_steps(axes: Any, cases: Sequence[Case]) -> None:
@@ -249,22 +250,34 @@ AIMS_CAPTION = (
 )
 
 
+def with_aims(page: str, found: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/benchmarks.md with the aims of these results.
+
+    Raises:
+        ValueError: the page lacks the markers.
+    """
+    return report.with_block(page, "aims", markdown(aims(found, "../benchmarks/results/cpu/")))
+
+
 def main(folder: Path = RESULTS / "cpu") -> None:
     found = read(folder)
     cases, rows = steps(found), parts(found)
     if not rows:
         sys.exit(f"summary.py: {folder} holds no results of {', '.join(BENCHMARKS)}")
     device = ", ".join(dict.fromkeys(results["environment"]["device"] for results in found.values()))
-    tables = (steps_table(cases), table(rows, link=False), aims(found, link=False))
+    tables = (steps_table(cases), table(rows, None), aims(found, None))
     print(*map(align, tables), device, sep="\n\n")
     page = [
         *("## A training step with StochNorm", markdown(steps_table(cases)), STEPS_CAPTION),
-        *("## Single parts", markdown(table(rows, link=True)), PARTS_CAPTION),
-        *("## Aims and outcomes", markdown(aims(found, link=True)), AIMS_CAPTION),
+        *("## Single parts", markdown(table(rows, "")), PARTS_CAPTION),
+        *("## Aims and outcomes", markdown(aims(found, "")), AIMS_CAPTION),
         f"{device}.",
     ]
     write_atomically(folder / "summary.md", lambda file: file.write(("\n\n".join(page) + "\n").encode()))
     report.write_plot(folder / "summary.png", partial(draw, cases, rows, device))
+    if folder == RESULTS / "cpu":
+        text = with_aims(PAGE.read_text(), found)
+        write_atomically(PAGE, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-// Where the CUDA kernels can run: asked of the driver when they are registered, and of a GPU when one is first called
-// there. Not before, because to ask a GPU initialises CUDA, which a process forked after that could not use.
+// Says where the CUDA kernels can run. The driver is asked when the kernels are registered. A GPU is asked when a
+// kernel is first called there, not before: to ask a GPU initialises CUDA, and a process forked after that could not
+// use CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -30,11 +31,11 @@ cudaError_t probe(int device) {
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorJitCompilerNotFound:
     case cudaErrorJitCompilationDisabled: return error;
-    default: return cudaSuccess;  // what else is wrong a launch will tell
+    default: return cudaSuccess;  // a launch will report any other error
   }
 }
 
-// Why the kernels are not registered or, of a GPU, do not run there, as the second half of a sentence; empty if they
+// Why the kernels are not registered or, given a GPU, do not run there: the second half of a sentence, or empty if they
 // do.
 std::string unserved(std::optional<int64_t> device) {
   if (!device) return unserved_by_driver();
@@ -53,7 +54,7 @@ std::string unserved(std::optional<int64_t> device) {
 }  // namespace
 
 cudaError_t launch_error(int device) {
-  constexpr int kUnknown = 0, kKnown = 1;  // and the error is added to the latter
+  constexpr int kUnknown = 0, kKnown = 1;  // an error is added to kKnown
   static std::array<std::atomic<int>, kMostDevices> answers;
   int answer = answers[device].load(std::memory_order_relaxed);
   if (answer == kUnknown) answers[device].store(answer = kKnown + probe(device), std::memory_order_relaxed);

@@ -25,7 +25,8 @@ struct ChannelView {
   int64_t per_channel() const { return outer * inner; }
 };
 
-// Some dimensions of a tensor, in some order. An array: on lists of small tensors allocations would be what takes time.
+// Some dimensions of a tensor, in some order. They are in an array, because allocations would take most of the time on
+// lists of small tensors.
 class Order {
  public:
   const int16_t* begin() const { return dims_; }
@@ -33,7 +34,7 @@ class Order {
   auto rbegin() const { return std::make_reverse_iterator(end()); }
   auto rend() const { return std::make_reverse_iterator(begin()); }
 
-  // before those that `smaller(one of them, dim)` says so of
+  // inserts `dim` before the last ones for which smaller(one of them, dim) holds
   template <typename F>
   void insert(int64_t dim, const F& smaller) {
     STD_TORCH_CHECK(count_ < kMost, "expected at most ", kMost, " dimensions longer than one");

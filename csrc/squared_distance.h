@@ -1,5 +1,5 @@
-// What the CPU and the CUDA kernel of squared_distance share: operands, checked and brought into a form that both can
-// walk.
+// What the CPU and the CUDA kernel of squared_distance share: the operands, checked and in the form that both kernels
+// read.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

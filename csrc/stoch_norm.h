@@ -1,5 +1,5 @@
-// What the CPU and the CUDA kernel of stoch_norm share: the operators, and their operands, checked and brought into a
-// form that both can walk.
+// What the CPU and the CUDA kernel of stoch_norm share: the operators, and their operands, checked and in the form that
+// both kernels read.
 #pragma once
 
 #include <limits>
@@ -24,7 +24,7 @@ inline ChannelVector channel_vector(const std::optional<Tensor>& vector, const T
   return vector ? channel_vector(*vector, input, name) : ChannelVector{};
 }
 
-// With what it reads kept alive, which may be a copy.
+// A mask, and the tensor that it reads, which may be a copy.
 struct Mask {
   Tensor values;
   ChannelMask channels;
@@ -34,10 +34,10 @@ struct RunningStatistics {
   ChannelVector mean, var;
 };
 
-// act(norm(x) + residual). A backward pass computes what the activation was given once more, but it does not have the
-// residual: then it reads signs, a bit for each element in 32-bit words, in the order in which the output lies in
-// memory, set where the activation's derivative is 1. Elsewhere it is the slope. Without a residual, or without an
-// activation, there are none.
+// What follows the norm: act(norm(x) + residual). A backward pass computes the activation's input once more. With a
+// residual it cannot, because it does not have the residual. It then reads signs: a bit for each element in 32-bit
+// words, in the order in which the output lies in memory. A bit is set where the activation's derivative is 1;
+// elsewhere the derivative is the slope. Without a residual, or without an activation, there are no signs.
 struct Epilogue {
   Activation activation;
   double slope;  // of the piecewise ones, below 0

@@ -537,14 +537,29 @@ def test_recorded_results_are_of_these_kernels():
             assert new[part]["seconds"] == pytest.approx(old[part]["seconds"], rel=1e-3), (advice, new["label"], part)
 
 
-def test_the_page_has_the_recorded_results():
-    page = gpu_model.PAGE.read_text()
-    assert gpu_model.page_with_tables(page, json.loads(RESULTS.read_text())) == page
+@pytest.mark.parametrize("operation", gpu_model.OPERATIONS)
+def test_the_page_has_the_recorded_results(operation):
+    page = gpu_model.page_of(operation).read_text()
+    assert gpu_model.page_with_table(page, json.loads(RESULTS.read_text()), operation) == page
 
 
 def test_a_page_without_markers():
-    with pytest.raises(ValueError, match=r"expected <!-- gpu_model, stoch_norm: begin --> .* in kernels\.md"):
-        gpu_model.page_with_tables("# A page", json.loads(RESULTS.read_text()))
+    expected = r"expected <!-- gpu_model, stoch_norm: begin --> and, behind it, <!-- gpu_model, stoch_norm: end -->"
+    with pytest.raises(ValueError, match=expected):
+        gpu_model.page_with_table("# A page", json.loads(RESULTS.read_text()), "stoch_norm")
+
+
+def test_pages_are_brought_up_to_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_model, "PAGES", tmp_path)
+    for operation in gpu_model.OPERATIONS:
+        marks = (f"<!-- gpu_model, {operation}: {word} -->" for word in ("begin", "end"))
+        (tmp_path / f"{operation}.md").write_text("Before\n{}\nold\n{}\nAfter\n".format(*marks))
+    gpu_model.write_pages(json.loads(RESULTS.read_text()))
+    pages = {operation: (tmp_path / f"{operation}.md").read_text() for operation in gpu_model.OPERATIONS}
+    assert "| all 53 layers | contiguous |" in pages["stoch_norm"] and "DELTA" not in pages["stoch_norm"]
+    assert "| DELTA | contiguous |" in pages["squared_distance"] and "all 53" not in pages["squared_distance"]
+    for page in pages.values():
+        assert page.startswith("Before\n") and page.endswith("\nAfter\n") and "old" not in page
 
 
 def test_the_recorded_table_is_that_of_the_results(tmp_path):

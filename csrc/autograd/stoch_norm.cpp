@@ -1,9 +1,9 @@
-// A stochastic norm's step in training as one function, and its autograd node: what Python does for a layer takes
-// longer than a kernel on a small map.
+// A StochNorm layer's step in training as one function, and its autograd node. In Python the same step takes longer
+// than a kernel on a small map.
 //
-// There is no stable ABI for nodes, so this is a library of its own, built for one version of torch and of Python. All
-// that it does, the usual path in Python does as well, to the last bit: the function returns None where anything but
-// autograd looks on, or an operand is not what a layer usually has, and Python goes on as if it had not been asked.
+// There is no stable ABI for nodes, so this is a library of its own, built for one version of torch and of Python. The
+// usual path in Python does the same, to the last bit. The function returns None where anything but autograd looks on,
+// or an operand is not what a layer usually has. Python then goes on as if it had not been asked.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -40,7 +40,7 @@ INLINE Lanes<double>::type exponential(const Lanes<double>::type& x) {
   return each_lane(x, [](double lane) { return std::exp(lane); });
 }
 
-// What a standard normal variable exceeds x >= 0 by chance, where power = e^(-x²/2).
+// The probability that a standard normal variable exceeds x >= 0, where power = e^(-x²/2).
 INLINE Floats upper_tail(const Floats& x, const Floats& power) {
   const Floats t = 1 / (1 + 0.2316419f * x);
   // the quotient of tail and power, fitted to a relative error of 1.3e-7 up to x = 14

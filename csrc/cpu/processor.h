@@ -1,4 +1,4 @@
-// Code for the registers that the processor has, whichever the compiler was told of.
+// Compiles loops for the registers of several processors, whichever the compiler was told of.
 #pragma once
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -7,7 +7,7 @@
 #define SIMD_WIDE "x86-64-v4"
 #define SIMD_MIDDLE "x86-64-v3"
 #define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else  // which has no name for these levels, and makes no clones for AVX-512's further parts
+#else  // older GCC: no names for these levels, no clones for AVX-512's further parts
 #define SIMD_ARCH ""
 #define SIMD_WIDE "avx512bw"
 #define SIMD_MIDDLE "avx2"
@@ -16,10 +16,10 @@
 #else
 #define SIMD_CLONES
 #endif
-// what a clone calls has to be compiled with it, so that no vector is ever passed in a register of another size
+// inlined into a clone, so that no vector is ever passed in a register of another size
 #define INLINE inline __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"
-// before a loop: what an iteration stores no other one reads
+// before a loop: no iteration reads what another one stores
 #if defined(__clang__)
 #define IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -40,7 +40,8 @@ __attribute__((target(SIMD_ARCH SIMD_MIDDLE))) auto run_middle(Args... args) {
 }
 #endif
 
-// Whether `simd` has code for this processor. On x86-64 that takes AVX2: the baseline's code would be half of all.
+// Whether `simd` has code for this processor. On x86-64 that takes AVX2: code for the baseline would be half of all
+// code.
 inline bool processor_serves_kernels() {
 #if defined(SIMD_WIDE)
   return __builtin_cpu_supports(SIMD_MIDDLE);
@@ -49,8 +50,8 @@ inline bool processor_serves_kernels() {
 #endif
 }
 
-// Body::run<whether a register holds all lanes>(args...), compiled for the registers that there are. Clones do not know
-// which of them they are.
+// Calls Body::run<whether a register holds all lanes>(args...), compiled for the registers of this processor.
+// SIMD_CLONES cannot do that: a clone does not know which one it is.
 template <typename Body, typename... Args>
 auto simd(Args... args) {
 #if defined(SIMD_WIDE)

@@ -73,7 +73,8 @@ INLINE To bits_of(const From& from) {
 template <bool kWide>
 struct Registers;
 
-// GCC takes a longer comparison apart, lane by lane: a condition is a mask made of signs.
+// For registers that hold a part of the lanes. GCC would take a comparison apart, lane by lane, so a condition is a
+// mask made of sign bits.
 template <>
 struct Registers<false> {
   static constexpr bool kBranches = false;  // whether vectors stay in registers where branches meet
@@ -173,8 +174,8 @@ struct Registers<false> {
 };
 
 #if defined(SIMD_WIDE)
-// A condition is a bit for each lane, the first one's lowest. GCC's own names for instructions, not the intrinsics':
-// those may not be inlined into a template that is not for AVX-512 alone.
+// For registers that hold all lanes. A condition is a bit for each lane, the first one's lowest. Instructions have
+// GCC's own names, because intrinsics may not be inlined into a template that is not for AVX-512 alone.
 template <>
 struct Registers<true> {
   static constexpr bool kBranches = true;

@@ -26,8 +26,8 @@ INLINE lanes_t<T> load_lanes(const T* from) {
   }
 }
 
-// With kStream past the caches, which need not read first what will be gone from them before it is used again; `to` is
-// then aligned as V is.
+// Stores a vector. With kStream it goes past the caches, which then need not read the line before, nor hold what is not
+// used again soon; `to` is then aligned as V is.
 template <bool kStream, bool kWide, typename V>
 INLINE void put(void* to, const V& value) {
 #if defined(SIMD_WIDE)
@@ -45,7 +45,7 @@ INLINE void put(void* to, const V& value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
 
-// Other threads see what was streamed after this.
+// After this, other threads see what was streamed.
 inline void settle([[maybe_unused]] bool streamed) {
 #if defined(__SSE2__)
   if (streamed) _mm_sfence();
@@ -69,7 +69,7 @@ INLINE void store_lanes(T* to, const lanes_t<T> (&lanes)[kCount]) {
   }
 }
 
-// The first `n` lanes of what may end there; the rest is 0.
+// Loads `n` lanes, where memory may end behind them; the others are 0.
 template <bool kWide, typename T>
 INLINE lanes_t<T> load_first(const T* from, int64_t n) {
   alignas(64) T values[kLanes<T>] = {};
@@ -84,7 +84,7 @@ INLINE void store_first(T* to, const lanes_t<T>& lanes, int64_t n) {
   __builtin_memcpy(to, values, n * sizeof(T));
 }
 
-// Bits of elements in the order of memory: those of `n` lanes from element `at` on.
+// The bits of `n` elements from `at` on, in the order of memory.
 template <typename Unit>
 INLINE int read_bits(const Unit* units, uint64_t at, int64_t n) {
   constexpr int kBits = 8 * sizeof(Unit);
@@ -92,7 +92,8 @@ INLINE int read_bits(const Unit* units, uint64_t at, int64_t n) {
   return (low | high << kBits) >> at % kBits;
 }
 
-// A unit that is not written as a whole may be shared with other threads, and has to be 0 before.
+// Writes the bits of `n` elements from `at` on. A unit that is not written as a whole may be shared with other threads,
+// and has to be 0 before.
 template <typename Unit>
 INLINE void write_bits(Unit* units, uint64_t at, int64_t n, uint32_t bits) {
   constexpr int kBits = 8 * sizeof(Unit);

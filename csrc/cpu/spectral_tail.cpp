@@ -24,7 +24,7 @@ Matrix<T> matrix_at(const Matrices& shape, Pointer* data, int64_t index) {
 
 constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
 
-// what a multiplication and addition weighs against an element that is read from memory, in for_each_task's count
+// so many multiplications and additions count as one element that is read from memory, for for_each_task
 constexpr int64_t kOperationsPerElement = 64;
 
 // The value of one matrix, and `count` vectors, [m, count]: of the tail or, with `complement`, of what is not the tail.
@@ -92,8 +92,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_tail_forward(const
                                                                            const std::vector<int64_t>& k) {
   const std::vector<TailCall> calls = tail_calls(inputs, k);
   const std::vector<Place> all = places(calls);
-  // Each matrix is a thread's work, or all threads take one after the other, if that takes less time: they share the
-  // work that a matrix's columns make, and not that of its tridiagonal form.
+  // Each matrix is a thread's work, or all threads take one after the other, whichever takes less time. Threads can
+  // share the work on a matrix's columns, but not that on its tridiagonal form.
   double shared = 0, alone = 0, longest = 0;  // in the time of a multiplication for the Gram matrix
   for (const TailCall& call : calls) {
     const auto [count, m, n, stride, row_stride, column_stride] = call.matrices;

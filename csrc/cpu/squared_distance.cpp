@@ -1,3 +1,5 @@
+// Half squared distances over a list of tensors on the CPU, and their gradients. All tensors are cut into pieces, which
+// threads take one by one.
 #include "../squared_distance.h"
 
 #include <functional>
@@ -41,7 +43,7 @@ struct SumRun {
         if constexpr (kWeights) to += d * d * load_lanes(w + i);
         else to += d * d;
       };
-      const int64_t quarter = (end - begin) / kStreams / kStep * kStep;  // memory likes several streams
+      const int64_t quarter = (end - begin) / kStreams / kStep * kStep;  // memory serves several streams faster
       for (int64_t i = begin; i < begin + quarter; i += kStep)
 #pragma GCC unroll 4
         for (int64_t k = 0; k < kStreams; ++k) add(i + k * quarter, sums[k]);
@@ -100,9 +102,9 @@ SIMD_CLONES void spread_weights(const acc_t<T>* w, int64_t channels, int64_t inn
 
 // ---- The operation. All terms are cut into pieces; a piece is one task.
 
-// A term with its addresses. Its weights are one number for a long run of a channel's elements; of short runs a few
-// thousand are spread over their elements at a time; the shortest have them spread over a row of all channels for good,
-// if that is not too long.
+// A term with its addresses. For a long run of a channel's elements the weight is one number. For short runs the
+// weights are spread over a few thousand elements at a time. For the shortest they are spread once over a row of all
+// channels, if that is not too long.
 template <typename T, typename S, bool kSource>
 class Walk {
   using A = acc_t<T>;

@@ -1,6 +1,6 @@
-// Stochastic normalisation on the CPU: the schedule, and the operators. From the inside out: activation.h, steps.h
-// (what is done with a vector), loops.h (with memory), operation.h (forward and backward), layouts.h (with a range of
-// channels).
+// Stochastic normalisation on the CPU: how threads share the work, and the operators. The other files, from the inside
+// out: activation.h, steps.h (what is done with a vector), loops.h (with memory), operation.h (forward and backward),
+// layouts.h (with a range of channels).
 #include "../stoch_norm.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace talib_fast {
 namespace {
 
-// A thread takes some channels through both passes where their values stay in its own cache between the two. Where no
-// such block is wide enough, or there are too few, all threads share the rows of all channels.
+// A thread takes a block of channels through both passes, where the values stay in its core's cache between the two.
+// Where no such block is wide enough, or there are too few channels, all threads share the rows of all channels.
 template <template <typename> class Layout, typename Op>
 void walk(const Op& op) {
   constexpr int64_t kSize = sizeof(typename Op::Element), kTasks = 4;
@@ -28,8 +28,7 @@ void walk(const Op& op) {
 
   const int64_t narrowest = Layout<Op>::narrowest(view);
   const int64_t widest = Layout<Op>::widest(kOwnCache / (Op::kKept * view.per_channel() * kSize));
-  // A block that the core's cache does not hold has to be worth it: with few for each thread, the last ones leave many
-  // threads idle.
+  // A block that does not fit the core's cache is worth it only if few threads are idle while the last ones are taken.
   const bool fits = Op::kKept * view.per_channel() * kSize <= kOwnCache;
   const int64_t rounds = ceil_div(channels, threads);
   // Maps in channels_last that stay in the cores' caches are best taken by rows, as other operators' threads took them.

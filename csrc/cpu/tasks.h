@@ -1,4 +1,4 @@
-// Work on large tensors, shared out to torch's threads.
+// Shares out work on large tensors to torch's threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 
 namespace talib_fast {
 
-// caches as a thread may count on; glibc's word on them is wrong on some virtual machines
+// sizes of caches that a thread may count on; what glibc says of them is wrong on some virtual machines
 constexpr int64_t kOwnCache = 512 << 10, kSharedCache = 32 << 20;
 
 // First-touch page faults of a fresh large output cost more than its arithmetic; huge pages make them rare.
@@ -25,9 +25,9 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Hands out [0, tasks) to torch's threads one by one. Each begins with a range of its own, the same in every call and
-// about what PyTorch's operators give it of a tensor, so that its cache may still hold it; with a random mask some
-// tasks take longer, so it goes on with what is left of another thread's range.
+// Hands out [0, tasks) to torch's threads one by one. A thread begins with its own range. It is the same in every call,
+// and about what PyTorch's operators give the thread of a tensor, so that its cache may still hold it. With a random
+// mask some tasks take longer, so a thread goes on with what is left of the other ranges.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t elements, const F& f, bool backwards = false) {
   constexpr int64_t kSerialElements = 32768;

@@ -1,4 +1,4 @@
-// Counters for kernels that leave them at 0, because they count by increments that begin again. So a launch needs no
+// Counters that begin again at 0 after their last increment, so that a kernel leaves them at 0. A launch then needs no
 // memset before it, which would take as long as a small kernel.
 #pragma once
 
@@ -14,8 +14,8 @@ namespace talib_fast {
 constexpr int kCounterSets = 64, kCountersInSet = 4096;
 static __device__ unsigned counter_sets[kCounterSets][kCountersInSet];  // of one file's kernels, on every device
 
-// The set that belongs to a stream, whose kernels follow one another; null where no set can be kept for it: many
-// streams had one before, or the stream is being captured, and the graph may then run beside the stream.
+// The set of counters of a stream, whose kernels follow one another and so can share it. Null where a stream has no
+// set: too many streams of the device have one, or the stream is being captured and its graph may run beside it.
 static unsigned* counters_of(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const bool asked = cudaStreamIsCapturing(stream, &capture) == cudaSuccess;

@@ -1,4 +1,4 @@
-// The CUDA driver: the one place that asks for its version and says what follows.
+// The version of the CUDA driver, and what follows from it.
 #pragma once
 
 #include <string>
@@ -29,12 +29,13 @@ inline int driver_version() {
 #endif
 }
 
-// Whether a driver that serves one CUDA runs kernels of another: within a major version each does. 0: there is none.
+// Whether a driver for one CUDA runs kernels of another: it runs those of its own major version and of older ones. 0
+// stands for no driver.
 constexpr bool driver_serves(int driver, int kernels) { return driver == 0 || driver / 1000 >= kernels / 1000; }
 static_assert(driver_serves(13000, 13020) && driver_serves(14000, 13020) && driver_serves(0, 13000));
 static_assert(!driver_serves(12090, 13000));
 
-// Why no kernel is registered, so that PyTorch's implementations serve every GPU; empty if they are.
+// Why no kernel is registered, and PyTorch's implementations serve every GPU; empty if kernels are registered.
 inline std::string unserved_by_driver() {
 #if defined(__CUDACC__)
   const int driver = driver_version();

@@ -21,7 +21,7 @@
 
 namespace talib_fast {
 
-// What a launch on that GPU would end with because this library holds no code for it; cudaSuccess if it does.
+// The error of a launch on a GPU for which this library holds no code; cudaSuccess if it holds some.
 cudaError_t launch_error(int device);
 
 template <typename... Results>
@@ -30,7 +30,7 @@ constexpr size_t count_results(const std::tuple<Results...>*) {
 }
 constexpr size_t count_results(const void*) { return 1; }
 
-// An operator of talib_fast that PyTorch serves.
+// Calls an operator of talib_fast through the dispatcher.
 template <typename Result, typename... Arguments>
 Result call_operator(const std::string& name, const Arguments&... arguments) {
   namespace stable = torch::stable::detail;
@@ -58,8 +58,8 @@ struct Name {
   constexpr Name(const char (&literal)[kLength]) { std::copy_n(literal, kLength, text); }
 };
 
-// A kernel that leaves calls to PyTorch's implementation, which Python has registered under a name of its own, on a GPU
-// that it has no code for. The first argument, a tensor or a list of them, tells the GPU.
+// A kernel that calls PyTorch's implementation on a GPU for which the library holds no code. Python registers that
+// implementation as ..._in_pytorch. The first argument, a tensor or a list of tensors, tells the GPU.
 template <typename Kernel>
 struct Guarded;
 template <typename Result, typename First, typename... Rest>

@@ -41,13 +41,13 @@ namespace talib_fast {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch, whosoever it is, would be told of it again
+  (void)cudaGetLastError();  // else the next launch would report this error again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 struct Device {
   int multiprocessors;
-  int threads_per_block;  // 1024 on every GPU there is; the harness's have fewer, whose threads cost more
+  int threads_per_block;  // 1024 on every GPU; fewer in the host harness, whose threads cost more
   int shared_bytes;       // that a block can have at most
   int cache_bytes;        // of the second level
 };
@@ -66,8 +66,9 @@ inline Device current_device() {
 
 constexpr int64_t kAlwaysAllowed = 47 << 10;  // of dynamic shared memory without asking, and a little static
 
-// Lets launches of a kernel without static shared memory have that much of dynamic one. The limit is the kernel's, not
-// a launch's: set to less than all, it would be lowered for other threads, and for what is captured but not yet run.
+// Allows launches of a kernel, one without static shared memory, so much dynamic shared memory. The limit belongs to
+// the kernel, not to a launch. It is set to all that a block can have: a lower limit would also hold for other threads,
+// and for graphs that are captured but not yet run.
 template <typename Kernel>
 void allow_shared_bytes(Kernel* kernel, int64_t bytes, const Device& device) {
   if (bytes > kAlwaysAllowed)
@@ -161,13 +162,13 @@ using Packed = Vector<T, V>;
 
 // `source` and `destination` of what follows are aligned to sizeof(T) * V.
 
-// A vector as the word that it is: to take it apart is to wait for it, so that what is asked for ahead stays packed.
+// Loads a vector as one packed word. To unpack a word is to wait for its load, so what is loaded ahead stays packed.
 template <int V, typename T>
 __device__ __forceinline__ Packed<T, V> load_packed(const T* source) {
   return *reinterpret_cast<const Packed<T, V>*>(source);
 }
 
-// For what nothing reads again soon, and no kernel in flight writes: it leaves the caches to other data.
+// The same for data that nothing reads again soon and no kernel in flight writes. It leaves the caches to other data.
 template <int V, typename T>
 __device__ __forceinline__ Packed<T, V> load_packed_last(const T* source) {
 #if defined(__CUDACC__)
@@ -205,12 +206,12 @@ __device__ __forceinline__ void store_vector(T* destination, const Vector<T, V>&
 #endif
 }
 
-// Counters in global memory through which blocks hand data to each other. After `last` they begin again at 0, as
-// atomicInc's do, so that a kernel leaves them as it found them. What a thread wrote, or saw through __syncthreads,
-// before a release is visible to a thread that acquires the released value.
+// Counters in global memory, by which blocks hand data to each other. Like atomicInc's they begin again at 0 after
+// `last`, so that a kernel leaves them as it found them. A thread that acquires a released value sees all that the
+// releasing thread wrote before, or saw through __syncthreads.
 
-// Returns when the counter is not below `least`. One fence when it is over: every acquire empties the first-level
-// cache.
+// Waits until the counter is at least `least`. There is one fence, at the end, because every acquire empties the
+// first-level cache.
 #if defined(__CUDACC__)
 __device__ __forceinline__ void wait_acquire(const unsigned* counter, unsigned least) {
   for (;;) {
@@ -246,7 +247,7 @@ __device__ __forceinline__ unsigned increment_acquire_release(unsigned* counter,
 
 constexpr int kWarp = 32;
 
-// A short division where both are short, which nearly all are.
+// Divides in 32 bits where both numbers fit, as nearly all do: it takes less time.
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
   return a / b;
@@ -271,8 +272,8 @@ __device__ __forceinline__ double block_sum(double value, double* warp_sums) {
   return threadIdx.x < kWarp ? warp_sum<kWarps>(warp_sums[threadIdx.x % kWarps]) : 0;
 }
 
-// Which of the operands `low` to `high - 1` of a launch's list this block works on. The blocks of all stand in their
-// order.
+// The operand that this block works on, among `low` to `high - 1` of a launch's list. Blocks are in the order of their
+// operands.
 template <typename List>
 __device__ __forceinline__ int operand_index(const List& list, int low, int high) {
   while (high - low > 1) {

@@ -1,13 +1,13 @@
 // The tail of a spectrum on the GPU: the k smallest squared singular values of matrices m × n, m <= n, their sum, and
 // its gradient. Three launches for a whole list of tensors of matrices:
 //
-// gram_kernel:   blocks take tiles of the Gram matrices, in double, each over a slice of the columns.
-// solve_kernel:  a block takes one Gram matrix into its shared memory, brings it into tridiagonal form, and finds the k
-//                smallest eigenvalues, or the m - k largest, by bisection and their vectors by inverse iteration.
-// value_kernel:  the value, from the matrix itself: that keeps the digits that squaring lost.
+// gram_kernel:   a block computes a tile of a Gram matrix, in double, over a slice of the columns.
+// solve_kernel:  a block takes one Gram matrix into shared memory and brings it into tridiagonal form. It finds the k
+//                smallest eigenvalues, or the m - k largest, by bisection, and their vectors by inverse iteration.
+// value_kernel:  computes the value from the matrix itself, which keeps the digits that squaring lost.
 //
 // gradient_kernel is the backward pass. All sums are taken in an order that depends on shapes and launch parameters
-// only: equal input, equal bits.
+// only: equal input gives equal bits.
 #pragma once
 
 #include "spectral_tail/gram.cuh"

@@ -1,7 +1,7 @@
-// Half squared distances over a list of tensors on the GPU, and their gradients: one launch for the whole list. The
-// list travels in the launch's parameters. Every block takes one chunk of one tensor; the last block of a tensor to
-// finish adds up what the tensor's blocks found, and the last one of all what all did. All sums are reduced in an order
-// that depends on shapes and launch parameters only: equal input, equal bits.
+// Half squared distances over a list of tensors on the GPU, and their gradients. One launch serves the whole list,
+// which travels in the launch's parameters. Every block takes one chunk of one tensor. The last block of a tensor to
+// arrive adds up the tensor's chunks, and the last block of all adds up all chunks. All sums are reduced in an order
+// that depends on shapes and launch parameters only: equal input gives equal bits.
 #pragma once
 
 #include "runtime.cuh"
@@ -19,7 +19,7 @@ struct Chunk {
   int64_t begin, end;
 };
 
-// What this block takes. It is returned because a lambda that got it would be too long for nvcc to inline.
+// The chunk of this block. It is returned, because a lambda that takes it would be too long for nvcc to inline.
 template <int kOperands>
 __device__ __forceinline__ Chunk find_chunk(const List<kOperands>& list) {
   const unsigned stretch = blockIdx.x >> list.stretch_log2;
@@ -33,7 +33,7 @@ __device__ __forceinline__ Chunk find_chunk(const List<kOperands>& list) {
 // What the blocks of the forward pass found, and where the results go.
 struct Results {
   double* chunks;        // [blocks of all launches]
-  unsigned* arrived;     // [operands of this launch + 1] counters of blocks, the last of all; 0 before and after
+  unsigned* arrived;     // [operands of this launch + 1]: blocks that arrived, the last one of all; 0 before and after
   void* total;           // double where wide, else float; null: a later launch completes it
   void* terms;           // [terms], likewise
   int first_term;        // of this launch
@@ -50,8 +50,9 @@ __device__ __forceinline__ void write(void* values, bool wide, int i, double val
   else static_cast<float*>(values)[i] = static_cast<float>(value);
 }
 
-// This thread's share of the sum of chunks, and of that of [begin, end) among them. A thread has the same ones and adds
-// them up in the same order whether it is asked for all or for those alone. It asks for many before it uses one.
+// This thread's share of the sum of all chunks, and of that of [begin, end) among them. Whether it is asked for all
+// chunks or for those alone, a thread has the same ones and adds them up in the same order. It loads many before it
+// uses one.
 struct Sums {
   double all = 0, own = 0;
 
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
   const double sum = block_sum<kThreads>(sum_chunk(list.operands[j], begin, end), warp_sums);
   if (threadIdx.x == 0) results.chunks[results.first_chunk + blockIdx.x] = sum;
   __syncthreads();
-  // Two warps count at the same time, for either takes long. Which block is last makes no difference to a result, and
-  // the last of an operand need not be that of all.
+  // Two warps count at the same time, because either count takes long. Which block is last makes no difference to a
+  // result. The last block of an operand need not be the last of all.
   const unsigned first_own = list.operands[j].first_block;
   const unsigned last_own = j + 1 < list.count ? list.operands[j + 1].first_block : gridDim.x;
   const auto comes_last = [](unsigned* counter, unsigned blocks) {

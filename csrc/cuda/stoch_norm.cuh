@@ -1,14 +1,14 @@
-// Stochastic normalisation on the GPU. Both directions take sums per channel, derive constants from them and write
-// with these; a channel on running statistics whose values lie in runs is written while it is summed. Two schedules:
+// Stochastic normalisation on the GPU. A first pass takes two sums for each channel and derives constants from them; a
+// second pass writes with the constants. In runs, a channel on running statistics is written in the first pass. One
+// launch does both passes, in one of two schedules:
 //
-// resident: a block takes a group of channels whole, and keeps what it read in shared memory between the passes.
+// resident: a block takes a whole group of channels, and keeps what it read in shared memory between the passes.
 // sliced:   many blocks share a group. They take items off one list, on which the second pass over a group follows
-//           its first one so closely that it should read from the L2 cache. One launch, no sync with the host.
+//           the first one so closely that it should read from the L2 cache. Nothing waits for the host.
 //
-// What follows the norm, an activation and a residual, is a part of the kernels with kFused, and costs those
-// without it nothing.
+// The kernels with kFused also apply what follows the norm, an activation and a residual. It costs the others nothing.
 //
-// All sums are reduced in an order that depends on shapes and launch parameters only: equal input, equal bits.
+// All sums are reduced in an order that depends on shapes and launch parameters only: equal input gives equal bits.
 #pragma once
 
 #include "stoch_norm/kernels.cuh"
@@ -46,8 +46,8 @@ void launch(const Op& op, const Plan& plan, const Device& device, void* memory, 
               workspace, plan.lag);
 }
 
-// The widest vectors that the shape and the addresses allow; f(integral_constant<V>, bool_constant<kRows>). In float64,
-// whose exponential functions are long, there are none for what follows the norm.
+// Calls f(integral_constant<V>, bool_constant<kRows>) for the widest vectors that the shape and the addresses allow.
+// With kFused float64 goes element by element, because its exponential functions are long.
 template <typename Op, typename F>
 void with_vectors(const Op& op, const Shape& shape, const Device& device, const F& f) {
   using T = typename Op::Element;
@@ -59,7 +59,8 @@ void with_vectors(const Op& op, const Shape& shape, const Device& device, const 
     else beside = aligned(op.dy) && aligned(op.dz);
     return aligned(op.x) && aligned(op.out) && beside;
   };
-  // Whether f was called. Rows of runs need as many columns as vectors end at no channel, and a block has to hold them.
+  // Returns whether f was called. In rows of runs a block has to hold all columns up to one where a vector and a
+  // channel end together.
   const auto call = [&](auto vector) {
     constexpr int V = vector();
     if (!is_aligned(V * sizeof(T))) return false;

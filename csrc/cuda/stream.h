@@ -1,5 +1,5 @@
-// The device that a call's tensors are on, made the current one, and torch's current stream there; with the harness of
-// tests/simt, for which g++ compiles this, the one device and the one stream there are.
+// Makes the device of a call's tensors the current one, and finds torch's current stream there. With the harness of
+// tests/simt, for which g++ compiles this, there is one device and one stream.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -27,7 +27,7 @@ inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor&
 #endif
 }
 
-// Makes a device the current one, and afterwards the one that was.
+// Makes a device the current one as long as the guard lives.
 #if defined(__CUDACC__)
 using torch::stable::accelerator::DeviceGuard;
 #else

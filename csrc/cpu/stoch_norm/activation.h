@@ -1,6 +1,5 @@
-// Activations and their derivatives. A piecewise one is a straight line on each side of 0, a smooth one is z * g(z)
-// with a gate g that goes from 0 to 1. Conditions and the like are made by `lanes`, `Registers` of registers.h.
-// exponential and kLargest, what it can take, are elementary.h's.
+// Activations and their derivatives. A piecewise one is a straight line on each side of 0. A smooth one is z * g(z)
+// with a gate g that goes from 0 to 1. `lanes`, which is `Registers` of registers.h, makes conditions and the like.
 #pragma once
 
 #include "../../stoch_norm.h"

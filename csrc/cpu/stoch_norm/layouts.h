@@ -1,5 +1,5 @@
-// Two ways to walk a range of channels. Both see rows, add sums over rows to `totals` (all channels' first sums, then
-// their second ones), derive the constants and write rows; no row depends on another.
+// Two ways to walk a range of channels. Both cut it into rows that do not depend on each other. They add sums over rows
+// to `totals` (all channels' first sums, then their second ones), derive the constants and write rows.
 #pragma once
 
 #include "loops.h"
@@ -21,7 +21,7 @@ class Runs {
 
  public:
   static int64_t rows(const ChannelView& view) { return view.outer * pieces(view); }
-  static int64_t together(const ChannelView&) { return 1; }  // rows that are better not torn apart
+  static int64_t together(const ChannelView&) { return 1; }  // rows that a task should take together
   // blocks of channels: one is always worth it, even where it does not fit
   static int64_t narrowest(const ChannelView&) { return 1; }
   static int64_t widest(int64_t fitting) { return std::max<int64_t>(fitting, 1); }

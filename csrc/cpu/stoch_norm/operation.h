@@ -1,4 +1,4 @@
-// The two directions. Both take two sums per channel, derive constants from them and write with these.
+// The two directions. Both take two sums for each channel, derive constants from them and write with the constants.
 #pragma once
 
 #include "channel.h"
@@ -11,7 +11,7 @@
 namespace talib_fast {
 namespace {
 
-// All the way to the batch's where the momentum is 1, whatever the old one is.
+// With a momentum of 1 it is the batch's, whatever the old one is.
 double updated(double running, double batch, double momentum) {
   return momentum == 1 ? batch : running + momentum * (batch - running);
 }
@@ -21,7 +21,7 @@ struct Forward {
   using Element = T;
   using A = acc_t<T>;
   static constexpr int kKept = 1;         // tensors that both passes read
-  static constexpr int kDone[] = {0, 3};  // what of the constants the sums give: from the center up to the slope
+  static constexpr int kDone[] = {0, 3};  // the constants that the sums give: from the center up to the slope
   const ForwardCall& call;
   const Tensors<T> tensors{static_cast<const T*>(call.input.const_data_ptr()),
                            call.residual ? static_cast<const T*>(call.residual->const_data_ptr()) : nullptr,
@@ -52,7 +52,7 @@ struct Forward {
                        [&](auto act, auto residual) { f(Output<T, decltype(act), residual.value>{tensors, act}); });
   }
 
-  // What the first pass needs, so many of the constants: a center near the mean, so that no large squares are summed.
+  // The constants that the first pass needs, and how many: a center near the mean, so that no large squares are summed.
   // It is the average of a few values.
   int begun() const { return 1; }
   std::vector<Constants<A>> begin(int64_t first, int64_t last) const {
@@ -69,14 +69,14 @@ struct Forward {
     return constants;
   }
 
-  // rounded, as the backward pass will have them
+  // rounded as the backward pass will read it
   A rstd_of(double variance) const { return static_cast<A>(1 / std::sqrt(variance + call.eps)); }
   Constants<A> constants(A mean, A rstd, int64_t c) const {
     return {mean, static_cast<A>(static_cast<double>(rstd) * load_or(call.weight, c, 1)),
             static_cast<A>(load_or(call.bias, c, 0)), A(0), A(0)};
   }
 
-  // Where they do not depend on the sums, a run is written while it is read for them.
+  // Where the constants do not depend on the sums, a run is written while it is summed.
   bool uses_running_stats(int64_t c) const { return !mask(c); }
   Constants<A> running_constants(int64_t c) const {
     return constants(static_cast<A>(load(call.running.mean, c)), rstd_of(load(call.running.var, c)), c);

@@ -1,5 +1,4 @@
-// What is done with the elements from one on, in either pass. They fill the lanes (`Whole`), or the first of them
-// (`Part`).
+// What either pass does with one vector of elements. They fill all lanes (`Whole`), or the first ones (`Part`).
 #pragma once
 
 #include "activation.h"
@@ -93,8 +92,8 @@ struct Output {
   }
 };
 
-// The sums of dz and of dz * (x - center), and dx; dz is the residual's gradient too. Signs, which then are there, say
-// where the activation's derivative is 1. That of a smooth one takes longer to compute than to store and load: dz is
+// The sums of dz and of dz * (x - center), and dx. dz is also the residual's gradient; with a residual, signs say where
+// the activation's derivative is 1. A smooth derivative takes longer to compute than dz to store and load, so dz is
 // left where dx will be.
 template <typename T, typename Act, bool kSigns>
 struct Gradient {

@@ -9,7 +9,7 @@
 namespace talib_fast::spectral_tail {
 
 // How many eigenvalues are below x: the changes of sign in the leading minors of the form minus x. A minor that
-// vanishes beside the previous one is replaced by one that hardly does, and what gets small is scaled up.
+// vanishes beside the previous one is replaced by a tiny one, and small minors are scaled up.
 __device__ __forceinline__ int count_below(const Solver& s, double x) {
   constexpr double kLeast = 0x1p-100, kSmall = 0x1p-300, kScale = 0x1p300;
   double previous = 0, minor = 1;
@@ -24,8 +24,8 @@ __device__ __forceinline__ int count_below(const Solver& s, double x) {
   return count;
 }
 
-// The k smallest eigenvalues, ascending: every round cuts each one's interval into as many parts as there are threads
-// for it. The result is what no eigenvalue exceeds in magnitude, by Gershgorin's circles.
+// Finds the k smallest eigenvalues, ascending. In every round each eigenvalue's threads try one number each in its
+// interval. Returns what no eigenvalue exceeds in magnitude, by Gershgorin's circles.
 __device__ inline double smallest_eigenvalues(const Solver& s) {
   const int m = s.m, k = s.k, threads = blockDim.x, lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x; i < m; i += threads)

@@ -48,14 +48,14 @@ constexpr int triangle_size(int size) { return size * (size + 1) / 2; }
 // rows of a tile in memory: all of kTile, unless the matrix itself has fewer
 constexpr int tile_side(int64_t m) { return m < kTile ? static_cast<int>(m) : kTile; }
 
-// what the iteration for one vector needs, in doubles; odd, so that those of neighbouring threads are in other banks
+// what the iteration for one vector needs, in doubles; odd, so that neighbouring threads use different banks
 constexpr int iteration_size(int m) { return (5 * m + (m + 7) / 8) | 1; }
 constexpr int kSolverVectors = 9;  // of m doubles, that solve_kernel always has in shared memory
 
 constexpr int64_t chunks(const Operand& operand) { return ceil_div(operand.matrices.n, operand.columns); }
 
-// The element [row, column] goes to to[row * pitch + column], zero where the matrix has none, for a number of rows and
-// a power of two of columns. Threads that follow each other read what lies together.
+// Copies rows × columns elements: [row, column] goes to to[row * pitch + column], and 0 where the matrix has none.
+// `columns` is a power of two. Neighbouring threads read neighbouring elements.
 template <typename T, typename To>
 __device__ __forceinline__ void load_columns(const T* matrix, const Matrices& shape, int first_row, int rows,
                                              int64_t first_column, int64_t end, int columns, To* to, int pitch) {

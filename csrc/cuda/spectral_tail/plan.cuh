@@ -1,4 +1,4 @@
-// How the launches for an operand look, on a GPU.
+// Decides what the launches for an operand look like, on a GPU.
 #pragma once
 
 #include "projection.cuh"
@@ -43,7 +43,7 @@ inline void choose_columns(Operand& operand) {
     if (column_bytes(operand.matrices.m, operand.directions, operand.columns, element_bytes) <= kAlwaysAllowed) break;
 }
 
-// The one place that decides how the forward pass of an operand looks; `operands` is how many share the launches.
+// Decides what the forward pass of an operand looks like; `operands` is how many share the launches.
 inline void plan_forward(Operand& operand, size_t operands, const Device& device, Workspace& workspace) {
   constexpr int64_t kLeastSlice = 2 * kPanel;
   const int64_t count = operand.matrices.count;
@@ -55,7 +55,7 @@ inline void plan_forward(Operand& operand, size_t operands, const Device& device
       static_cast<int>(std::min(ceil_div(operand.matrices.n, kLeastSlice),
                                 ceil_div(device.multiprocessors, pairs * count * static_cast<int64_t>(operands))));
 
-  // the iterations after the sums by warp, in their place; then the triangle, whose first rows may spill
+  // scratch has the sums by warp and then, in their place, the iterations; the triangle follows it, and may spill rows
   const bool roomy = [&] {
     operand.spilled_rows = 0, operand.scratch = std::max(warps * m, iterations);
     return solver_bytes(operand) <= device.shared_bytes;

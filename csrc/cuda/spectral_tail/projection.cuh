@@ -1,4 +1,4 @@
-// Value and gradient: what of the matrix itself lies in the directions of the tail.
+// Value and gradient, from the part of the matrix that lies in the directions of the tail.
 #pragma once
 
 #include "operand.cuh"
@@ -15,7 +15,7 @@ constexpr int64_t column_bytes(int64_t m, int directions, int columns, int64_t e
          m * (columns + 1) * element_bytes;
 }
 
-// Columns of a matrix in shared memory, and what tells their part in the tail from the rest.
+// Columns of a matrix in shared memory, and what gives their part in the tail.
 template <typename A>
 struct Columns {
   const A* tile;            // [m, columns + 1]
@@ -31,7 +31,7 @@ struct Columns {
   }
 };
 
-// Columns from the first one on, and their products with all vectors, for the whole block.
+// Loads columns from `first` on and projects them on all vectors. The whole block takes part.
 template <typename T>
 __device__ __forceinline__ Columns<acc_t<T>> load_and_project(const Operand& operand, unsigned index, int64_t first,
                                                               double* projected) {

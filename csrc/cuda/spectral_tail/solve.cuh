@@ -1,4 +1,4 @@
-// One Gram matrix a block: from its tiles to the singular directions.
+// A block takes one Gram matrix, from its tiles to the singular directions.
 #pragma once
 
 #include "eigenvectors.cuh"
@@ -8,7 +8,7 @@
 
 namespace talib_fast::spectral_tail {
 
-// few enough for the registers that they need
+// threads of a block: few enough for the registers that each needs
 constexpr int solver_threads(int columns) { return columns == 8 ? 384 : columns == 4 ? 512 : 256; }
 
 // Matrices of at most kWarp * kColumns rows, a block each.

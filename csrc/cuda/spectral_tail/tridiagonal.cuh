@@ -5,7 +5,7 @@
 
 namespace talib_fast::spectral_tail {
 
-// The upper triangle of a matrix, by rows. kSpilled: the first ones are in global memory; those are done with first.
+// The upper triangle of a matrix, by rows. With kSpilled the first rows are in global memory: they are done with first.
 template <bool kSpilled>
 struct Triangle {
   double *spilled, *shared;
@@ -63,9 +63,9 @@ __device__ __forceinline__ double sum_of_each(double (&values)[R]) {
   return sum;
 }
 
-// Householder's reduction to tridiagonal form. Row j of the triangle then holds the reflector I - tau v v', v[j + 1]
-// = 1. One sweep over the matrix brings it up to date with the reflector before and multiplies it by the next one; a
-// lane has kColumns of each vector's elements in registers.
+// Householder's reduction to tridiagonal form. Row j of the triangle then holds the reflector I - tau v v' with v[j +
+// 1] = 1. One sweep over the matrix applies the last reflector and multiplies by the next one. A lane has kColumns of
+// each vector's elements in registers.
 template <int kColumns, typename Triangle>
 __device__ void tridiagonalize(const Triangle& a, const Solver& s) {
   constexpr int kRows = kColumns > 4 ? 2 : 4;  // that a warp takes at a time

@@ -18,7 +18,7 @@ struct Operand {
   Exchange exchange;        // how the source's order in memory differs from the target's
   unsigned first_block;
   uint8_t type;         // FloatType
-  uint8_t source_type;  // the source's, which makes a pair with it
+  uint8_t source_type;  // the source's; a pair of with_pair
   bool vectors;         // all addresses suit vectors of 16 bytes of target
   uint8_t bytes_log2;   // bytes of target and source that an element has, rounded up to a power of two
 };
@@ -31,8 +31,8 @@ struct List {
   Operand operands[kOperands];
   int64_t chunk_bytes;  // of target and source that a block takes
   int count;
-  // Blocks come in equal stretches; first_operands[i] is the operand of stretch i's first block. A block that looks for
-  // its operand reads parameters one after another, at the start of a launch each from memory: so there are few.
+  // Blocks come in equal stretches; first_operands[i] is the operand of stretch i's first block. A block searches only
+  // the operands of its stretch: each step of a search reads a parameter, at the start of a launch from memory.
   int stretch_log2;
   uint16_t first_operands[kStretches + 1];
 };

@@ -11,7 +11,7 @@
 
 namespace talib_fast::squared_distance {
 
-// One launch: operands that lie together, and how they are cut.
+// One launch: neighbouring operands of the list, and how they are cut.
 struct Launch {
   const Operand* operands;
   int first, count;
@@ -22,12 +22,12 @@ struct Launch {
 // How many operands a launch can take.
 inline size_t most_operands() { return driver_takes_many_parameters() ? kManyOperands : kFewOperands; }
 
-// The one place that decides how the operands are cut; it gives them their blocks. A block takes so much that the sums
-// of all blocks are few, and so little that none is waited for. An empty operand has a block too, for its term.
+// Decides how the operands are cut, and gives them their blocks. A block takes so much that there are few sums to add
+// up, and so little that no block is waited for. An empty operand has a block too, for its term.
 inline std::vector<Launch> plan(std::vector<Operand>& operands, int multiprocessors) {
-  // 64 KB: 256 bytes a thread, some rounds of loads, beside which finding the tensor and summing up the block hardly
-  // count. 32 blocks: ten times as many as a multiprocessor has room for, so that what the last ones leave idle is
-  // little, and what the last block of all adds up stays a few thousand sums.
+  // 64 KB are 256 bytes a thread, some rounds of loads. Beside them finding the tensor and summing up the block hardly
+  // count. 32 blocks are ten times as many as a multiprocessor has room for. So little is idle at the end, and the last
+  // block of all adds up only a few thousand sums.
   constexpr int64_t kSmallest = 64 << 10, kBlocksPerMultiprocessor = 32;
   int64_t bytes = 0;
   for (const Operand& operand : operands) bytes += operand.elements << operand.bytes_log2;

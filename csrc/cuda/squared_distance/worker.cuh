@@ -1,5 +1,5 @@
-// What one thread does with its share of a tensor: loads it in vectors, with the source's and the weights, and sums up
-// squares or writes the gradient.
+// One thread's work on its share of a tensor. It loads vectors of the target, with the source's and the weights, and
+// sums up squares or writes the gradient.
 #pragma once
 
 #include "../../types.h"
@@ -13,7 +13,7 @@ namespace talib_fast::squared_distance {
 
 constexpr int kThreads = 256;
 
-// Where in the weights a thread is, which goes from one of its vectors to the next in equal steps.
+// Where in the weights a thread is. It goes from one of its vectors to the next in equal steps, without divisions.
 class WeightWalk {
  public:
   __device__ __forceinline__ WeightWalk(const Operand& operand, int64_t first, int64_t step)
@@ -22,7 +22,7 @@ class WeightWalk {
     locate(step, jump_, jump_in_run_);
   }
 
-  // f(channel) for as many elements from here on as f is called
+  // f(k, channel) for each of V elements from here on
   template <int V, typename F>
   __device__ __forceinline__ void each(const F& f) const {
     int64_t channel = channel_, in_run = in_run_;
@@ -56,7 +56,7 @@ class WeightWalk {
 };
 
 // What a thread reads of the sources: nothing, vectors that lie as the target's, or single elements of another order.
-enum class Source { kNone, kAlike, kExchanged };  // the last with weights that may be missing, too
+enum class Source { kNone, kAlike, kExchanged };  // the last one with weights or without
 
 // What one thread does to its share of [begin, end) of an operand. T, S: dtypes of target and source; V elements a
 // vector. walk calls f(first element, differences, weights) for every vector.
@@ -65,7 +65,7 @@ struct Worker {
   using Element = T;
   using A = acc_t<T>;
   static constexpr int kVector = V;
-  // vectors of target that are asked for before one is used
+  // vectors of target that are loaded before one is used
   static constexpr int kUnroll =
       (V == 8 || kSource == Source::kExchanged ? 2 : 4) * (kSource == Source::kNone && !kWeights ? 2 : 1);
   static constexpr int kSourceVector = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;  // elements that load at once

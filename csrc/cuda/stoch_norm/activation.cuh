@@ -14,7 +14,7 @@ __device__ __forceinline__ A normal(A z) {
   return A(0.5) * (1 + erf(z * A(0.70710678118654752)));
 }
 
-// What is done to norm(x) + residual, z. A switch that is the same for all threads stands outside the loops.
+// The activation of z = norm(x) + residual. Its switch is equal for all threads, and stands outside the loops.
 template <typename A>
 struct Activated {
   Activation activation;
@@ -22,7 +22,7 @@ struct Activated {
 
   __device__ __forceinline__ bool derivative_is_one(A z) const { return !(z <= 0) && !(z >= limit); }
 
-  // An infinite one, cut off, is 0.
+  // With a slope of 0 even an infinite value gives 0.
   __device__ __forceinline__ A times_slope(A value) const { return slope == 0 ? A(0) : slope * value; }
 
   template <int V>

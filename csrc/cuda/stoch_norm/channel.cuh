@@ -1,4 +1,4 @@
-// Numbers of one channel, whose dtype is chosen at run time, and bits of one element.
+// Loads and stores numbers of one channel, whose dtype is chosen at run time; finds the sign of one element.
 #pragma once
 
 #include "../../types.h"
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store(const ChannelVector& vector, int64_t c, A 
   });
 }
 
-// An element's sign is this bit of this word. Unsigned, so that they are a mask and a shift.
+// An element's sign is this bit of this word. Unsigned arithmetic makes them a mask and a shift.
 __device__ __forceinline__ unsigned sign_bit(int64_t at) { return static_cast<unsigned>(at) % kSignsPerWord; }
 __device__ __forceinline__ uint64_t sign_word(int64_t at) { return static_cast<uint64_t>(at) / kSignsPerWord; }
 

@@ -7,28 +7,28 @@ namespace talib_fast::stoch_norm {
 
 constexpr int kMaxThreads = 512;             // of a block of the resident schedule
 constexpr int kSlicedThreads = 256;          // of the sliced one
-constexpr int kBlocksPerMultiprocessor = 2;  // likewise; of three, with 80 registers a thread, some would spill
+constexpr int kBlocksPerMultiprocessor = 2;  // likewise; with three, 80 registers a thread, some would spill
 
-// How a tensor [outer, channels, inner] is cut. A group of channels is what a block takes whole, or blocks share:
+// How a tensor [outer, channels, inner] is cut into groups of channels, which a block takes whole or blocks share:
 //
-// runs: one channel, whose elements lie in runs of `inner`. All of a vector are of that channel.
-// rows: as many neighbouring channels as fill vectors: in channels_last (inner = 1) those of some 128 bytes, elsewhere
-//       those until a run ends where a vector does, as 8 channels of 7 × 7. Their elements are rows, one after another
-//       in memory, and a vector's are of several channels: in channels_last each of another, elsewhere of two at most.
+// runs: a group is one channel, whose elements lie in runs of `inner`. All elements of a vector are of that channel.
+// rows: a group is as many neighbouring channels as fill vectors. In channels_last (inner = 1) they make some 128
+//       bytes; elsewhere they end where a run and a vector end together, as 8 channels of 7 × 7 do. Their elements lie
+//       side by side in rows. A vector has elements of V channels in channels_last, elsewhere of two at most.
 //
-// In rows a block's threads form columns, a vector wide, and go down the rows. A column's vectors are its steps.
+// In rows a block's threads form columns, each a vector wide, and go down the rows. A column's vectors are its steps.
 struct Geometry {
   int64_t channels, run;              // run: inner
   int64_t row;                        // elements from a run to the channel's next one, and from a row to the next
   int64_t steps, slice_steps;         // of a column; in a slice
   unsigned groups, slices;            // slices: of a group
   unsigned sections, section_slices;  // many slices are merged by sections, so that no block has all of them to merge
-  int group_channels, log_channels;   // a power of two, and which
+  int group_channels, log_channels;   // a power of two, and its log2
   int columns, lane_rows;             // of a block's threads: columns × rows
-  int log_lanes;                      // so many neighbouring lanes merge a channel's sums, likewise
+  int log_lanes;                      // log2 of how many neighbouring lanes merge a channel's sums
   int scratch_bytes;                  // of shared memory, beside what is kept
   bool whole_words;                   // of signs: a word's elements are written by one warp at a time
-  // in runs a thread's way from one of its vectors to the next, a block's threads on; in rows jump alone:
+  // in runs a thread's way from one of its vectors to the next; in rows jump alone:
   int64_t inner_steps;        // vectors in a run
   int64_t jump, jump_in_run;  // elements; vectors within the run
   int64_t wrap;               // elements on top if that leads past the end of the run

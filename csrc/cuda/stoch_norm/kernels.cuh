@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, c
   W worker(op, g, shared);
   worker.group = blockIdx.x;
   const int steps = static_cast<int>(g.steps);
-  // a thread finds again what it put there itself: [steps of a thread, tensors, threads]
+  // a thread reads only what it put there itself: [steps of a thread, tensors, threads]
   Element* kept = reinterpret_cast<Element*>(shared + g.scratch_bytes) + threadIdx.x;
 
   worker.fetch(worker.group);
@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Op op, c
   worker.write_all(0, steps, load, constant);
 }
 
-// The list of items of the sliced schedule. First passes over slices are as far ahead of second ones as a group is long
-// and `lag` slices more; then they take turns. The second pass over a group begins with the slice that was read last.
+// An item of the sliced schedule, one pass over one slice, by its place in the list. First passes are ahead of second
+// ones by the slices of a group and `lag` more; from then on the two take turns. The second pass over a group begins
+// with the slice that was read last.
 struct Item {
   bool exists, first_pass;
   unsigned group, slice;
@@ -75,7 +76,7 @@ struct Workspace {
   typename Op::Sums* sections;  // [groups, sections, group_channels], if there are several
   // counters, 0 before and after:
   unsigned* next_ticket;
-  unsigned* arrived;           // [groups]: slices or sections summed, one for the constants, second passes begun
+  unsigned* arrived;           // [groups]: slices or sections summed, 1 for the constants, second passes begun
   unsigned* arrived_sections;  // [groups, sections], if there are several: slices summed
 };
 
@@ -88,12 +89,12 @@ __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
   SIMT_SHARED(unsigned, tickets, 2);  // drawn by thread 0: this item's and the next one's, in turns
   SIMT_SHARED(unsigned, before, 1);   // a counter, before thread 0 incremented it
   W worker(op, g, shared);
-  // every block draws one ticket for which there is no item: with the last of them the counter is 0 again
+  // every block draws one ticket without an item, and the last of these sets the counter to 0 again
   const unsigned last_ticket = 2 * g.groups * g.slices + gridDim.x - 1;
   const unsigned arrivals = g.sections > 1 ? g.sections : g.slices;
 
-  // Fetches what the next item needs, while something else is on its way. For a second pass that is the mask alone: a
-  // block that finishes the group may be writing the rest.
+  // Fetches what the next item needs, while other data are on their way. For a second pass that is the mask alone: a
+  // block that finishes the group may still be writing the rest.
   const auto look_ahead = [&](unsigned ticket) {
     const Item item(ticket, g, lag);
     if (!item.exists) return;
@@ -102,16 +103,16 @@ __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
       worker.operands[0].uses_batch_stats = op.mask(item.group);
   };
 
-  // A ticket orders nothing but itself: the data go from block to block by `arrived`.
+  // Tickets need no memory order: data go from block to block by `arrived`.
   if (threadIdx.x == 0) tickets[0] = atomicInc(workspace.next_ticket, last_ticket);
   __syncthreads();
   look_ahead(tickets[0]);
   for (int turn = 0;; turn ^= 1) {
-    __syncthreads();  // what is in shared memory of this item is there, and of the one before done with
+    __syncthreads();  // this item's data are in shared memory, and nobody reads the last one's any more
     const Item item(tickets[turn], g, lag);
     if (!item.exists) return;
-    // A block holds a later ticket beside its own. An item waits for smaller tickets only, and a block takes its own in
-    // their order, so the smallest ticket that is not done is being worked on and waits for nothing.
+    // A block holds its next ticket as well. An item waits for smaller tickets only, and a block takes its tickets in
+    // order. So the smallest unfinished ticket is being worked on, and waits for nothing.
     unsigned next = 0;
     if (threadIdx.x == 0) next = atomicInc(workspace.next_ticket, last_ticket);
     const int64_t begin = item.slice * g.slice_steps, rest = g.steps - begin;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kSlicedThreads, kBlocksPerMultiprocessor)
           wait_acquire(arrived, arrivals + 1);
           atomicInc(arrived, last_arrival);
         }
-        tickets[turn ^ 1] = next;  // not before: it may still be on its way
+        tickets[turn ^ 1] = next;  // not earlier: it may still be on its way
       }
       __syncthreads();
       typename Op::K constant[W::kChannels] = {};

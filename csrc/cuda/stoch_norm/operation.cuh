@@ -13,13 +13,13 @@ struct alignas(16) Constants {
   A center, slope, offset, scale;
 };
 
-// And z = (x - center) * scale + shift, bit for bit what the forward pass made y of.
+// With these also z = (x - center) * scale + shift, to the last bit as in the forward pass.
 template <typename A>
 struct ActivatedConstants : Constants<A> {
   A shift;
 };
 
-// What an operation reads of a channel but its values.
+// What an operation reads of a channel beside its values.
 template <typename A>
 struct Operands {
   bool uses_batch_stats;
@@ -56,7 +56,7 @@ struct Forward {
     return {mask(c), mean, var, load_or<A>(weight, c, 1), load_or<A>(bias, c, 0)};
   }
 
-  // All the way to the batch's where the momentum is 1, whatever the old one is.
+  // With a momentum of 1 it is the batch's, whatever the old one is.
   __device__ __forceinline__ A updated(A running, A batch) const {
     return momentum == 1 ? batch : running + momentum * (batch - running);
   }
@@ -77,7 +77,7 @@ struct Forward {
       store(updated_var, c, updated(channel.var_or_rstd, unbiased));
       if (c == 0 && batches != nullptr) ++*batches;
     } else if (updated_mean.data != running_mean.data) {
-      // in place they stay as they are: A may be too narrow for them
+      // in place they stay untouched: A may be too narrow for them
       store(updated_mean, c, channel.mean), store(updated_var, c, channel.var_or_rstd);
     }
     return {used_mean, used_rstd * channel.weight, channel.bias, 0};
@@ -108,7 +108,7 @@ struct Backward {
   int64_t count;            // values per channel
   Activated<A> activated;
 
-  // Which of the two the second pass reads.
+  // The gradient that the second pass reads.
   __device__ __forceinline__ const T* gradient() const {
     if constexpr (kFused)
       if (signs != nullptr) return dz;
@@ -119,7 +119,7 @@ struct Backward {
     return {mask(c), mean[c], rstd[c], load_or<A>(weight, c, 1), kFused ? load_or<A>(bias, c, 0) : A(0)};
   }
 
-  // The constants of a channel on running statistics; those of z and its center are wanted in any case.
+  // The constants of a channel on running statistics. Every channel needs the center, and the constants of z.
   __device__ __forceinline__ K initial_constants(const Operands<A>& channel) const {
     const Constants<A> constants{channel.mean, 0, 0, channel.var_or_rstd * channel.weight};
     if constexpr (kFused) return {constants, channel.bias};
@@ -128,7 +128,7 @@ struct Backward {
 
   __device__ __forceinline__ K finish(int64_t c, const Operands<A>& channel, const Sums& sums) const {
     K constants = initial_constants(channel);
-    const A dgamma = count > 0 ? sums.product * channel.var_or_rstd : A(0);  // which may be infinite
+    const A dgamma = count > 0 ? sums.product * channel.var_or_rstd : A(0);  // the rstd may be infinite
     dbias[c] = sums.sum, dweight[c] = dgamma;
     if (channel.uses_batch_stats && count > 0) {
       const A share = -constants.scale / static_cast<A>(count);

@@ -1,4 +1,4 @@
-// How a launch looks, for a shape and a GPU.
+// Decides what a launch looks like, for a shape and a GPU.
 #pragma once
 
 #include "worker.cuh"
@@ -19,7 +19,7 @@ struct Plan {
   bool resident;
   size_t shared_bytes, workspace_bytes;
   int64_t counters;  // in global memory
-  unsigned lag;      // sliced: of the second pass behind the first one, in slices beyond a group
+  unsigned lag;      // sliced: how far the second pass is behind the first one, in slices beyond a group
 };
 
 inline int most_threads(const Device& device) {
@@ -30,18 +30,18 @@ inline int few_threads(const Device& device) { return std::min(kSlicedThreads, m
 // The largest n with 1 << n <= value.
 constexpr int log2_floor(int64_t value) { return value < 2 ? 0 : 1 + log2_floor(value / 2); }
 
-// The one place that decides how a launch looks, for vectors of V elements.
+// Decides everything about a launch, for vectors of V elements.
 template <typename Op, int V, bool kRows>
 Plan choose_plan(const Shape& shape, const Device& device) {
   using W = Worker<Op, V, kRows>;
   constexpr int64_t kElementBytes = sizeof(typename Op::Element), kVectorBytes = Op::kTensors * V * kElementBytes;
-  // What an item costs beside its loop is then a third of it in rows, two fifths in runs (benchmarks/gpu_model.py).
-  // With longer ones it would be less, but blocks have nothing to do at the end, and the second pass finds less in the
-  // cache.
+  // With these, an item spends a third of its time in rows, and two fifths in runs, beside its loop
+  // (benchmarks/gpu_model.py). Longer slices would reduce that, but leave blocks idle at the end, and less in the cache
+  // for the second pass.
   constexpr int64_t kMostSliceBytes = (kRows ? 48 : 64) << 10;
-  // A block alone reads that much in the time that sharing it among blocks would take beside the reading.
+  // To share a group takes time beside the reading. In that time one block alone reads so much.
   constexpr int64_t kSmallGroupBytes = 64 << 10;
-  constexpr int kRowBytes[] = {128, 64, 32};  // of channels_last: lines, or parts of them that memory still reads whole
+  constexpr int kRowBytes[] = {128, 64, 32};  // of channels_last: cache lines, or the least that memory reads
   const bool channels_last = kRows && shape.inner == 1;
   Plan plan{};
   Geometry& g = plan.geometry;
@@ -80,21 +80,21 @@ Plan choose_plan(const Shape& shape, const Device& device) {
 
   for (const int row_bytes : kRowBytes) {
     cut(row_bytes);
-    // Few groups leave multiprocessors idle: half of them, and a few less, still read at the memory's speed.
+    // Few groups leave multiprocessors idle. Nearly half of the multiprocessors still read at the memory's speed.
     const bool enough = 16 * int64_t{g.groups} >= 7 * device.multiprocessors || group_bytes() <= kSmallGroupBytes;
     plan.resident = enough && set_threads(most_threads(device), true) <= device.shared_bytes;
     if (plan.resident || !channels_last) break;
   }
   if (plan.resident) {
-    // one or two blocks are all that a multiprocessor holds of large groups: make them wide
+    // a multiprocessor holds only one or two blocks of large groups, so they are wide
     if (4 * set_threads(few_threads(device), true) > device.shared_bytes) set_threads(most_threads(device), true);
     plan.blocks = static_cast<int>(g.groups);
     g.slices = g.sections = 1;
     return plan;
   }
 
-  // What the blocks read and write between the two passes over a group has to stay in the cache: a group, and a slice
-  // for each of them. Six tenths of it leave room for a residual and a cache that replaces what is not the oldest.
+  // Between the two passes over a group, the cache has to hold the group and a slice for each block. They may take six
+  // tenths of it. The rest is for a residual, and because the cache does not always replace what is oldest.
   const int64_t blocks = kBlocksPerMultiprocessor * device.multiprocessors;
   const int64_t most_slice = std::max<int64_t>(1, std::min<int64_t>(kMostSliceBytes, device.cache_bytes / 3 / blocks));
   const auto stays_in_cache = [&] {
@@ -106,8 +106,8 @@ Plan choose_plan(const Shape& shape, const Device& device) {
     if (!stays_in_cache()) cut(kRowBytes[0]);
   }
   set_threads(few_threads(device), false);
-  // Slices are the same whatever follows the norm, and so are the sums, bit for bit; they end where all threads have
-  // had equally many vectors. If blocks have but a few each, then equally many.
+  // Slices are the same whatever follows the norm, and so are the bits of the sums. A slice ends where all threads have
+  // had equally many vectors. Where blocks have only a few slices each, they have equally many.
   int64_t slices = ceil_div(group_bytes(), most_slice);
   const int64_t rounds = ceil_div(g.groups * slices, blocks);
   if (rounds <= 4) slices = std::max(slices, rounds * blocks / g.groups);

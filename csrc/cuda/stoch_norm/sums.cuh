@@ -1,4 +1,4 @@
-// What the first pass of each direction takes of a channel, and how two parts of it are merged.
+// The sums that the first pass of each direction takes of a channel, and how two of them are merged.
 #pragma once
 
 #include "channel.cuh"
@@ -16,11 +16,11 @@ struct Moments {
     if (sum == 0) return;
     const A share = count == other.count ? A(0.5) : other.count / sum;
     mean += difference * share;
-    // in this order: beside a mean of 1e20 those of no values at all give 0, where its square would give inf * 0
+    // in this order no values beside a mean of 1e20 give 0; the square of that mean would give inf * 0
     squares += other.squares + difference * (count * share) * difference;
     count = sum;
   }
-  // Of lanes with equal counts: of those before `split`, and of the rest.
+  // Joins lanes with equal counts: those before `split`, and the rest.
   template <int V>
   __device__ __forceinline__ static void join(const Moments (&lanes)[V], int split, Moments& before, Moments& after) {
     const A count = lanes[0].count;

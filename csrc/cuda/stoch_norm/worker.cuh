@@ -1,4 +1,4 @@
-// What one thread does in both passes over a group, whatever the schedule.
+// What one thread does in both passes over a group, in either schedule.
 #pragma once
 
 #include "geometry.cuh"
@@ -6,7 +6,7 @@
 
 namespace talib_fast::stoch_norm {
 
-// What one thread knows of its block's work on a group. V elements a vector; kRows: each with constants of its own.
+// One thread's part in its block's work on a group. A vector has V elements; with kRows each has constants of its own.
 template <typename Op, int V, bool kRows>
 struct Worker {
   using T = typename Op::Element;
@@ -15,11 +15,11 @@ struct Worker {
   using K = typename Op::K;
   static constexpr int kTensors = Op::kTensors;
   static constexpr int kChannels = kRows ? V : 1;  // per vector
-  // What the first pass needs of the channels: the backward pass centers, and runs whether they are on running
-  // statistics and may be written. Of a group in rows one channel nearly always takes the batch's statistics.
+  // Whether the first pass needs constants. The backward pass needs centers. Runs need to know whether their channel is
+  // on running statistics and may be written; in rows one channel of a group nearly always takes the batch's.
   static constexpr bool kFirstPassNeedsConstants = kTensors == 2 || !kRows;
-  // Vectors asked for ahead in the two passes, as many as registers allow: elements that have constants of their own
-  // take most, and so does what follows the norm.
+  // Vectors that are loaded ahead in the two passes, as many as registers allow. Constants for each element take many
+  // registers, and so does what follows the norm.
   static constexpr bool kFew = sizeof(T) == 8 || (kRows && V > 1 && kTensors == 2);
   static constexpr int kSecondAhead = kFew ? 2 : Op::kFused ? (V == 1 ? 4 : 3) : (V == 1 ? 8 : 4);
   static constexpr int kFirstAhead = kTensors == 1 && kSecondAhead == 3 ? 4 : kSecondAhead;
@@ -46,12 +46,13 @@ struct Worker {
         column(kRows ? threadIdx.x % g.columns : 0),
         lane_row(kRows ? threadIdx.x / g.columns : threadIdx.x) {}
 
-  // Sums in shared memory: a channel's of every warp, or where lanes are of two channels both of every thread.
+  // Sums in shared memory: one for each channel and warp or, where a vector has elements of two channels, two for each
+  // thread.
   static __host__ __device__ int sum_entries(const Geometry& g, int threads) {
     return kRows && g.run > 1 ? 2 * threads : threads / kWarp * g.group_channels;
   }
   static size_t scratch_bytes(const Geometry& g, int threads) {
-    // with the larger constants, so that what follows the norm does not change the schedule, and with it the sums
+    // counts the larger constants, so that what follows the norm changes neither the schedule nor the sums
     const size_t channel = sizeof(Operands<A>) + sizeof(ActivatedConstants<A>);
     return (g.group_channels * channel + sum_entries(g, threads) * sizeof(Sums) + 15) / 16 * 16;
   }
@@ -63,16 +64,15 @@ struct Worker {
     return !kRows || (lane_row < g.lane_rows && first_element() < g.row);
   }
 
-  // Rows of runs: the channel in the group of a vector's first lane, and how many lanes are of it.
+  // In rows of runs: the channel, within the group, of a vector's first lane, and how many lanes are of it.
   __device__ __forceinline__ int first_channel() const { return column * V / static_cast<int>(g.run); }
   __device__ __forceinline__ int split() const { return (first_channel() + 1) * static_cast<int>(g.run) - column * V; }
 
-  // The channel of a group that a thread fetches operands of, if it is one: the last threads do, for the first one's
-  // warp waits for counters.
+  // The channel of a group whose operands this thread fetches, if the group has so many. The last threads fetch,
+  // because the first warp waits for counters.
   __device__ __forceinline__ int fetched_channel() const { return static_cast<int>(blockDim.x - 1 - threadIdx.x); }
 
-  // Brings the operands of a group's channels to shared memory. A barrier has to follow, but not for the thread that
-  // fetches a channel's.
+  // Brings the operands of a group's channels to shared memory. Other threads may read them after a barrier.
   __device__ __forceinline__ void fetch(int64_t from_group) const {
     const int i = fetched_channel();
     const int64_t c = from_group * g.group_channels + i;
@@ -85,7 +85,7 @@ struct Worker {
     if (is_channel(i)) constants[i] = op.initial_constants(operands[i]);
   }
 
-  // Those of the thread's elements, from the group's.
+  // The constants of the thread's elements, from the group's.
   __device__ __forceinline__ void read_constants(const K* from, K (&constant)[kChannels]) const {
     if (!has_column()) {
 #pragma unroll
@@ -105,15 +105,15 @@ struct Worker {
       if (op.residual != nullptr) values.beside = load_packed<V>(op.residual + at);
   }
 
-  // Calls take(at, values, step, true) for the thread's vectors among `count` steps from `begin` on, a few loads ahead,
-  // with values of load(at, step). Where lanes join their signs, all of a warp take part: those without a vector there
-  // get false, and no values.
+  // Calls take(at, values, step, true) for the thread's vectors among `count` steps from `begin` on. load(at, step)
+  // gives the values, a few vectors ahead. Where lanes join their signs, all lanes of a warp take part: for a lane
+  // without a vector take gets false, and no values.
   template <int kAhead, typename Load, typename Take>
   __device__ __forceinline__ void for_each_vector(int64_t begin, int count, const Load& load, const Take& take) const {
     const bool has = has_column();
     if (!Op::kWritesSigns && !has) return;
     const int rows = g.lane_rows;
-    int behind = 0;  // the warp's first lane, in rows
+    int behind = 0;  // how many rows behind the warp's first lane
     if constexpr (Op::kWritesSigns && kRows) behind = lane_row - __shfl_sync(0xffffffffu, lane_row, 0);
     if constexpr (Op::kWritesSigns && !kRows) behind = threadIdx.x % kWarp;
     const int own_count = Op::kWritesSigns && !has ? 0 : count;
@@ -150,7 +150,7 @@ struct Worker {
     for_each_lane<V>([&](int lane) { values[lane] = to_acc(vector.lane[lane]); });
   }
 
-  // Of the backward pass: dy in the type to calculate in, or dz in its place.
+  // Backward: dz in the accumulation dtype, which without an activation is dy.
   __device__ __forceinline__ void gradient(const Values& values, const K (&constant)[kChannels], A (&dz)[V]) const {
     if constexpr (kTensors == 2) unpack_to(values.beside, dz);
     if constexpr (kTensors == 2 && Op::kFused) {
@@ -165,7 +165,7 @@ struct Worker {
     }
   }
 
-  // The first pass makes dz of dy, where signs say how.
+  // Backward, first pass: makes dz of dy by the signs, and stores it.
   __device__ __forceinline__ void apply_signs(int64_t at, Values& values) const {
     const unsigned signs = values.signs >> sign_bit(at);
     Vector<T, V> dz = unpack<T, V>(values.beside);
@@ -176,7 +176,8 @@ struct Worker {
     values.beside = pack(dz);
   }
 
-  // Joins the signs of neighbouring lanes to words; the first lane of each stores it. All of the warp have to be here.
+  // Joins the signs of neighbouring lanes to words; the first lane of a word stores it. All lanes of a warp have to
+  // call it.
   __device__ __forceinline__ void store_signs(int64_t at, unsigned signs, bool active) const {
     constexpr int kLanes = kSignsPerWord / V;  // whose signs fill a word
     const int lane = threadIdx.x % kWarp;
@@ -187,7 +188,7 @@ struct Worker {
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) {
       const unsigned other = __shfl_down_sync(0xffffffffu, word, distance);
-      bool same = true;  // the first lane's, which is the only one that stores it
+      bool same = true;  // as the first lane's, the only one that stores
       if (!g.whole_words) same = __shfl_down_sync(0xffffffffu, index, distance) == index;
       if (same) word |= other;
     }
@@ -238,8 +239,8 @@ struct Worker {
     if (active) store_vector(op.out + at, result);
   }
 
-  // The first pass over `count` steps from `begin` on: the thread's sums, and the output where that does not depend on
-  // them. What is not written yet goes to keep(values, step).
+  // The first pass over `count` steps from `begin` on: takes the thread's sums, and writes the output where that does
+  // not depend on sums. What is not written yet goes to keep(values, step).
   template <typename Keep>
   __device__ __forceinline__ void sum(int64_t begin, int count, bool uses_running_stats, Sums (&result)[kChannels],
                                       const Keep& keep) const {
@@ -283,7 +284,7 @@ struct Worker {
       if (active) add(values, dz);
       if constexpr (!kRows) {
         if (uses_running_stats) {
-          if constexpr (kTensors == 1)  // a residual not ahead: that would take too many registers
+          if constexpr (kTensors == 1)  // a residual is not loaded ahead: that would take too many registers
             if (active) load_residual(at, values);
           write(at, values, dz, constant, active);
           return;
@@ -304,7 +305,7 @@ struct Worker {
     }
   }
 
-  // The second pass over them.
+  // The second pass over the same steps.
   template <typename Load>
   __device__ __forceinline__ void write_all(int64_t begin, int count, const Load& load,
                                             const K (&constant)[kChannels]) const {
@@ -313,8 +314,8 @@ struct Worker {
     });
   }
 
-  // take(i, sums) in one thread for every channel i of the group, with what neighbouring lanes merge of its entries in
-  // shared memory: `add` merges those that are a lane's.
+  // Merges the entries of every channel i of the group in shared memory: `add` merges a lane's share, then neighbouring
+  // lanes merge theirs. One thread gets take(i, sums).
   template <typename Add, typename Take>
   __device__ __forceinline__ void merge_entries(const Add& add, const Take& take) const {
     const int lanes = 1 << g.log_lanes, lane = threadIdx.x % lanes, own = threadIdx.x >> g.log_lanes;
@@ -338,7 +339,7 @@ struct Worker {
         take);
   }
 
-  // Reduces the threads' sums: take(i, sums) in one thread for every channel i of the group. There is a barrier in it.
+  // Reduces the threads' sums: one thread gets take(i, sums) for every channel i of the group. It contains a barrier.
   template <typename Take>
   __device__ __forceinline__ void reduce(Sums (&thread_sums)[kChannels], const Take& take) const {
     if (!kRows || g.run == 1) {
@@ -353,7 +354,7 @@ struct Worker {
           sums[threadIdx.x / kWarp * g.group_channels + lane * kChannels + k] = thread_sums[k];
       }
       merge_rows(blockDim.x / kWarp, take);
-    } else {  // columns are no part of a warp: a channel's entries are those of its columns in all rows
+    } else {  // a warp does not hold whole rows: a channel's entries are those of its columns in all rows
       Sums::join(thread_sums, split(), sums[2 * threadIdx.x], sums[2 * threadIdx.x + 1]);
       __syncthreads();
       const int run = static_cast<int>(g.run);
@@ -369,7 +370,7 @@ struct Worker {
     }
   }
 
-  // The same of `count` times [group_channels] in global memory.
+  // The same for `count` partial sums, [group_channels] each, in global memory.
   template <typename Take>
   __device__ __forceinline__ void merge(const Sums* partial, unsigned count, const Take& take) const {
     constexpr int kAhead = 4;
