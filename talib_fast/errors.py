@@ -4,6 +4,8 @@ import errno
 import os
 from collections.abc import Sequence
 
+__all__ = ["UsageError", "UserError"]
+
 
 class UserError(ValueError):
     """Something the user can mend; its message is one sentence that says what is wrong and what to do."""

@@ -11,6 +11,8 @@ from ..libraries import needed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["ImageError"]
+
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BACKGROUND = (255, 255, 255)  # what is seen behind transparent images
 

@@ -14,6 +14,8 @@ from ..libraries import needed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["Preprocessing"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")

@@ -26,6 +26,8 @@ from ..storage import write_atomically
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["ImageClassifier", "Prediction", "load"]
+
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FOLDER_OF_MODELS = "models"  # in finetune's --out

@@ -1,5 +1,6 @@
 """Pretrained networks, cut into a backbone and the head they were pretrained with.
 
+>>> from talib_fast.networks import build
 >>> network = build("mobilenet_v2", image_size=64)
 >>> network.backbone(torch.zeros(2, 3, 64, 64)).shape, network.head.out_features
 (torch.Size([2, 1280, 2, 2]), 1000)

@@ -1,11 +1,12 @@
 """The three operations that carry the fine-tuning methods, each with autograd, on every device."""
 
-from .library import backends, compiled, compiled_nodes, unserved_gpu
+from .library import Compiled, backends, compiled, compiled_nodes, unserved_gpu
 from .spectral_tail import spectral_tail
 from .squared_distance import squared_distance
 from .stoch_norm import stoch_norm
 
 __all__ = [
+    "Compiled",
     "backends",
     "compiled",
     "compiled_nodes",
