@@ -1,4 +1,11 @@
-"""Fine-tuning methods of the Transfer-Learning-Library, fused: one import changes, the answers are right and faster."""
+"""Fine-tuning methods of the Transfer-Learning-Library with fused kernels: a drop-in replacement, class for class.
+
+Example:
+
+    >>> import talib_fast
+    >>> sorted(name for name in talib_fast.__all__ if name[0] != "_")
+    ['finetune', 'load', 'ops', 'patch', 'unpatch']
+"""
 
 import importlib
 import sys
@@ -19,6 +26,7 @@ _FUNCTIONS = {"load": ".inference.model", "patch": ".patching", "unpatch": ".pat
 
 
 def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used."""
     if name in _MODULES:
         return importlib.import_module(_MODULES[name], __name__)
     if name in _FUNCTIONS:
@@ -27,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_a_command() -> bool:
-    """Whether the interpreter was started for the command line, which imports torch when it can be interrupted."""
+    """Whether the interpreter runs the command line, which imports torch later, when it can be interrupted."""
     words = sys.orig_argv
     if sys.argv[:1] == ["-m"] and "-m" in words:
         return words[words.index("-m") + 1 :][:1] == [__name__]
@@ -35,4 +43,4 @@ def _is_a_command() -> bool:
 
 
 if not _is_a_command():
-    from . import finetune, ops  # registers the operators, which a loaded torch.export program asks for
+    from . import finetune, ops  # registers the operators, which a loaded torch.export program needs

@@ -1,4 +1,4 @@
-"""What the command lines' options take, as argparse asks for it."""
+"""Types for options of the command line, as argparse takes them."""
 
 import argparse
 import math
@@ -17,6 +17,7 @@ def whole(least: int) -> Any:
 
 
 def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
     value = number(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
@@ -24,6 +25,7 @@ def positive(text: str) -> float:
 
 
 def number(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What public functions and modules ask of their arguments, and the errors that say so."""
+"""Checks of arguments, and the errors that they raise."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_integer(number: Any) -> bool:
-    """Whether ``number`` is an integer of Python or NumPy; True and False are none."""
+    """Whether ``number`` is an integer of Python or NumPy. True and False are not."""
     return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
@@ -22,13 +22,13 @@ def check_integer(number: Any, name: str) -> None:
 
 
 def check_positive_integer(number: Any, name: str) -> None:
-    """Raise ValueError, with that name, unless ``number`` is an integer of Python or NumPy, >= 1."""
+    """Raise ValueError, with that name, unless ``number`` is an integer of Python or NumPy and at least 1."""
     if not is_integer(number) or number < 1:
         raise ValueError(f"expected {name} to be a positive integer, got {number!r}")
 
 
 def check_number(number: Any, name: str, most: float) -> None:
-    """Raise TypeError, with that name, unless ``number`` is one, ValueError unless it is in [0, most]."""
+    """Raise TypeError, with that name, unless ``number`` is a number, and ValueError unless it is in [0, most]."""
     if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
         raise TypeError(f"expected {name} to be a number, got {number!r}")
     if not 0 <= number <= most:
@@ -36,7 +36,7 @@ def check_number(number: Any, name: str, most: float) -> None:
 
 
 def check_floats(tensor: Any, name: str) -> None:
-    """Raise TypeError, with that name, unless ``tensor`` is a dense tensor of floats as the operations take them."""
+    """Raise TypeError, with that name, unless ``tensor`` is a dense floating-point tensor that the operations take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -46,12 +46,12 @@ def check_floats(tensor: Any, name: str) -> None:
 
 
 def is_ordinary(tensor: Any) -> bool:
-    """Whether ``tensor`` is a dense one of floats as the operations take them, and of no subclass of Tensor's."""
+    """Whether ``tensor`` is a dense floating-point tensor that the operations take, and of no subclass of Tensor."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in FLOATS and tensor.layout is torch.strided
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``torch.distributed.tensor.DTensor``, without importing these where there are none."""
+    """Whether ``tensor`` is a ``torch.distributed.tensor.DTensor``. It does not import that class."""
     if type(tensor) in (Tensor, nn.Parameter):
         return False
     module = sys.modules.get("torch.distributed.tensor")

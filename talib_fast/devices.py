@@ -1,4 +1,4 @@
-"""Which device is meant, and whether it can be used."""
+"""Find the device that a name means, and check that it can be used."""
 
 import torch
 
@@ -6,7 +6,11 @@ from .errors import UsageError, first_line
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of that name; ``auto`` is the first GPU, else the CPU. Raises UsageError where there is none."""
+    """The device of that name. ``auto`` is the first GPU, or the CPU without one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -16,7 +20,11 @@ def named_device(name: str | torch.device) -> torch.device:
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name, tried; raises UsageError where it cannot be used."""
+    """The device of that name, after a test that it can be used.
+
+    Raises:
+        UsageError: it can't be used.
+    """
     device = named_device(name)
     try:
         torch.zeros(1, device=device)
@@ -26,4 +34,5 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def unusable(name: str | torch.device, error: Exception) -> UsageError:
+    """The error for a device that can't be used."""
     return UsageError(f"the device {name} cannot be used ({first_line(error)}): choose another, e.g. cpu")

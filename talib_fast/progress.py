@@ -1,4 +1,4 @@
-"""A progress bar where tqdm is installed, silence where it is not."""
+"""Progress bars, where tqdm is installed."""
 
 import contextlib
 import operator
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None, show: bool = True) -> Iterator[T]:
-    """Iterate over ``iterable``, once, behind a progress bar on stderr, if that is a terminal."""
+    """Iterate over ``iterable`` once and show a progress bar on stderr, if that is a terminal and tqdm is installed."""
     if not show:
         yield from iterable
         return
@@ -19,9 +19,9 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None, 
         yield from iterable
         return
     if total is None:
-        with contextlib.suppress(Exception):  # a loader that has no length may say so by any error
+        with contextlib.suppress(Exception):  # a loader without a length may raise any error
             total = operator.length_hint(iterable) or None
-    # driven by hand, as tqdm.auto calls iter() once more than it iterates, which starts a data loader's workers twice
+    # updated by hand: tqdm.auto calls iter() one more time, which starts a data loader's workers twice
     with tqdm(desc=description, total=total, leave=False, disable=None) as bar:
         for item in iterable:
             yield item

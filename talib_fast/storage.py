@@ -1,4 +1,4 @@
-"""Files that are never seen half-written."""
+"""Write files so that no half-written file is ever seen."""
 
 import os
 import secrets
@@ -8,10 +8,13 @@ from typing import IO
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place in one step.
+    """Let ``write`` fill a temporary file beside ``path``, then move it to ``path`` in one step.
 
-    A failure or an interrupt on the way leaves what was at ``path`` as it was. Missing folders are made. An OSError
-    names ``path``, also where a writer like torch's hides it behind an error of its own.
+    A failure or an interrupt leaves the file at ``path`` as it was. Missing folders are made.
+
+    Raises:
+        OSError: the file can't be written. The error names ``path``, also where a writer such as torch's raises another
+            error for it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

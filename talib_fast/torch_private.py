@@ -1,7 +1,7 @@
-"""The private parts of torch that the layers and operations rely on.
+"""The private parts of torch that the layers and operations use.
 
-Each stands behind a function that says what it is for and what happens where a version of torch is without it:
-something slower or an error, never another result.
+Each is behind a function that says what it is for, and what happens with a version of torch that lacks it: something
+slower or an error, never another result.
 """
 
 import functools
@@ -16,13 +16,12 @@ from torch import Tensor
 
 
 def in_backward_pass() -> bool:
-    """Whether autograd's engine is running a backward pass in this thread.
+    """Whether autograd runs a backward pass in this thread, in which activation checkpointing repeats a forward pass.
 
-    Activation checkpointing repeats a forward pass there. Without torch's answer, the node that the engine is at gives
-    the same one, but for a hook that runs between two nodes.
+    Without torch's own answer the current autograd node gives the same one, except in a hook between two nodes.
 
     Raises:
-        RuntimeError: this torch has neither, so that a repetition can't be told from a first pass.
+        RuntimeError: this torch has neither, so a repeated pass can't be recognised.
     """
     current_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
     if current_graph_task_id is not None:
@@ -32,14 +31,14 @@ def in_backward_pass() -> bool:
         return current_node() is not None
     raise RuntimeError(
         f"StochNorm can't be trained by torch {torch.__version__}, which does not say whether a backward pass runs: "
-        "activation checkpointing would give wrong gradients; take a version that talib_fast was tested with"
+        "activation checkpointing would give wrong gradients; use a version that talib_fast was tested with"
     )
 
 
 def saves_by_hooks() -> bool:
-    """Whether hooks receive what autograd saves, as those of activation checkpointing do.
+    """Whether hooks receive the tensors that autograd saves, as those of activation checkpointing do.
 
-    Without torch's answer they might: every pass is treated as one that may be repeated, which takes longer.
+    Without torch's answer it is assumed: every pass is then treated as one that may be repeated, which takes longer.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
@@ -48,7 +47,7 @@ def saves_by_hooks() -> bool:
 def may_be_in_function_transform() -> bool:
     """Whether a transform of ``torch.func`` is around this call.
 
-    Without torch's answer one may be: autograd functions are then called in the way that suits both, which takes
+    Without torch's answer it is assumed: autograd functions are then called in a way that suits both, which takes
     longer.
     """
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
@@ -56,11 +55,11 @@ def may_be_in_function_transform() -> bool:
 
 
 def only_autograd_looks_on() -> bool:
-    """Whether a call is one of the many of ordinary training, of which autograd takes note and nothing else.
+    """Whether this call is ordinary training, which only autograd records.
 
-    It is not with gradients off, where a checkpoint may run a first pass, or in a backward pass, where it repeats one;
-    nor where hooks receive what autograd saves; nor in transforms of ``torch.func``, in forward mode, or in a trace. It
-    is asked for every layer, so it asks torch itself. Without one of torch's answers it may not be.
+    It is not with gradients off (a checkpoint may run a first pass) or in a backward pass (a checkpoint repeats one).
+    It is not where hooks receive what autograd saves, in transforms of ``torch.func``, in forward mode, or in a trace.
+    Every layer asks this, so it calls torch directly. Without one of torch's answers it returns False.
     """
     private = torch._C
     try:
@@ -77,47 +76,47 @@ def only_autograd_looks_on() -> bool:
 
 
 def directly(overload: Any) -> Callable:
-    """What an operator's ``overload`` calls, past a function of Python's that every call would pay for."""
+    """What an operator's ``overload`` calls, without a Python function that takes time on every call."""
     return getattr(overload, "_op", overload)
 
 
 def function_transforms() -> tuple[str, ...]:
     """The transforms of ``torch.func`` around this call, outermost first: "Vmap", "Grad", "Jvp", "Functionalize".
 
-    Without torch's answer none is seen. A layer that trains inside one then raises torch's own error, or under
-    ``torch.func.grad`` and ``torch.vmap`` takes longer.
+    Without torch's answer none is seen. A layer in training inside one then raises torch's own error, or takes longer
+    under ``torch.func.grad`` and ``torch.vmap``.
     """
     get_stack = getattr(torch._C._functorch, "get_interpreter_stack", None)
     stack = None if get_stack is None else get_stack()
     return () if stack is None else tuple(interpreter.key().name for interpreter in stack)
 
 
-# What torch.compiler.assume_constant_result sets, but without importing the compiler: torch.compile asks once, while it
-# traces, in the same transforms, and writes the answer into the code.
+# What torch.compiler.assume_constant_result sets, without importing the compiler. torch.compile asks once, while it
+# traces inside the same transforms, and makes the answer a constant.
 function_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def have_global_hooks() -> bool:
-    """Whether a hook is registered for every module there is, as profilers do.
+    """Whether a hook is registered for all modules, as profilers do.
 
-    Without torch's answer one may be: modules are then called one by one, which takes longer.
+    Without torch's answer it is assumed: modules are then called one by one, which takes longer.
     """
     has_any = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
     return has_any is None or bool(has_any())
 
 
 def in_forward_mode() -> bool:
-    """Whether ``torch.autograd.forward_ad`` has a level open, in which tensors may carry tangents.
+    """Whether a level of ``torch.autograd.forward_ad`` is open, in which tensors may carry tangents.
 
-    Without torch's answer none is seen, and differentiating in forward mode raises torch's own error.
+    Without torch's answer none is seen, and forward-mode differentiation raises torch's own error.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def refuses_random_numbers() -> bool:
-    """Whether a ``torch.vmap`` around this call has ``randomness="error"``, as has that of ``torch.func.jacfwd``.
+    """Whether a ``torch.vmap`` around this call has ``randomness="error"``, as in ``torch.func.jacfwd``.
 
-    Without torch's answer none is seen, and drawing in one that has raises torch's own error.
+    Without torch's answer none is seen, and drawing random numbers there raises torch's own error.
     """
     functorch = torch._C._functorch
     try:
@@ -128,7 +127,7 @@ def refuses_random_numbers() -> bool:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether a ``torch.vmap`` around this call maps over ``tensor``; without torch's answer it may be."""
+    """Whether a ``torch.vmap`` around this call maps over ``tensor``. Without torch's answer it is assumed."""
     functorch = torch._C._functorch
     try:
         while functorch.is_functorch_wrapped_tensor(tensor):
@@ -141,10 +140,11 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def assign(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copy each value into its target, also where torch refuses ``copy_`` for what that returns.
+    """Copy each value into its target, also where torch refuses the result of ``copy_``.
 
-    A transform of ``torch.func`` refuses it for tensors that are no arguments of its function, and a selective
-    checkpoint that saves the result finds it changed. Without torch's way for lists it is ``copy_``, and torch's error.
+    A transform of ``torch.func`` refuses it for tensors that are no arguments of its function. A selective checkpoint
+    that saves the result finds it changed. Without torch's function for lists ``copy_`` is used, and torch may raise
+    its error.
     """
     is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     plain = is_wrapped is not None and not torch.compiler.is_compiling() and not any(map(is_wrapped, targets))
@@ -156,9 +156,9 @@ def assign(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def watching_operators(look: Callable[[Any], None]) -> AbstractContextManager | None:
-    """Within it ``look(arguments)`` is called for every operator that this thread runs.
+    """A context in which ``look(arguments)`` is called for every operator that this thread runs.
 
-    None without torch's class for it: what follows what in a network can't be told then, and no batch norm is folded.
+    None without torch's class for it. Then it is unknown which layer follows which, and no batch norm is folded.
     """
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,9 +178,9 @@ def watching_operators(look: Callable[[Any], None]) -> AbstractContextManager | 
 def pack_convolution_weight(
     weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, input_size: Any
 ) -> Tensor | None:
-    """A convolution's weight in the order in which oneDNN computes with it, on a CPU, for inputs of that size.
+    """A convolution's weight in the order in which oneDNN computes with it on a CPU, for inputs of that size.
 
-    None where torch has no such order, for that dtype and processor, or no oneDNN: it takes the weight as it is then.
+    None where there is no such order for the dtype and processor, or no oneDNN. The weight then serves as it is.
     """
     onednn: Any = torch.backends.mkldnn
     if not onednn.is_available() or not onednn.enabled or weight.dtype not in (torch.float32, torch.bfloat16):
@@ -197,17 +197,14 @@ def pack_convolution_weight(
 def convolve_packed(
     input: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """The convolution with a weight of :func:`pack_convolution_weight`."""
+    """The convolution with a weight from ``pack_convolution_weight``."""
     return torch.ops.mkldnn._convolution_pointwise(
         input, packed, bias, padding, stride, dilation, groups, "none", [], ""
     )
 
 
 def runs_uncompiled(function: Callable) -> Callable:
-    """``function``, which torch.compile leaves alone with what it calls; its docstring is why it can't be in one graph.
-
-    That is ``torch.compiler.disable``, but the compiler is not imported where nothing is compiled.
-    """
+    """``function`` in a form that torch.compile does not look into. Its docstring is the message for a single graph."""
 
     @functools.wraps(function)
     def uncompiled(*args: Any, **kwargs: Any) -> Any:
@@ -221,11 +218,11 @@ def runs_uncompiled(function: Callable) -> Callable:
 
 
 def keep_in_order(operator: str) -> None:
-    """Have compiled code call ``operator`` in the order in which eager code does, whatever lies between.
+    """Make compiled code call ``operator`` in the order of eager code, whatever lies between the calls.
 
-    Inductor orders a graph's branches by the memory that they take, also where they draw random numbers. So each call
-    gets the first result of the call before as its keyword argument ``after``, which it waits for and does not read.
-    Without the tracer the order is inductor's, and so are the numbers that a layer gets.
+    Inductor orders the branches of a graph by their memory, even where they draw random numbers. So each call gets the
+    first result of the call before as its keyword argument ``after``, which it does not read. Without torch's tracer
+    the order is Inductor's, and layers get other random numbers.
     """
     try:
         from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
@@ -245,17 +242,16 @@ def keep_in_order(operator: str) -> None:
 
 
 def keep_in_compiled_checkpoints(producer: Callable, consumer: str, argument: int) -> None:
-    """Have compiled code save what ``producer`` returned for the backward pass, whatever a checkpoint's policy says.
+    """Make compiled code save the results of ``producer`` for the backward pass, whatever a checkpoint's policy says.
 
     An activation checkpoint inside ``torch.compile`` is a tag on the nodes of a graph, by which the partitioner repeats
-    them in the backward pass. The tag of an operator is set after it is traced, so the operator that consumes the
-    result, as its positional argument number ``argument``, changes it. Without these tags a producer that is repeated
-    has to notice, and raise.
+    them in the backward pass. The tag of an operator is set after it is traced. So the operator that uses the result
+    changes the tag. Without these tags a producer that is repeated has to notice it and raise.
 
     Args:
-        producer: an operator whose results are to be saved.
-        consumer: the name of an operator that gets the first of them.
-        argument: the position in which it gets it.
+        producer: an operator whose results are saved.
+        consumer: the name of an operator that gets the first result.
+        argument: the position of that result among the consumer's arguments.
     """
     try:
         from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode

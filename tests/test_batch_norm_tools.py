@@ -40,7 +40,7 @@ PAIRS = {**PLAIN, nn.SyncBatchNorm: SyncStochNorm}
 for_every_pair = pytest.mark.parametrize(("kind", "ours"), PAIRS.items(), ids=[kind.__name__ for kind in PAIRS])
 for_every_rank = pytest.mark.parametrize(("kind", "ours"), PLAIN.items(), ids=[kind.__name__ for kind in PLAIN])
 
-LOST = "a SyncBatchNorm takes the place of a .*StochNorm.* and draws nothing: call convert_sync"
+LOST = "a SyncBatchNorm replaces a .*StochNorm.*, which ends stochastic normalisation there: call convert_sync"
 
 
 def package(name, version=None):

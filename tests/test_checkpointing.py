@@ -254,7 +254,7 @@ def assert_as_without_or_refused(wrap, message):
 
 def test_no_memory_for_activations_at_all_is_refused():
     with torch._functorch.config.patch(activation_memory_budget=0.0):
-        assert_as_without_or_refused(torch.compile, "needs an activation_memory_budget above 0")
+        assert_as_without_or_refused(torch.compile, "set an activation_memory_budget above 0")
 
 
 @pytest.mark.parametrize("way", [lambda backend: functools.partial(torch.compile, backend=backend), *WAYS[:3]])

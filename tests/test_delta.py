@@ -182,9 +182,9 @@ class TestParametersOfEveryKind:
             (torch.ones(2, 2).to_sparse(), "expected parameter '0.weight' to be a dense tensor, got torch.sparse_coo"),
             (
                 torch.ones(2, 2, dtype=torch.complex64),
-                "'0.weight' of the source in numbers as .*float32, got .*complex64",
+                "'0.weight' of the source to fit the target's .*float32, got .*complex64",
             ),
-            (torch.ones(2, 2).char(), "'0.weight' of the source in numbers as the target's .*float32, got torch.int8"),
+            (torch.ones(2, 2).char(), "'0.weight' of the source to fit the target's .*float32, got torch.int8"),
         ],
     )
     def test_errors_name_the_parameter(self, weight, message):
@@ -511,7 +511,7 @@ class TestAttentionBehavioralRegularization:
         ("attention", "names", "message"),
         [
             ([torch.rand(3)], "ab", r"expected outputs of 1 layers, as many as attentions, got 2: \['a', 'b'\]"),
-            ({"a": torch.rand(3), "c": torch.rand(5)}, "ab", r"the layers \['a', 'c'\] that attention is there for"),
+            ({"a": torch.rand(3), "c": torch.rand(5)}, "ab", r"the layers \['a', 'c'\], which have attention"),
             ([torch.rand(3), torch.rand(4)], "ab", r"expected 4 channels in layer 'b', got \[2, 5, 2, 2\]"),
         ],
     )

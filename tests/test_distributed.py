@@ -73,12 +73,12 @@ class TestConvertSync:
             pass
 
         net = nn.Sequential(Activated(4), StochNorm2d(4))
-        with pytest.warns(UserWarning, match=r"that it does not know: 1 of .*Activated \(0\)$"):
+        with pytest.warns(UserWarning, match=r"leaves unknown stochastic norms as they are: 1 of .*Activated \(0\)$"):
             convert_sync(net)
         assert type(net[0]) is Activated and type(net[1]) is SyncStochNorm
 
     def test_nothing_to_convert_warns(self):
-        with pytest.warns(UserWarning, match="convert_sync found no stochastic norm: convert_model makes them"):
+        with pytest.warns(UserWarning, match="convert_sync found no stochastic norm: call convert_model first"):
             convert_sync(nn.BatchNorm2d(4))
 
     def test_wrong_arguments_are_type_errors(self):

@@ -381,7 +381,7 @@ def test_a_state_is_loaded_beside_the_network_that_it_was_saved_with():
     again.load_state_dict(state)
     assert again["head"].weight.equal(saved["head"].weight)
     other = nn.ModuleDict({"source": frozen(Net()), "head": nn.Linear(2, 2)})
-    with pytest.raises(RuntimeError, match=r"saved with another frozen network.*of the same pretrained weights"):
+    with pytest.raises(RuntimeError, match=r"saved with another frozen network.*from the same pretrained weights"):
         other.load_state_dict(state)
 
 
@@ -494,7 +494,7 @@ def test_a_getter_that_comes_first_is_seen():
 def test_who_looks_at_a_layer_that_changed_is_told():
     source = frozen(trained(Net()))
     source(x)
-    with pytest.raises(RuntimeError, match=r"the output of 'conv1' is not the network's.*name a layer"):
+    with pytest.raises(RuntimeError, match=r"the output of 'conv1' is not the network's.*request the layer"):
         IntermediateLayerGetter(source, ["conv1"])(x)
     source(x)
 
@@ -591,9 +591,9 @@ def test_arguments_are_checked():
             frozen(network, (), dtype)
     with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got int"):
         frozen(3)
-    with pytest.raises(TypeError, match="expected model to be a network of Python's, got a frozen one"):
+    with pytest.raises(TypeError, match="expected model to be an ordinary network, got a frozen one"):
         frozen(frozen(network))
-    with pytest.raises(TypeError, match="expected model to be a network of Python's, got a scripted one"):
+    with pytest.raises(TypeError, match="expected model to be an ordinary network, got a scripted one"):
         frozen(torch.jit.script(network))
 
 

@@ -537,6 +537,6 @@ def test_no_module():
 
 
 def test_nothing_to_fuse():
-    with pytest.warns(UserWarning, match="found no stochastic norm with .* behind it: convert_model comes first"):
+    with pytest.warns(UserWarning, match="found no stochastic norm with .* after it: call convert_model first"):
         fuse_activations(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     fuse_activations(nn.ModuleList([StochNormAct2d(3)]))  # which fuses by itself

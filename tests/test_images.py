@@ -68,7 +68,7 @@ def test_sample_is_read_without_importing_its_package(package):
 def test_missing_package_and_file_are_named(package):
     with pytest.raises(UserError, match=r"has no file data/data/mnist_5k\.csv\.gz: pip install .*--force-reinstall"):
         load_sample()
-    with pytest.raises(UserError, match="no_such_package, which ships some/file, is not installed: pip install"):
+    with pytest.raises(UserError, match="no_such_package, which contains some/file, is not installed: pip install"):
         packaged_file("no_such_package", "some/file")
 
 

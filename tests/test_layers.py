@@ -78,7 +78,7 @@ class TestIntermediateLayerGetter:
         outputs, _ = IntermediateLayerGetter(net, {"late": "out", "early": "late"})(x)
         assert list(outputs) == ["out", "late"]
         torch.testing.assert_close(outputs["late"], net.early(x))
-        with pytest.raises(ValueError, match="every alias once in return_layers, got 'out' twice"):
+        with pytest.raises(ValueError, match="different aliases in return_layers, got 'out' twice"):
             IntermediateLayerGetter(net, {"late": "out", "early": "out"})
         with pytest.raises(TypeError, match="alias of layer 'late' to be a name, got int"):
             IntermediateLayerGetter(net, {"late": 1})
@@ -150,7 +150,7 @@ class TestIntermediateLayerGetter:
             net[1].weight.copy_(torch.eye(3)), net[1].bias.zero_()
         moody = torch.tensor([[-1.0, 300, 1]])
         torch.testing.assert_close(getter(calm)[0]["1"], calm)
-        with pytest.raises(RuntimeError, match="'1' was overwritten in place, although it had survived"):
+        with pytest.raises(RuntimeError, match="'1' was overwritten in place, which no earlier forward pass did"):
             getter(moody)
         for x in (moody, calm, calm, moody):
             torch.testing.assert_close(getter(x)[0]["1"], x)
@@ -255,9 +255,9 @@ class TestIntermediateLayerGetter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated
             scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
-        with pytest.raises(TypeError, match="expected model to be a module of Python's, got a scripted one"):
+        with pytest.raises(TypeError, match="expected model to be an ordinary module, got a scripted one"):
             IntermediateLayerGetter(scripted, ["0"])
-        with pytest.raises(TypeError, match=r"expected layer '0\.0' to be a module of Python's, got a scripted one"):
+        with pytest.raises(TypeError, match=r"expected layer '0\.0' to be an ordinary module, got a scripted one"):
             IntermediateLayerGetter(nn.Sequential(scripted), ["0.0"])
 
     @pytest.mark.parametrize(

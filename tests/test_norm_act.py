@@ -178,7 +178,7 @@ class TestLayer:
         twin, graph = copy.deepcopy(layer), torch.fx.symbolic_trace(nn.Sequential(layer))
         assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "output"]
         torch.testing.assert_close(drawn(graph, x), drawn(twin, x))
-        with pytest.raises(RuntimeError, match="can't trace a StochNormAct2d in training by itself"):
+        with pytest.raises(RuntimeError, match="can't trace a StochNormAct2d alone in training mode"):
             torch.fx.symbolic_trace(layer)
         torch.testing.assert_close(torch.fx.symbolic_trace(layer.eval())(x), layer(x))
 
@@ -325,7 +325,9 @@ class TestWithoutTimm:
         assert type(stochnorm.convert_sync(layer)) is stochnorm.SyncStochNormAct
 
     def test_names_of_activations_are_timm_s(self, stochnorm):
-        with pytest.raises(ValueError, match="expected act_layer to be a class where timm is missing, got 'silu'"):
+        with pytest.raises(
+            ValueError, match="expected act_layer to be a class, since timm is not installed, got 'silu'"
+        ):
             stochnorm.StochNormAct2d(6, act_layer="silu")
 
     def test_timm_that_does_not_fit_torch_is_none(self, monkeypatch):
@@ -512,7 +514,10 @@ class TestTimm:
         split = timm.layers.convert_splitbn_model(nn.Sequential(timm.layers.BatchNormAct2d(6)))
         net = nn.Sequential(Louder(6), split, timm.layers.GroupNormAct(6, 2), timm.layers.FrozenBatchNormAct2d(6))
         kinds = [type(module) for module in net.modules() if type(module) is not nn.BatchNorm2d]
-        with pytest.warns(UserWarning, match=r"does not know: 1 of \S*Louder, 1 of \S*SplitBatchNorm2d \(0, 1.0\)$"):
+        with pytest.warns(
+            UserWarning,
+            match=r"leaves unknown batch norms as they are: 1 of \S*Louder, 1 of \S*SplitBatchNorm2d \(0, 1.0\)$",
+        ):
             convert_model(net, 0.5)
         assert [type(module) for module in net.modules() if type(module) is not StochNorm2d] == kinds
 
@@ -529,7 +534,9 @@ class TestTimm:
         model.unfreeze(net)
         assert {type(norm) for norm in norms(net)} == {timm.layers.BatchNormAct2d}
         convert_model(net, 0.5)
-        with pytest.warns(UserWarning, match="SyncBatchNorm takes the place of a StochNormAct2d and draws nothing"):
+        with pytest.warns(
+            UserWarning, match="SyncBatchNorm replaces a StochNormAct2d, which ends stochastic normalisation there"
+        ):
             net = timm.layers.convert_sync_batchnorm(net)
         torch.testing.assert_close(net.eval()(x), expected)
 

@@ -133,7 +133,7 @@ def _check_what_else_is_sharded(mesh):
             regularization()
     maps = distribute_tensor(torch.ones(6, 2), *layout)
     for compare in (lambda: squared_distance([maps]), lambda: BehavioralRegularization()([maps], [maps])):
-        with pytest.raises(TypeError, match=r"expected target 0 to be a process's own, got a DTensor"):
+        with pytest.raises(TypeError, match=r"expected target 0 to be an ordinary tensor, got a DTensor"):
             compare()
 
 

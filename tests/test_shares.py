@@ -155,9 +155,9 @@ def _fail_as_a_rank(rank, ranks, group):
         answers_of(map({}.__getitem__, ["part"] * (rank == 0)), group)
     with pytest.raises(ValueError, match="at least one batch, got an empty one"):
         answers_of([], group)
-    with pytest.raises(ValueError, match=rf"among the {ranks} processes of process_group, got"):
+    with pytest.raises(ValueError, match=rf"over the {ranks} processes of process_group, got"):
         answers_of(DataLoader(data, sampler=DistributedSampler(data, ranks + 1, rank)), group)
-    with pytest.raises(ValueError, match=rf"among the {ranks} processes of process_group, got"):
+    with pytest.raises(ValueError, match=rf"over the {ranks} processes of process_group, got"):
         answers_of(DataLoader(data, sampler=DistributedSampler(data, ranks, 0)), group)
     fewer = DataLoader(data, 2, sampler=shared.sampler, collate_fn=lambda samples: InDouble()(samples[:1]))
     with pytest.raises(ValueError, match="one output for each of this process's"):

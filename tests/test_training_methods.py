@@ -219,7 +219,7 @@ def test_stochnorm_needs_a_batch_norm_that_it_knows():
     network = tiny_network()
     network.backbone.block1[1].__class__ = Own
     check("stochnorm", network)
-    with pytest.warns(UserWarning, match="leaves batch norms that it does not know: 1 of .*Own"):
+    with pytest.warns(UserWarning, match="leaves unknown batch norms as they are: 1 of .*Own"):
         Method(network.clone(), 3, "stochnorm", {})
     network.backbone.block2[1].__class__ = Own
     with pytest.raises(UsageError, match="tiny has no batch norm"):

@@ -1,4 +1,4 @@
-"""The fine-tuning methods, one module each, under the names of the Transfer-Learning-Library."""
+"""The fine-tuning methods, one module for each, under the names of the Transfer-Learning-Library."""
 
 # The star imports and their order are upstream's: Bi-Tuning's gives this namespace its `Classifier`.
 from . import classifier, knowledge_distillation, lwf

@@ -1,4 +1,4 @@
-"""Channel attention, the weights of DELTA with attention (https://openreview.net/forum?id=rkgbwsAcYm)."""
+"""Channel attention: the weights of DELTA with attention (https://openreview.net/forum?id=rkgbwsAcYm)."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ from .prediction import evaluating, inputs_of, labels_of
 from .replay import Replay
 from .structures import map_tensors, moved
 
-# of a layer's outputs per pass: what a CPU's allocator keeps for the next pass, and about its cache
+# bytes of a layer's outputs in one pass, by device; on a CPU about its cache, which its allocator keeps for reuse
 _PASS_BYTES = defaultdict(lambda: 512 * 2**20, cpu=32 * 2**20)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
@@ -59,53 +59,74 @@ def channel_attention(
     cache: str | os.PathLike | None = None,
     channel_dim: int = 1,
 ) -> OrderedDict[str, Tensor]:
-    """DELTA's attention: how much the loss of the source network depends on each channel of each layer.
+    """DELTA's attention: how much the source network's loss depends on each channel of each layer.
 
-    For every channel the loss increase when that output channel is zero, averaged over batches, standardised over the
-    layer's channels (population deviation; equal increases give equal attention) and put through
-    softmax(z / temperature). With ``method="exact"`` the numbers are those of a full forward pass per channel, but what
-    precedes the layer is not computed again and ``channels_per_pass`` channels share a pass. ``method="taylor"`` is an
-    estimate from one backward pass per batch: the first-order increase −Σ t·∂L/∂t over a channel's values t. It ranks
-    channels much as the exact increases do where these are small, but is not them. Either way batch norms are folded
-    meanwhile, as by :func:`~talib_fast.finetune.frozen.frozen`, and the model is left as it was, also when something
-    raises.
+    For every channel: the increase of the loss when the channel's output is zero, averaged over the batches. For every
+    layer: the increases of its channels are standardised to z (with the population deviation; equal increases give
+    equal attention), and the attention is softmax(z / temperature).
 
-    A cache, a safetensors file, keeps the increases. It is written in one step after every layer of every batch, and a
-    later call goes on where it ends, with the loader's batch of that number; one that is complete takes no pass over
-    the data. It is used only if its fingerprint fits the model's weights and layers, the criterion, method, number of
-    batches and all that decides the loader's samples, their order and batches, without loading one; otherwise it is
-    computed again, with a warning, and so it is every time where something of this can't be known, as with a generator
-    or a sampler of one's own. The temperature may change. Criterion, data set and ``collate_fn`` are known by their
-    functions' code and by what :mod:`pickle` would save of them: one that counts how often it is used is never the
-    same; a random order is known by the state of its generator.
+    ``method="exact"`` gives the numbers of a full forward pass per channel. It does not compute again what comes before
+    the layer, and ``channels_per_pass`` channels share a pass. ``method="taylor"`` estimates the increase from one
+    backward pass per batch, to first order: −Σ t·∂L/∂t over a channel's values t. Where the exact increases are small,
+    it ranks the channels much as they do. The numbers differ.
+
+    While it works, batch norms are folded as by :func:`~talib_fast.finetune.frozen.frozen`. Afterwards the model is as
+    it was, also after an error.
+
+    A cache keeps the increases in a safetensors file. The file is replaced in one step after every layer of every
+    batch. A later call continues with the next batch of the loader. A complete cache takes no pass over the data, and
+    the temperature may change. A cache is used only if its fingerprint fits. The fingerprint covers the model's weights
+    and layers, the criterion, the method, the number of batches, and everything that decides the loader's samples,
+    their order and their batches; no sample is loaded for it. Criterion, data set and ``collate_fn`` count by the code
+    of their functions and by what :mod:`pickle` would save of them. A random order counts by the state of its
+    generator. If the fingerprint does not fit, a warning says so and everything is computed again. The same happens on
+    every call where the fingerprint can't be known, as with a generator or a sampler of your own, or where an object
+    changes by being used.
+
+    Paper: Li et al., `DELTA: DEep Learning Transfer using Feature Map with Attention for Convolutional Networks (ICLR
+    2019) <https://openreview.net/forum?id=rkgbwsAcYm>`__.
 
     Args:
-        model: a source backbone with a head for the target's classes; it runs in evaluation mode, and what it returns
-            is the criterion's.
-        data_loader: batches ``(x, labels, ...)``. The labels are the criterion's too: tensors of any dtype and shape,
-            or a structure of them, such as a dict; arrays, and lists of numbers, become tensors.
-        return_layers: names of layers that run once per pass and return a tensor with a batch and a channel dimension,
-            or a mapping from them to aliases, as :class:`IntermediateLayerGetter` takes them.
-        criterion: ``(model's output, labels)`` → 0-dim loss, or a number with ``method="exact"``.
-        max_batches: how many batches to look at; None for all.
-        temperature: of the softmax.
-        device: where to work; the model's device by default, and the model must be there.
-        progress: show a progress bar of the batches, and below it one of the channels of a batch's layer.
-        channels_per_pass: more take more memory; by default as many as fill 32 MiB with a layer's outputs, 512 MiB on
-            a GPU, as more are slower on a CPU.
-        method: ``exact`` or ``taylor``.
+        model: the source backbone with a head for the target's classes. It runs in evaluation mode, and its output goes
+            to the criterion.
+        data_loader: batches ``(x, labels, ...)``. The labels go to the criterion: tensors of any dtype and shape, or a
+            structure of them such as a dict. Arrays and lists of numbers become tensors.
+        return_layers: names of layers, or a mapping from names to aliases, as
+            :class:`~talib_fast.finetune.delta.IntermediateLayerGetter` takes them. Each layer runs once per pass and
+            returns a tensor with a batch and a channel dimension.
+        criterion: maps the model's output and the labels to a 0-dim loss. With ``method="exact"`` the loss may also be
+            a number.
+        max_batches: how many batches to use. None uses all.
+        temperature: temperature of the softmax.
+        device: where to compute. The model must be there. By default the model's device.
+        progress: show a progress bar of the batches, and one of the channels of the current layer.
+        channels_per_pass: how many channels share a pass. More channels take more memory, and are slower on a CPU. By
+            default as many as fill 32 MiB with the layer's outputs, or 512 MiB on a GPU.
+        method: ``"exact"`` or ``"taylor"``.
         cache: file to keep the increases in.
-        channel_dim: dimension of the layers' channels: 1 for images, -1 for tokens ``[b, t, C]`` and images whose
-            channels come last; not 0, the batch's. As in :class:`AttentionBehavioralRegularization`.
+        channel_dim: dimension of the channels. 1 for images, -1 for tokens ``[b, t, C]`` and for images with their
+            channels last. Not 0, the batch dimension.
 
     Returns:
-        float32 vectors ``[C]``, each of sum 1, by layer name, or alias, in the order of ``return_layers``.
+        float32 vectors ``[C]`` that sum to 1, by layer name or alias, in the order of ``return_layers``.
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError, ValueError: an argument or a batch is not as above, the model or a layer is scripted, the loader is
-            empty, or a loss is not finite.
-        RuntimeError: with ``method="taylor"`` a layer runs with gradients disabled, or none come back to it.
+        TypeError: an argument or a batch has the wrong type, or the model or a layer is scripted.
+        ValueError: an argument is out of range, the loader is empty, a layer does not run once or has no such channel
+            dimension, or a loss is not finite.
+        RuntimeError: with ``method="taylor"`` a layer runs with gradients disabled, or gets no gradient.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.delta import channel_attention
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> batches = [(torch.randn(8, 1, 6, 6), torch.arange(8) % 2)]
+        >>> attention = channel_attention(model, batches, ["0"], progress=False)
+        >>> attention["0"].shape, round(attention["0"].sum().item(), 3)
+        (torch.Size([4]), 1.0)
     """
     aliases = layer_names(model, return_layers)
     names = list(aliases)
@@ -125,7 +146,7 @@ def channel_attention(
         options = (method, max_batches, criterion, channel_dim, model_parts(model))
         increases.keep_in(Path(cache), options, data_loader)
     if not increases.complete:
-        # a DataLoader of an IterableDataset looks as if it had a len()
+        # not len(): a DataLoader of an IterableDataset has one that may raise
         total = min(filter(None, (operator.length_hint(data_loader), max_batches)), default=None)
         batches, first = itertools.islice(data_loader, max_batches), True
         with evaluating(model), uncompiled(), _outside_inference_mode(), folded(model, layers.values()) as run:
@@ -136,7 +157,7 @@ def channel_attention(
                 x, labels = _ordinary(inputs_of(batch).to(device)), _ordinary(_on_device(labels_of(batch), device))
                 if first:
                     first = False
-                    with torch.no_grad(), suppress(Exception):  # of the model's own errors the first says more below
+                    with torch.no_grad(), suppress(Exception):  # an error of the model is raised with more detail below
                         run(x)
                 if method == "taylor":
                     estimated = _estimated_increases(model, wanted, x, labels, criterion, channel_dim)
@@ -162,19 +183,19 @@ def channel_attention(
 
 @contextmanager
 def _outside_inference_mode() -> Iterator[None]:
-    """Within it new tensors are ordinary ones, which autograd takes."""
+    """A context in which new tensors are ordinary ones, which autograd accepts."""
     gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
 
 
 def _ordinary(value: Any) -> Any:
-    """The same structure without tensors of the inference mode."""
+    """The same structure with copies of its inference tensors."""
     return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 
 def _on_device(labels: Any, device: torch.device | str) -> Any:
-    """Labels of any kind that the criterion takes, on ``device``; integers as int64."""
+    """Labels of any kind on ``device``. Arrays and lists of numbers become tensors, and integers become int64."""
     if isinstance(labels, np.ndarray) or (isinstance(labels, list) and all(isinstance(y, Number) for y in labels)):
         labels = torch.as_tensor(labels, device=device)
     if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:
@@ -183,7 +204,7 @@ def _on_device(labels: Any, device: torch.device | str) -> Any:
 
 
 class _Increases:
-    """Sums over batches of each layer's loss increases, float64 ``[C]``, in memory and in a file if there is one."""
+    """Sums over batches of each layer's loss increases, float64 ``[C]``, in memory and, if wanted, in a file."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -194,7 +215,7 @@ class _Increases:
         self.complete = False
 
     def keep_in(self, path: Path, options: Iterable[Any], data_loader: Iterable) -> None:
-        """Go on from what ``path`` holds, if it fits, and write there from now on."""
+        """Continue from what ``path`` holds, if it fits, and write to it from now on."""
         try:
             self._fingerprint = fingerprint(*options, *loader_parts(data_loader, ordered=True))
         except Unknown as error:
@@ -220,9 +241,11 @@ class _Increases:
         warnings.warn(f"the cached channel attention {path} is computed again: {reason}", stacklevel=3)
 
     def batches(self, name: str) -> int:
+        """How many batches of a layer are summed."""
         return self._batches[name]
 
     def add(self, name: str, increase: Tensor) -> None:
+        """Add the increases of one batch, and write the file."""
         if not increase.isfinite().all():
             raise ValueError(
                 f"expected finite losses, but in batch {self._batches[name]} the loss increase is not finite for "
@@ -233,12 +256,14 @@ class _Increases:
         self._write()
 
     def finish(self) -> None:
+        """Mark all layers as complete, and write the file."""
         if not all(self._batches.values()):
             raise ValueError("expected a data loader with at least one batch, got an empty one")
         self.complete = True
         self._write()
 
     def mean(self, name: str) -> Tensor:
+        """The mean over the batches, ``[C]``."""
         return self._sums[name] / self._batches[name]
 
     def _write(self) -> None:
@@ -253,7 +278,7 @@ class _Increases:
 def _loss_increases(
     replay: Replay, labels: Any, criterion: Callable[[Any, Any], Tensor], channels_per_pass: int | None, show: bool
 ) -> Tensor:
-    """By how much the batch's loss rises when a channel is zeroed: float64 ``[C]`` on the CPU."""
+    """By how much the batch's loss rises when a channel is zeroed, float64 ``[C]`` on the CPU."""
     assert replay.original is not None
     original = replay.original
     channels_per_pass = channels_per_pass or max(1, _PASS_BYTES[original.device.type] // max(1, original.nbytes))
@@ -269,7 +294,7 @@ def _loss_increases(
 
 
 def _loss(loss: Any, device: torch.device) -> Tensor:
-    """What a criterion returned, as a 0-dim tensor."""
+    """The criterion's result as a 0-dim tensor."""
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return loss
     if isinstance(loss, Number):
@@ -288,7 +313,7 @@ def _estimated_increases(
     criterion: Callable[[Any, Any], Tensor],
     channel_dim: int,
 ) -> dict[str, Tensor]:
-    """The first-order estimate of the same for all ``layers``, from one backward pass."""
+    """The first-order estimate of the loss increases for all ``layers``, from one backward pass."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook(_module: nn.Module, _args: Any, output: Any, *, name: str) -> Tensor:
@@ -298,7 +323,7 @@ def _estimated_increases(
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name].append(output)
-        return output.clone()  # so that nothing in place behind the layer changes what it returned
+        return output.clone()  # so that no later operation in place changes the layer's output
 
     handles = [layer.register_forward_hook(functools.partial(hook, name=name)) for name, layer in layers.items()]
     try:
@@ -308,7 +333,7 @@ def _estimated_increases(
             check_runs(name, len(found))
         maps = [found[0] for found in outputs.values()]
         gradients: Sequence[Tensor | None] = [None] * len(maps)
-        if loss.requires_grad:  # with the hooks still there: an activation checkpoint repeats what it ran
+        if loss.requires_grad:  # the hooks are still there, because an activation checkpoint runs the layers again
             gradients = torch.autograd.grad(loss, maps, allow_unused=True)
     finally:
         for handle in handles:
@@ -318,7 +343,7 @@ def _estimated_increases(
         if gradient is None:
             raise RuntimeError(
                 f"no gradient comes back from the loss to layer {name!r}: the loss does not depend on it, or something "
-                'between them detaches or disables gradients; take method="exact" then'
+                'between them detaches or disables gradients; use method="exact" instead'
             )
         terms = output.detach().double() * gradient.double()
         increases[name] = -terms.movedim(channel_dim, 0).flatten(1).sum(1).cpu()
@@ -326,7 +351,7 @@ def _estimated_increases(
 
 
 def _with_ordinary_weights(model: nn.Module, x: Any) -> Any:
-    """The model's output, where its weights were made in inference mode with copies that autograd takes."""
+    """The model's output. Weights made in inference mode are replaced by copies, which autograd accepts."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     copies = {name: tensor.clone() for name, tensor in tensors if tensor.is_inference()}
     return torch.func.functional_call(model, copies, (x,)) if copies else model(x)

@@ -1,4 +1,8 @@
-"""Bi-Tuning of Pre-trained Representations, 2020 (https://arxiv.org/abs/2011.06182)."""
+"""Bi-Tuning: contrastive fine-tuning on the features and on the classifier's weights.
+
+Paper: Zhong, Wang, Kou, Wang and Long, `Bi-tuning of Pre-trained Representations (2020)
+<https://arxiv.org/abs/2011.06182>`__.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -18,7 +22,7 @@ from .labels import check_range, integer_labels
 from .logits import at_least_float32, check_temperature
 from .names import parameters_by_name, plain_name
 
-# ClassifierBase, nn, normalize and torch for scripts that rely on upstream's star import
+# upstream's scripts get ClassifierBase, nn, normalize and torch by `import *`
 __all__ = ["BiTuning", "Bituning", "Classifier", "ClassifierBase", "Keys", "nn", "normalize", "torch"]
 
 
@@ -26,22 +30,33 @@ class Classifier(ClassifierBase):
     """A backbone, pooling, a classification head and a projector for the contrastive losses.
 
     Args:
-        backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
+        backbone: a module with an attribute ``out_features`` F. Its output goes to ``pool_layer``.
         num_classes: number of target classes C.
         projection_dim: number of features D of the projection.
-        finetune: backbone and projector learn at a tenth of the base rate.
-        pool_layer: global average pooling of ``[b, C, H, W]`` by default.
+        finetune: let backbone and projector learn at a tenth of the base rate.
+        pool_layer: turns the backbone's output into ``[b, F]``. By default the average over ``[b, C, H, W]``.
 
     Inputs:
-        x: whatever the backbone takes.
+        x: what the backbone takes.
 
     Returns:
-        In training ``(y [b, C], z [b, D], hn [b, F + 1])``, the logits, the normalised projection, and the normalised
-        features with a 1 appended, which meets the head's bias; in evaluation ``y``.
+        In training ``(y [b, C], z [b, D], hn [b, F + 1])``. These are the logits, the normalised projection, and the
+        normalised features with a 1 appended for the head's bias. In evaluation ``y``.
 
     Raises:
-        TypeError, ValueError: a part is missing or its sizes do not fit; or the backbone gives no maps, and there is no
-            ``pool_layer`` for what it gives.
+        TypeError: a part is neither a module nor a function.
+        ValueError: the parts' sizes do not fit, or the backbone returns no maps and there is no ``pool_layer``.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.bi_tuning import Classifier
+        >>> backbone = nn.Conv2d(3, 8, 3)
+        >>> backbone.out_features = 8
+        >>> model = Classifier(backbone, num_classes=5, projection_dim=16)
+        >>> [tuple(output.shape) for output in model(torch.randn(2, 3, 6, 6))]
+        [(2, 5), (2, 16), (2, 9)]
     """
 
     def __init__(
@@ -69,70 +84,92 @@ class Classifier(ClassifierBase):
         return y, z, hn
 
     def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
-        """Parameter groups in the order backbone, bottleneck, head, projector."""
+        """Parameter groups for an optimizer, in the order backbone, bottleneck, head, projector.
+
+        Args:
+            base_lr: the learning rate. With ``finetune``, backbone and projector get a tenth of it.
+        """
         return self._groups(
             base_lr, [(self.backbone, True), (self.bottleneck, False), (self.head, False), (self.projector, True)]
         )
 
 
 class Keys(NamedTuple):
-    """What :meth:`BiTuning.enqueue` leaves of a micro-batch for its forward pass."""
+    """What :meth:`BiTuning.enqueue` returns of a micro-batch for its forward pass."""
 
     labels: Tensor
-    """``[b]``, int64."""
+    """The samples' labels, ``[b]``, int64."""
     z_k: Tensor
     """The samples' own projections, ``[b, D]``."""
     queue_z: Tensor
-    """The queue of projections as it was before, ``[D, C·K]``."""
+    """The queue of projections from before the micro-batches, ``[D, C·K]``."""
 
 
 class BiTuning(nn.Module):
-    """Contrastive fine-tuning with a momentum encoder and one queue of K keys per class.
+    """Contrastive fine-tuning with a momentum encoder and a queue of K keys per class.
 
-    Both outputs ``logits_*`` hold log-probabilities, in float32 at least, over 1 + C·K keys: the sample's own key, the
-    K keys of its class, then those of the other classes in ascending order. ``logits_z`` compares projections with the
-    queue as it was before this batch, ``logits_y`` compares, with this batch enqueued, every key's feature with the
-    head's weight of the sample's class; it gives the head no gradient. From `Bi-tuning of Pre-trained Representations
-    <https://arxiv.org/abs/2011.06182>`_.
+    Every sample is compared with 1 + C·K keys: its own key, the K keys of its class, and the keys of the other classes
+    in ascending order. ``logits_z`` compares the sample's projection with the projections in the queue as it was before
+    this batch. ``logits_y`` compares the head's weight of the sample's class with the features in the queue after this
+    batch was enqueued; it gives the head no gradient. Both are log-probabilities, in float32 at least.
 
-    A key that is not finite takes no slot of the queues: the loss of its step may be NaN, the next one's is not.
+    A key that is not finite is not put into the queues. The loss of that step may be NaN, but not the next one.
 
-    With gradients accumulated over micro-batches, :meth:`enqueue` takes the keys of all of them first, and each
-    forward pass what it returned: the key encoder and the queues then move once, as with one batch.
+    To accumulate gradients over micro-batches, call :meth:`enqueue` with all of them first, and give each forward pass
+    what it returned. The key encoder and the queues are then updated once, as with one batch.
 
-    Under ``torch.distributed`` every rank enqueues the keys of all ranks of a group, in rank order, so that the queues
-    stay alike; the ranks' batches must be of one size. Give DistributedDataParallel ``broadcast_buffers=False``, or it
-    sends the queues of rank 0 to the others at every step.
+    Under ``torch.distributed`` every rank enqueues the keys of all ranks in rank order, so the queues stay equal. The
+    ranks' batches must have one size. Give DistributedDataParallel ``broadcast_buffers=False``. Otherwise it sends the
+    queues of rank 0 to the others at every step.
+
+    Paper: Zhong, Wang, Kou, Wang and Long, `Bi-tuning of Pre-trained Representations (2020)
+    <https://arxiv.org/abs/2011.06182>`__.
 
     Args:
-        encoder_q: query encoder, trained; a :class:`Classifier`, or what has its attributes and returns. Its head has a
-            ``weight`` ``[C, F]``, and a ``bias`` ``[C]`` or none.
-        encoder_k: key encoder of the same architecture; it starts with the query encoder's parameters, in tensors of
-            its own, follows them by momentum and takes no gradients.
+        encoder_q: query encoder, which is trained. A :class:`~talib_fast.finetune.bi_tuning.Classifier`, or a module
+            with its attributes and outputs. Its head has a ``weight`` ``[C, F]``, and a ``bias`` ``[C]`` or none.
+        encoder_k: key encoder of the same architecture, with parameters of its own. They are set to the query encoder's
+            now, follow them by momentum, and take no gradients.
         num_classes: number of target classes C.
         K: queue length per class.
         m: momentum of the key encoder, in [0, 1].
         T: temperature.
-        key_buffers: what becomes of the key encoder's buffers, BatchNorm's statistics above all: ``own`` leaves them
-            to its own forward passes, ``copy`` copies the query encoder's at each step, ``average`` moves the
-            floating-point ones by momentum and copies the others.
-        check_labels: check labels on an accelerator before anything is done with them, which costs a synchronisation
-            per step. Without it those out of range end in a kernel's own bounds check, as cross entropy's do. Labels on
-            the CPU are always checked (compiled: by the kernels).
-        process_group: the ranks whose keys are joined; the default group if None.
+        key_buffers: how the key encoder's buffers, such as running statistics, are updated. ``"own"``: by its own
+            forward passes. ``"copy"``: copied from the query encoder at each step. ``"average"``: floating-point
+            buffers follow by momentum, others are copied.
+        check_labels: check labels on an accelerator before they are used. This costs a synchronisation per step.
+            Without it, a label out of range fails in a kernel's bounds check, as in cross entropy. Labels on the CPU
+            are always checked, in compiled code by the kernels.
+        process_group: the ranks whose keys are joined. None is the default group.
 
     Inputs:
-        im_q, im_k: two views of the same b samples.
-        labels: ``[b]``, integers in [0, C).
-        Or im_q and, as im_k, the :class:`Keys` of its micro-batch.
+        im_q: one view of the b samples.
+        im_k: another view of them, or the :class:`~talib_fast.finetune.bi_tuning.Keys` of the micro-batch.
+        labels: ``[b]``, integers in [0, C). Left out if ``im_k`` are keys.
 
     Returns:
-        In training ``(y_q [b, C], logits_z, logits_y, labels_c)``, the last three ``[b, 1 + C·K]``; ``labels_c``
-        spreads probability evenly over the first K + 1 columns. In evaluation ``y_q``, whatever the other inputs; the
-        queues and the key encoder stay as they are.
+        In training ``(y_q [b, C], logits_z, logits_y, labels_c)``, the last three ``[b, 1 + C·K]``. ``labels_c``
+        spreads the probability evenly over the first K + 1 columns. In evaluation ``y_q``, whatever the other inputs.
+        The queues and the key encoder then stay as they are.
 
     Raises:
-        TypeError, ValueError: a part or an input is not as above.
+        TypeError: a part or an input has the wrong type.
+        ValueError: an option is out of range, the encoders do not fit each other, or sizes or labels do not fit.
+
+    Example:
+
+        >>> import copy, torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.bi_tuning import BiTuning, Classifier
+        >>> backbone = nn.Conv2d(3, 8, 3)
+        >>> backbone.out_features = 8
+        >>> encoder = Classifier(backbone, num_classes=5, projection_dim=16)
+        >>> model = BiTuning(encoder, copy.deepcopy(encoder), num_classes=5, K=4)
+        >>> im_q, im_k = torch.randn(2, 2, 3, 6, 6)
+        >>> y_q, logits_z, logits_y, labels_c = model(im_q, im_k, torch.tensor([0, 3]))
+        >>> logits_z.shape, labels_c[0, :6]
+        (torch.Size([2, 21]), tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000, 0.0000]))
+        >>> loss = nn.functional.kl_div(logits_z, labels_c, reduction="batchmean")
     """
 
     queue_h: Tensor
@@ -172,7 +209,7 @@ class BiTuning(nn.Module):
             raise ValueError("expected two encoders of one architecture, but their parameters differ in name or shape")
         of_q = set(encoder_q.parameters())
         shared = next((name for name, parameter in encoder_k.named_parameters() if parameter in of_q), None)
-        if shared is not None:  # it would follow itself, without gradients
+        if shared is not None:  # a shared parameter would follow itself, without gradients
             raise ValueError(f"expected two encoders that share no parameter, but {shared!r} is in both: deepcopy one")
         self.encoder_q = encoder_q
         self.encoder_k = encoder_k
@@ -187,7 +224,7 @@ class BiTuning(nn.Module):
             for parameter_q, parameter_k in zip(encoder_q.parameters(), encoder_k.parameters(), strict=True):
                 parameter_k.copy_(parameter_q)
                 parameter_k.requires_grad_(False)
-        with torch.inference_mode(False):  # what was made in inference mode could not be overwritten later
+        with torch.inference_mode(False):  # tensors made in inference mode can't be overwritten later
             self.register_buffer("queue_h", normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
             self.register_buffer("queue_z", normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
             self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
@@ -197,6 +234,7 @@ class BiTuning(nn.Module):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
+        """Move the key encoder's parameters towards the query encoder's, and its buffers as ``key_buffers`` says."""
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
         if self.key_buffers == "own":
             return
@@ -210,7 +248,7 @@ class BiTuning(nn.Module):
             torch._foreach_copy_([k for k, _ in copied], [q for _, q in copied])
 
     def _own_class_first(self, labels: Tensor) -> Tensor:
-        """The keys ``[b, C·K]`` of a queue in each sample's order: its own class's, then the others' ascending."""
+        """The indices ``[b, C·K]`` of a queue's keys in each sample's order: its own class, then the others."""
         start = labels[:, None] * self.K
         own = start + torch.arange(self.K, device=labels.device)
         other_keys = torch.arange((self.num_classes - 1) * self.K, device=labels.device)
@@ -218,7 +256,7 @@ class BiTuning(nn.Module):
 
     @torch.no_grad()
     def _class_weights(self, labels: Tensor) -> Tensor:
-        """The normalised weight and bias of each sample's class in the head, over the temperature: ``[b, F + 1]``."""
+        """The normalised weight and bias of the head for each sample's class, over the temperature, ``[b, F + 1]``."""
         head: Any = self.encoder_q.head
         bias = getattr(head, "bias", None)
         bias = head.weight.new_zeros(self.num_classes, 1) if bias is None else bias[:, None]
@@ -229,12 +267,14 @@ class BiTuning(nn.Module):
     def _dequeue_and_enqueue(self, h: Tensor, z: Tensor, label: Tensor) -> None:
         """Write keys ``h [b, F + 1]`` and ``z [b, D]``, in this order, to the next slots of their classes.
 
-        ``label`` is theirs, ``[b]`` or one for all. A subclass with a method of its own gets sample by sample.
+        ``label`` are their labels ``[b]``, or one label for all. A subclass that overrides this gets one sample per
+        call.
         """
         label = torch.as_tensor(label, device=h.device)
         enqueue(self.queue_h, self.queue_z, self.queue_ptr, h, z, label if label.dim() else label.expand(len(h)))
 
     def _checked_labels(self, labels: Any, **inputs: Tensor) -> Tensor:
+        """The labels as int64, checked as far as the options ask for."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"expected labels to be a tensor of integers, got {type(labels).__name__}")
         labels = integer_labels(labels)
@@ -249,21 +289,23 @@ class BiTuning(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Keys]:
-        """Move the key encoder once and enqueue the keys of all micro-batches of an optimizer step.
+        """Update the key encoder once and enqueue the keys of all micro-batches of an optimizer step.
 
-        Each forward pass ``bituning(im_q, keys)`` then takes those of its micro-batch, before the next call of this.
-        The micro-batches' losses, each times its share of the step's samples, have together the gradients of the whole
-        batch, where no batch norm sees a micro-batch by itself. The key encoder moves before the query encoder's
-        forward passes: what ``key_buffers`` copies or averages are the buffers that the last step left.
+        Give the keys of each micro-batch to its forward pass, ``bituning(im_q, keys)``, before the next call of this
+        method. Multiply each micro-batch's loss by its share of the step's samples: the gradients then add up to those
+        of the whole batch, except for batch norms, which see one micro-batch at a time. The key encoder is updated
+        before the query encoder's forward passes. So ``key_buffers`` copies or averages the buffers that the last step
+        left.
 
         Args:
             batches: ``(im_k, labels)`` of every micro-batch.
 
         Returns:
-            The :class:`Keys` of every micro-batch.
+            The :class:`~talib_fast.finetune.bi_tuning.Keys` of every micro-batch.
 
         Raises:
-            TypeError, ValueError: an input is not as the forward pass asks for it, or there is none.
+            TypeError: an input has the wrong type.
+            ValueError: an input does not fit, or there is no micro-batch.
             RuntimeError: in evaluation mode, in which queues and key encoder stay as they are.
         """
         if not self.training:
@@ -271,17 +313,18 @@ class BiTuning(nn.Module):
         checked = [(im_k, self._checked_labels(labels, im_k=im_k)) for im_k, labels in batches]
         if not checked:
             raise ValueError("expected at least one micro-batch (im_k, labels), got none")
-        with torch.inference_mode(False), torch.no_grad():  # the forward passes train with the keys
+        with torch.inference_mode(False), torch.no_grad():  # the forward passes use the keys in training
             return self._enqueue_keys(checked)
 
     @torch.no_grad()
     def _enqueue_keys(self, batches: list[tuple[Tensor, Tensor]]) -> list[Keys]:
+        """Update the key encoder and enqueue the keys of all batches, whose labels are checked."""
         self._momentum_update_key_encoder()
-        # a copy, because autograd needs the queue as it was when the batch is enqueued
+        # a copy, because autograd needs the queue as it was before the batch is enqueued
         queue_z = snapshot(self.queue_z.flatten(1))
         keys, features = [], []
         for im_k, labels in batches:
-            # from the host without waiting; to the host a copy has to be waited for
+            # a copy from the host need not be waited for; a copy to the host must be
             labels = labels.to(self.queue_ptr.device, non_blocking=labels.device.type == "cpu")
             _, z_k, h_k = _outputs(self.encoder_k, "encoder_k", im_k)
             keys.append(Keys(labels, z_k, queue_z))
@@ -321,7 +364,7 @@ class BiTuning(nn.Module):
         logits_z = _log_probabilities((query * z_k).sum(1, keepdim=True), similarities, order)
 
         query = self._class_weights(labels)
-        # with the long side first, for which BLAS libraries on CPUs take less time than for the transpose
+        # the long side first: BLAS libraries on CPUs are slower with the transpose
         similarities = (self.queue_h.flatten(1).T.to(query.dtype) @ query.T).T
         logits_y = _log_probabilities((query * h_q).sum(1, keepdim=True), similarities, order)
 
@@ -331,7 +374,7 @@ class BiTuning(nn.Module):
 
 
 def _names_and_shapes(encoder: nn.Module) -> list[tuple[str, torch.Size]]:
-    """Those of ``encoder.parameters()``, in that order, without what is around the encoder or a part of it."""
+    """Names and shapes of ``encoder.parameters()``, in that order, without the parts of names that wrappers add."""
     names: dict[Tensor, str] = {}
     for name, parameter in parameters_by_name(encoder).items():
         names.setdefault(parameter, plain_name(name))
@@ -339,7 +382,7 @@ def _names_and_shapes(encoder: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def _check_head(head: Any, num_classes: int, features_dim: int) -> None:
-    """Raise TypeError unless ``head`` has a weight, ValueError unless it and the bias, if any, fit."""
+    """Raise TypeError unless ``head`` has a weight, and ValueError unless weight and bias have the right shape."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -352,7 +395,7 @@ def _check_head(head: Any, num_classes: int, features_dim: int) -> None:
 
 
 def _outputs(encoder: nn.Module, name: str, images: Tensor) -> Any:
-    """The encoder's logits, projection and features; TypeError, with that name, if it gives something else."""
+    """The encoder's logits, projection and features. TypeError, with that name, if it returns something else."""
     outputs = encoder(images)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 3:
         got = f"{len(outputs)} outputs" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
@@ -364,12 +407,13 @@ def _outputs(encoder: nn.Module, name: str, images: Tensor) -> Any:
 
 
 def _log_probabilities(current: Tensor, similarities: Tensor, order: Tensor) -> Tensor:
-    """Log-softmax ``[b, 1 + C·K]`` over the sample's own key and the queue's in the sample's order."""
+    """Log-softmax ``[b, 1 + C·K]`` over the sample's own key and the queue's keys in the sample's order."""
     logits = torch.cat([current, similarities.gather(1, order)], dim=1)
     return F.log_softmax(at_least_float32(logits), dim=1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts joined along dimension 0."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

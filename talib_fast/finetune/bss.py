@@ -1,4 +1,9 @@
-"""Batch Spectral Shrinkage, NeurIPS 2019 (https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html)."""
+"""BSS: Batch Spectral Shrinkage, which penalises the smallest singular values of a batch of features.
+
+Paper: Chen, Wang, Fu, Long and Wang, `Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for
+Safe Transfer Learning (NeurIPS 2019)
+<https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html>`__.
+"""
 
 import operator
 from typing import Any
@@ -13,7 +18,7 @@ __all__ = ["BatchSpectralShrinkage"]
 
 
 def _as_integer(k: Any) -> int:
-    """``k`` as it serves as an index: integers of Python, NumPy and PyTorch, such as a 0-dim tensor."""
+    """``k`` as a Python integer. Integers of NumPy and PyTorch, such as a 0-dim tensor, are accepted."""
     is_bool = isinstance(k, bool) or getattr(k, "dtype", None) == torch.bool
     try:
         if not is_bool:
@@ -24,7 +29,7 @@ def _as_integer(k: Any) -> int:
 
 
 class _JoinedOverRanks(torch.autograd.Function):
-    """The features of all ranks in rank order; backward, what all ranks together ask of this rank's."""
+    """Joins the features of all ranks in rank order. Its gradient is the sum of all ranks' for this rank's features."""
 
     @staticmethod
     def forward(ctx: Any, feature: Tensor, process_group: Any) -> Tensor:
@@ -52,32 +57,43 @@ class _JoinedOverRanks(torch.autograd.Function):
 
 
 class BatchSpectralShrinkage(nn.Module):
-    r"""The sum of the k smallest squared singular values of a batch of features.
+    """The sum of the k smallest squared singular values of a batch of features, Σ σ².
 
-    Suppressing the features' weakest directions keeps negative transfer out of them. From `Catastrophic Forgetting
-    Meets Negative Transfer: Batch Spectral Shrinkage for Safe Transfer Learning (NeurIPS 2019)
-    <https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html>`_.
+    The penalty suppresses the features' weakest directions, which carries negative transfer.
+
+    Paper: Chen, Wang, Fu, Long and Wang, `Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for
+    Safe Transfer Learning (NeurIPS 2019)
+    <https://proceedings.neurips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html>`__.
 
     Args:
-        k: how many of the smallest singular values to penalise: an integer, also as a 0-dim tensor.
-        all_ranks: under ``torch.distributed``, join the features of all ranks, whose batches may differ in size, so
-            that data-parallel training penalises what one process with the whole batch would. Every rank returns the
-            same loss; with gradients averaged over ranks, as DistributedDataParallel does, they are those of the one
-            process. Costs two collectives forward, with one wait for the device, and one backward.
-        process_group: the ranks to join; the default group if None.
+        k: how many of the smallest singular values to penalise. An integer, or a 0-dim tensor of one.
+        all_ranks: under ``torch.distributed``, join the features of all ranks. Data-parallel training then penalises
+            what one process with the whole batch would. The ranks' batches may differ in size. All ranks return the
+            same loss. If gradients are averaged over the ranks, as DistributedDataParallel does, they equal those of
+            one process. It costs two collectives and one wait for the device in the forward pass, and one collective in
+            the backward pass.
+        process_group: the ranks to join. None is the default group.
 
     Inputs:
-        feature: ``[b, f]``; computed in float64 whatever its dtype.
+        feature: ``[b, f]``, of any floating-point dtype. It is computed in float64.
 
     Returns:
-        A 0-dim tensor, float32 (float64 for float64 features); not finite for features that are not. Differentiable
-        twice, but where σ_k = σ_(k+1): the second derivative is NaN there, without an error (or huge, where rounding
-        has parted the two).
+        A 0-dim tensor, float32 (float64 for float64 features). It is not finite if a feature is not. It is
+        differentiable twice, except where σ_k = σ_(k+1). The second derivative is NaN there, without an error, or huge
+        if rounding has separated the two values.
 
     Raises:
         TypeError: ``k`` is not an integer, or ``feature`` is no floating-point tensor.
-        ValueError: ``k`` is negative or larger than min(b, f), or ``feature`` is not a matrix, or the ranks' features
+        ValueError: ``k`` is negative or larger than min(b, f), ``feature`` is not a matrix, or the ranks' features
             differ in width.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.bss import BatchSpectralShrinkage
+        >>> feature = torch.diag(torch.tensor([3.0, 2.0, 1.0]))  # its singular values are 3, 2 and 1
+        >>> round(BatchSpectralShrinkage(k=2)(feature).item(), 4)
+        5.0
     """
 
     def __init__(self, k: int = 1, all_ranks: bool = False, process_group: Any = None) -> None:

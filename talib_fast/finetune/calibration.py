@@ -15,17 +15,31 @@ from .logits import check_logits
 def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> float:
     """The temperature T > 0 that minimises the cross entropy of softmax(logits / T).
 
-    On Calibration of Modern Neural Networks, ICML 2017 (https://arxiv.org/abs/1706.04599).
+    Paper: Guo, Pleiss, Sun and Weinberger, `On Calibration of Modern Neural Networks (ICML 2017)
+    <https://arxiv.org/abs/1706.04599>`__.
 
     Args:
-        logits: ``[N, N_p]`` of the source classifier on held-out source data.
+        logits: ``[N, N_p]``, the source classifier's on held-out source data.
         labels: ``[N]``, their source classes.
-        label_smoothing: the share of each label that is spread over all classes, in [0, 1), as in
-            :func:`torch.nn.functional.cross_entropy`; any at all keeps T away from 0 where every label is predicted.
+        label_smoothing: share of each label that is spread over all classes, in [0, 1), as in
+            :func:`torch.nn.functional.cross_entropy`. A value above 0 keeps T away from 0 where every label is
+            predicted.
+
+    Returns:
+        T, between e⁻⁷ and e⁷.
 
     Raises:
         TypeError: the logits are no floating-point tensor, or the labels no integers.
-        ValueError: the shapes do not fit, a label is out of range, or ``label_smoothing`` is.
+        ValueError: the shapes do not fit, or a label or ``label_smoothing`` is out of range.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.co_tuning import calibrate_temperature
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+        >>> labels = torch.tensor([0, 0, 0, 1])  # 3 of 4 are class 0, as softmax(2 / T, 0) says for T = 2 / log 3
+        >>> round(calibrate_temperature(logits, labels), 4)
+        1.8205
     """
     check_logits(logits, "logits")
     labels = integer_labels(labels).cpu()
@@ -36,7 +50,7 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
     logits = logits.detach().cpu().double()
     check_range(labels, logits.size(1))
     own = (1 - label_smoothing) * logits.gather(1, labels[:, None]).mean() + label_smoothing * logits.mean()
-    # the loss is convex in 1/T, and its slope has the sign of the mean of z_y - E[z]: bisect log T for its change
+    # the loss is convex in 1/T and its slope is the mean of E[z] - z_y: bisect log T for the slope's root
     low, high = -7.0, 7.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -46,27 +60,29 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
 
 
 def target_logits(probabilities: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> Tensor:
-    """Calibrated logits ``[N_p, N_t]`` of the target classes, all of which are in ``labels``, for each source class.
+    """Calibrated logits ``[N_p, N_t]`` of the target classes for each source class, by logistic regression.
 
-    From a logistic regression on source ``probabilities [N, N_p]``, whose inverse regularisation strength is the one
-    of ``strengths`` that predicts held out labels best.
+    Args:
+        probabilities: source probabilities ``[N, N_p]``.
+        labels: target classes ``[N]``. All classes occur.
+        strengths: inverse regularisation strengths. The one that predicts held-out labels best is used.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
 
     def fitted_logits(C: float, features: np.ndarray, classes: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Without an intercept, which probabilities make superfluous as they sum to 1."""
+        """Fit and predict. Probabilities sum to 1, so the regression needs no intercept."""
         scores = (
             LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(features, classes).decision_function(at)
         )
-        return np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores  # of two classes: one column
+        return np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores  # two classes: one column
 
     source_classes = np.eye(probabilities.shape[1])
     counts = np.bincount(labels)
     if len(counts) == 1:
         return torch.zeros(len(source_classes), 1, dtype=torch.float64, device="cpu")
     best, temperature = strengths[0], 1.0
-    held_out = counts[labels] > 1  # a class's only sample can't be predicted from its others
+    held_out = counts[labels] > 1  # a class with one sample has no other to predict it from
     features, (classes, held_out_labels) = probabilities[held_out], np.unique(labels[held_out], return_inverse=True)
     if len(classes) > 1:
         folds = StratifiedKFold(min(5, counts[classes].min()), shuffle=True, random_state=0)

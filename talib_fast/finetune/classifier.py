@@ -20,7 +20,10 @@ def check_part(part: Any, name: str) -> None:
 
 
 def check_linear(head: Part, name: str, in_features: int, out_features: int | None = None) -> None:
-    """Raise TypeError if ``head`` is no part, ValueError if it states sizes that do not fit; it may state none."""
+    """Raise TypeError if ``head`` is neither module nor function, and ValueError if its sizes do not fit.
+
+    A head without ``in_features`` and ``out_features`` is accepted.
+    """
     check_part(head, name)
     for attribute, expected in (("in_features", in_features), ("out_features", out_features)):
         got = getattr(head, attribute, None)
@@ -29,7 +32,7 @@ def check_linear(head: Part, name: str, in_features: int, out_features: int | No
 
 
 class _GlobalAveragePooling(nn.Sequential):
-    """``[b, C, H, W]`` → ``[b, C]``; what has no such shape would be pooled over something else."""
+    """``[b, C, H, W]`` → ``[b, C]``. It raises for other shapes, which it would pool over wrong dimensions."""
 
     def __init__(self) -> None:
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -90,7 +93,7 @@ class ClassifierBase(nn.Module):
         return self.pool_layer(self.backbone(x))
 
     def _groups(self, base_lr: float, parts: Iterable[tuple[Part, bool]]) -> list[ParameterGroup]:
-        """One parameter group per part; the pretrained ones learn at a tenth of the rate when fine-tuning."""
+        """One parameter group per part. Pretrained parts get a tenth of the rate when fine-tuning."""
         return [
             {
                 "params": list(part.parameters()) if isinstance(part, nn.Module) else [],
@@ -103,27 +106,42 @@ class ClassifierBase(nn.Module):
 class Classifier(ClassifierBase):
     """A backbone, pooling, an optional bottleneck and a head.
 
-    All but the backbone may be functions; those have no parameters, and their parameter group is empty.
+    All parts but the backbone may be functions. They have no parameters, and their parameter group is empty.
 
     Args:
-        backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
+        backbone: a module with an attribute ``out_features``. Its output goes to ``pool_layer``.
         num_classes: number of target classes.
-        bottleneck: applied after pooling; identity by default.
-        bottleneck_dim: the bottleneck's number of features, needed with ``bottleneck``.
-        head: ``[b, features_dim]`` → ``[b, num_classes]``; a linear layer by default.
-        finetune: the backbone learns at a tenth of the base rate.
-        pool_layer: global average pooling of ``[b, C, H, W]`` by default.
+        bottleneck: applied after pooling. By default the identity.
+        bottleneck_dim: the bottleneck's number of features. Required with ``bottleneck``.
+        head: ``[b, features_dim]`` → ``[b, num_classes]``. By default a linear layer.
+        finetune: let the backbone learn at a tenth of the base rate.
+        pool_layer: turns the backbone's output into ``[b, out_features]``. By default the average over ``[b, C, H,
+            W]``.
 
     Inputs:
-        x: whatever the backbone takes.
+        x: what the backbone takes.
         return_feat: return the features in evaluation, too.
 
     Returns:
         In training ``(predictions [b, num_classes], features [b, features_dim])``, in evaluation the predictions.
 
     Raises:
-        TypeError, ValueError: a part is missing or its sizes do not fit; or the backbone gives no maps, and there is no
-            ``pool_layer`` for what it gives.
+        TypeError: a part is neither a module nor a function.
+        ValueError: the parts' sizes do not fit, or the backbone returns no maps and there is no ``pool_layer``.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.classifier import Classifier
+        >>> backbone = nn.Conv2d(3, 8, 3)
+        >>> backbone.out_features = 8
+        >>> model = Classifier(backbone, num_classes=2)
+        >>> predictions, features = model(torch.randn(4, 3, 6, 6))
+        >>> predictions.shape, features.shape
+        (torch.Size([4, 2]), torch.Size([4, 8]))
+        >>> [group["lr"] for group in model.get_parameters(base_lr=1.0)]  # backbone, bottleneck, head
+        [0.1, 1.0, 1.0]
     """
 
     def __init__(
@@ -146,9 +164,13 @@ class Classifier(ClassifierBase):
         return (predictions, features) if self.training or return_feat else predictions
 
     def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
-        """Parameter groups in the order backbone, bottleneck, head."""
+        """Parameter groups for an optimizer, in the order backbone, bottleneck, head.
+
+        Args:
+            base_lr: the learning rate. With ``finetune``, the backbone gets a tenth of it.
+        """
         return self._groups(base_lr, [(self.backbone, True), (self.bottleneck, False), (self.head, False)])
 
 
 class ImageClassifier(Classifier):
-    """:class:`Classifier` under the other name that it has upstream."""
+    """:class:`~talib_fast.finetune.classifier.Classifier` under upstream's other name for it."""

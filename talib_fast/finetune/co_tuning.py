@@ -1,4 +1,8 @@
-"""Co-Tuning for Transfer Learning, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html)."""
+"""Co-Tuning: train the source head as well, with the source classes that correspond to each target class.
+
+Paper: You, Kou, Long and Wang, `Co-Tuning for Transfer Learning (NeurIPS 2020)
+<https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html>`__.
+"""
 
 import math
 from typing import Any
@@ -17,22 +21,34 @@ __all__ = ["Classifier", "CoTuningLoss", "Relationship", "calibrate_temperature"
 
 
 class CoTuningLoss(nn.Module):
-    """Mean over the batch of −Σ target·log_softmax(input): cross entropy with soft labels.
+    """Cross entropy with soft labels: the mean over the batch of −Σ target·log_softmax(input).
 
     A class with a logit of −inf and a target of 0 adds nothing.
 
+    Paper: You, Kou, Long and Wang, `Co-Tuning for Transfer Learning (NeurIPS 2020)
+    <https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html>`__.
+
     Inputs:
-        input: logits of the source head, ``[b, N_p]``, or ``[b, *, N_p]`` for logits at several positions, whose mean
-            is taken.
-        target: probabilities p(y_s | y_t) of each sample's class, of the same shape, or of one that broadcasts with it
-            and has no more dimensions.
+        input: logits of the source head, ``[b, N_p]``. Logits at several positions, ``[b, *, N_p]``, give the mean over
+            the positions.
+        target: probabilities p(y_s | y_t) of each sample's class, of the same shape. It may also have a shape that
+            broadcasts with it and no more dimensions.
 
     Returns:
-        A 0-dim tensor, in float32 at least (float64 if one of them is).
+        A 0-dim tensor, float32 (float64 if one of the inputs is).
 
     Raises:
-        TypeError: one of them is no floating-point tensor.
+        TypeError: an input is no floating-point tensor.
         ValueError: the shapes do not fit.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.co_tuning import CoTuningLoss
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> target = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+        >>> round(CoTuningLoss()(logits, target).item(), 4)  # log 4
+        1.3863
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -53,24 +69,32 @@ class CoTuningLoss(nn.Module):
         if input.shape != target.shape:
             log_probabilities, target = torch.broadcast_tensors(log_probabilities, target)
         if not torch.compiler.is_compiling() and target.is_inference() and not torch.is_inference_mode_enabled():
-            target = target.clone()  # which autograd may keep
+            target = target.clone()  # autograd may save the copy, but not an inference tensor
         rows = math.prod(log_probabilities.shape[:-1])
         return with_masked_classes(_dot, log_probabilities, target) / -rows
 
 
 def _dot(input: Tensor, target: Tensor) -> Tensor:
-    # what cross_entropy computes, a little faster by one product of vectors for its sums
+    """Σ input·target as one product of vectors, which is a little faster than ``cross_entropy``."""
     return torch.dot(input.flatten(), target.flatten())
 
 
 class Classifier(ClassifierBase):
-    """A backbone with two heads, both trained; arguments and returns as :class:`talib_fast.finetune.lwf.Classifier`."""
+    """A backbone with two heads that are both trained: the pretrained source head and the target head.
+
+    Arguments, inputs and outputs are those of :class:`~talib_fast.finetune.lwf.Classifier`. Only the parameter groups
+    differ: here the source head has one.
+    """
 
     def __init__(self, backbone: nn.Module, num_classes: int, head_source: Part, **kwargs: Any) -> None:
         super().__init__(backbone, num_classes, head_source, **kwargs)
 
     def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
-        """Parameter groups in the order backbone, head_source, bottleneck, head_target."""
+        """Parameter groups for an optimizer, in the order backbone, head_source, bottleneck, head_target.
+
+        Args:
+            base_lr: the learning rate. With ``finetune``, backbone and head_source get a tenth of it.
+        """
         return self._groups(
             base_lr,
             [(self.backbone, True), (self.head_source, True), (self.bottleneck, False), (self.head_target, False)],

@@ -1,8 +1,8 @@
-"""L2, L2-SP and DELTA: distances to the pretrained network, in its parameters and in its feature maps.
+"""L2, L2-SP and DELTA: penalise the distance to the pretrained network, in parameters and in feature maps.
 
-L2-SP: Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML 2018
-(https://arxiv.org/abs/1802.01483). DELTA: DEep Learning Transfer using Feature Map with Attention, ICLR 2019
-(https://openreview.net/forum?id=rkgbwsAcYm).
+L2-SP: Li, Grandvalet and Davoine, `Explicit Inductive Bias for Transfer Learning with Convolutional Networks (ICML
+2018) <https://arxiv.org/abs/1802.01483>`__. DELTA: Li et al., `DELTA: DEep Learning Transfer using Feature Map with
+Attention for Convolutional Networks (ICLR 2019) <https://openreview.net/forum?id=rkgbwsAcYm>`__.
 """
 
 import functools
@@ -34,30 +34,32 @@ __all__ = [
     "channel_attention",
     "functools",
     "get_attribute",
-    "nn",  # scripts take these names, too, from `import *`
+    "nn",  # upstream's scripts get nn, torch, functools and OrderedDict by `import *`
     "torch",
 ]
 
 
 class _ModelRegularization(KeptTensors):
-    """Looks at a model's parameters without owning them: they are in nobody's state dict twice."""
+    """The base of penalties on a model's parameters. The model is no submodule: its state dict stays its own."""
 
     _watched: str
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self._watched:
             check_module(value, name)
-            object.__setattr__(self, name, value)  # past nn.Module's registry of submodules
+            object.__setattr__(self, name, value)  # not through nn.Module, which would register a submodule
         else:
             super().__setattr__(name, value)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` that training may use, without gradient."""
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().clone()
 
 
 def _warn_of_integers(names: list[str]) -> None:
+    """Warn that these parameters are left out because they hold integers."""
     if names:
         warnings.warn(f"not regularised, because they hold no floating-point numbers: {names}", stacklevel=3)
 
@@ -65,20 +67,31 @@ def _warn_of_integers(names: list[str]) -> None:
 class L2Regularization(_ModelRegularization):
     """Sum of ½‖w‖² over a model's parameters.
 
-    Complex parameters count by their squared modulus, float8 ones in float32; frozen ones of integers, as quantized
-    layers have them, are left out, and a warning lists them once. Parameters may lie on several devices. Those that
-    ``torch.distributed.fsdp.fully_shard`` has sharded are summed over all ranks, each of which has to call this and
-    gets the gradient of its own shards.
+    Complex parameters count by their squared modulus. float8 parameters are summed in float32. Frozen parameters that
+    hold integers, as in quantized layers, are left out, and a warning lists them once. Parameters may be on several
+    devices. If ``torch.distributed.fsdp.fully_shard`` has sharded them, every rank has to call this: the sum is over
+    all ranks, and each rank gets the gradient of its own shards.
 
     Args:
-        model: looked at, not owned: not a submodule.
+        model: the model. It does not become a submodule.
 
     Returns:
-        A 0-dim tensor on the first parameter's device, in float32 at least; every rank gets the same.
+        A 0-dim tensor on the first parameter's device, float32 (float64 if a parameter is). All ranks get the same
+        value.
 
     Raises:
-        TypeError: ``model`` is no module, or a parameter is sparse, a partial sum or a flattened shard of
+        TypeError: ``model`` is no module, or a parameter is sparse, a partial sum, or a flattened shard of
             FullyShardedDataParallel.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.delta import L2Regularization
+        >>> head = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(head.weight, 2.0)
+        >>> L2Regularization(head)().item()
+        4.0
     """
 
     model: nn.Module
@@ -96,35 +109,55 @@ class L2Regularization(_ModelRegularization):
 
 
 class SPRegularization(_ModelRegularization):
-    """Sum of ½‖w − w₀‖² over the target's parameters, matched by name with the source's values now (L2-SP).
+    """Sum of ½‖w − w₀‖² over the target model's parameters, where w₀ are the source model's values (L2-SP).
 
-    Names are compared as if nothing were around the models or their parts: no DataParallel, DistributedDataParallel,
-    ``torch.compile``, ``checkpoint_wrapper`` or PEFT, which the target may also get or lose later. The original of a
-    parametrised tensor has that tensor's name. A tensor with several names counts once, by the first of them that the
+    Parameters are matched by name. The starting point w₀ is a copy of the source's parameters as they are now, so the
+    source model may be trained later, or be the target model itself. It moves with this module. It is in no state dict,
+    and DistributedDataParallel does not send it.
+
+    Names are compared without the parts that wrappers add: DataParallel, DistributedDataParallel, ``torch.compile``,
+    ``checkpoint_wrapper`` and PEFT. The target model may gain or lose such a wrapper later. The original of a
+    parametrised tensor has that tensor's name. A tensor with several names counts once, by the first name that the
     source has.
 
-    The starting point w₀ is a copy, so training the source model, or giving the same model twice, does no harm. It
-    moves with this module, and to the parameters' device when they are elsewhere, but is in no state dict, and no
-    buffer, which DistributedDataParallel would send at every step.
+    Complex parameters count by their squared modulus. float8 parameters are summed in float32. Frozen parameters that
+    hold integers, as in quantized layers, are left out. Parameters may be on several devices. If
+    ``torch.distributed.fsdp.fully_shard`` shards them, before or after this module is made, every rank has to call it:
+    the sum is over all ranks, and each rank keeps its shard of w₀ and gets the gradient of its own shards.
 
-    Complex parameters count by their squared modulus, float8 ones in float32; frozen ones of integers, as quantized
-    layers have them, are left out. Parameters may lie on several devices. Those that
-    ``torch.distributed.fsdp.fully_shard`` has sharded, before or after this was made, are summed over all ranks, each
-    of which has to call this, keeps its shard of w₀ and gets the gradient of its own shards.
+    Paper: Li, Grandvalet and Davoine, `Explicit Inductive Bias for Transfer Learning with Convolutional Networks (ICML
+    2018) <https://arxiv.org/abs/1802.01483>`__.
 
     Args:
         source_model: the pretrained model.
-        target_model: looked at, not owned: not a submodule.
-        unmatched: what becomes of target parameters that the source has none for, as those of a new head: ``warn``
-            leaves them out and lists them once, as it does those of integers, ``ignore`` leaves them out silently,
-            ``penalize`` draws them to zero, ``error`` raises.
+        target_model: the model that is trained. It does not become a submodule.
+        unmatched: what happens to target parameters without a counterpart in the source, such as those of a new head.
+            ``"warn"`` leaves them out and lists them once, with the parameters that hold integers. ``"ignore"`` leaves
+            them out silently. ``"penalize"`` uses w₀ = 0 for them. ``"error"`` raises.
 
     Returns:
-        A 0-dim tensor on the first parameter's device, in float32 at least; every rank gets the same.
+        A 0-dim tensor on the first parameter's device, float32 (float64 if a parameter is). All ranks get the same
+        value.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, no parameter matches, two of one name differ in shape, or
-            one is sparse, a partial sum or a flattened shard of FullyShardedDataParallel.
+        TypeError: an argument is no module, or a parameter is sparse, a partial sum, a flattened shard of
+            FullyShardedDataParallel, or complex in one model only.
+        ValueError: ``unmatched`` is unknown, no parameter matches, or two parameters of one name differ in shape.
+
+    Example:
+
+        >>> import copy, torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.delta import SPRegularization
+        >>> source = nn.Linear(2, 1, bias=False)
+        >>> target = copy.deepcopy(source)
+        >>> penalty = SPRegularization(source, target)
+        >>> penalty().item()
+        0.0
+        >>> with torch.no_grad():
+        ...     _ = target.weight.copy_(source.weight + 1)
+        >>> round(penalty().item(), 5)
+        1.0
     """
 
     target_model: nn.Module
@@ -136,12 +169,12 @@ class SPRegularization(_ModelRegularization):
             raise ValueError(f"expected unmatched to be warn, ignore, penalize or error, got {unmatched!r}")
         check_module(source_model, "source_model")
         self.target_model = target_model
-        self._index: dict[str, int] = {}  # by the target's names, which of the tensors kept is the start
-        self._gathered: dict[int, Tensor] = {}  # as a whole, starts of which shards are kept
+        self._index: dict[str, int] = {}  # by the target's names, the number of the kept starting point
+        self._gathered: dict[int, Tensor] = {}  # whole starting points, where shards are kept
         source, target = parameters_by_name(source_model), parameters_by_name(target_model)
         plain_source, plain_target = by_plain_name(source), by_plain_name(target)
         starts: dict[Tensor, int] = {}
-        missing: dict[Tensor, dict[str, str]] = {}  # what is shown of its names
+        missing: dict[Tensor, dict[str, str]] = {}  # the names of each, with what messages show of them
         integers = []
         for name, parameter in target.items():
             shown = plain_name(name) if plain_name(name) in plain_target else name
@@ -183,17 +216,17 @@ class SPRegularization(_ModelRegularization):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SPRegularization":
         super()._apply(fn, recurse)
-        self._gathered = {}  # to be gathered anew
+        self._gathered = {}  # they are gathered again when needed
         return self
 
     def _start(self, j: int, name: str, parameter: Tensor) -> Tensor:
-        """The start that is kept as number ``j``, where and as ``parameter`` lies."""
+        """The starting point ``j`` on the device of ``parameter``, sharded in the same way."""
         start = self._kept[j]
         if start.shape != parameter.shape and not is_of_integers(parameter):
             raise ValueError(
                 f"expected parameter {name!r} of shape {list(start.shape)}, its own when the regulariser was made, got "
-                f"{list(parameter.shape)}: its model has changed, or FullyShardedDataParallel has flattened it, for "
-                "which take torch.distributed.fsdp.fully_shard"
+                f"{list(parameter.shape)}: its model has changed, or FullyShardedDataParallel has flattened it (use "
+                "torch.distributed.fsdp.fully_shard instead)"
             )
         if is_dtensor(parameter) or is_dtensor(start):
             with torch.inference_mode(False), torch.no_grad():
@@ -201,13 +234,14 @@ class SPRegularization(_ModelRegularization):
         return self._on(parameter.device, j)
 
     def _in_shards(self, j: int, parameter: Any) -> Tensor:
+        """This rank's shard of the starting point ``j``, for a sharded parameter."""
         start: Any = self._kept[j]
         layout = parameter.device_mesh, parameter.placements
         if not is_dtensor(start) or (start.device_mesh, start.placements) != layout:
-            from torch.distributed.tensor import distribute_tensor  # which takes long to import
+            from torch.distributed.tensor import distribute_tensor  # here, because its import takes long
 
-            whole = start.full_tensor() if is_dtensor(start) else start  # every rank has all of it
-            start = distribute_tensor(whole, *layout, src_data_rank=None).clone()  # else shards are views of the whole
+            whole = start.full_tensor() if is_dtensor(start) else start  # every rank has the whole tensor
+            start = distribute_tensor(whole, *layout, src_data_rank=None).clone()  # a view would keep the whole alive
         if start.device != parameter.device:
             start = start.to(parameter.device)
         if start is not self._kept[j]:
@@ -215,7 +249,7 @@ class SPRegularization(_ModelRegularization):
         return start
 
     def _as_a_whole(self, j: int, device: torch.device) -> Tensor:
-        """For the parameters that fully_shard keeps whole from a forward pass to its backward pass."""
+        """The whole starting point ``j``, for parameters that fully_shard has gathered for a training step."""
         start: Any = self._kept[j]
         if j not in self._gathered or self._gathered[j].device != device:
             self._gathered[j] = start.full_tensor().to(device)
@@ -244,7 +278,7 @@ LayerOutputs = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def _paired(source: LayerOutputs, target: LayerOutputs) -> tuple[list[str], list[Tensor], list[Tensor]]:
-    """Layer names and the two models' feature maps, matched by name (by position for sequences)."""
+    """Layer names and the feature maps of both models, matched by name. Sequences are matched by position."""
     by_name = []
     for model, outputs in (("source", source), ("target", target)):
         if isinstance(outputs, Mapping):
@@ -271,17 +305,32 @@ def _paired(source: LayerOutputs, target: LayerOutputs) -> tuple[list[str], list
 
 
 class BehavioralRegularization(nn.Module):
-    """Sum over layers of ½‖t − s‖², summed over the batch (DELTA without attention).
+    """Sum over layers of ½‖t − s‖², summed over the batch: DELTA without attention.
+
+    t are the target model's feature maps and s those of the source model.
+
+    Paper: Li et al., `DELTA: DEep Learning Transfer using Feature Map with Attention for Convolutional Networks (ICLR
+    2019) <https://openreview.net/forum?id=rkgbwsAcYm>`__.
 
     Inputs:
-        layer_outputs_source: feature maps by layer name, detached.
-        layer_outputs_target: feature maps of the same names and shapes.
+        layer_outputs_source: feature maps s by layer name, or a sequence of them. They get no gradient.
+        layer_outputs_target: feature maps t of the same names and shapes.
 
     Returns:
-        A 0-dim tensor on the maps' device, in float32 at least.
+        A 0-dim tensor on the maps' device, float32 (float64 for float64 maps).
 
     Raises:
-        TypeError, ValueError: a layer is missing on one side, is no tensor, or differs in shape.
+        TypeError: the outputs are neither a mapping nor a sequence, or a layer's output is no tensor.
+        ValueError: a layer is missing in one model, or differs in shape.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.delta import BehavioralRegularization
+        >>> source = {"layer1": torch.zeros(2, 3, 4, 4)}
+        >>> target = {"layer1": torch.ones(2, 3, 4, 4)}
+        >>> BehavioralRegularization()(source, target)
+        tensor(48.)
     """
 
     def forward(self, layer_outputs_source: LayerOutputs, layer_outputs_target: LayerOutputs) -> Tensor:
@@ -290,23 +339,42 @@ class BehavioralRegularization(nn.Module):
 
 
 class AttentionBehavioralRegularization(KeptTensors):
-    """Sum over layers of ½·C·a_c/P·‖t_bc − s_bc‖², with P positions per channel (H·W of an image): DELTA.
+    """Sum over layers of ½·C·a_c/P·‖t_bc − s_bc‖², summed over batch and channels: DELTA with attention.
+
+    t are the target model's feature maps and s those of the source model. Channel c of C has the attention a_c and P
+    positions (H·W for images).
+
+    Paper: Li et al., `DELTA: DEep Learning Transfer using Feature Map with Attention for Convolutional Networks (ICLR
+    2019) <https://openreview.net/forum?id=rkgbwsAcYm>`__.
 
     Args:
-        channel_attention: one vector ``[C]``, or ``[1, C]``, of floats or integers per layer, by name or in the order
-            of the outputs; see :func:`channel_attention`. They move with this module, and to the maps' device when
-            these are elsewhere, but are in no state dict. The attribute of this name may be assigned to.
-        channel_dim: dimension of the channels: 1 for images, -1 for tokens ``[b, t, C]``; not 0, the batch's.
+        channel_attention: for each layer a vector ``[C]`` or ``[1, C]`` of floats or integers, by name or in the order
+            of the outputs. :func:`~talib_fast.finetune.delta.channel_attention` computes them. They move with this
+            module and are in no state dict. The attribute of this name can be assigned to.
+        channel_dim: dimension of the channels. 1 for images, -1 for tokens ``[b, t, C]``. Not 0, the batch dimension.
 
     Inputs:
-        layer_outputs_source: feature maps of at least two dimensions by layer name, detached.
-        layer_outputs_target: feature maps of the same names and shapes.
+        layer_outputs_source: feature maps s of at least two dimensions by layer name, or a sequence of them. They get
+            no gradient.
+        layer_outputs_target: feature maps t of the same names and shapes.
 
     Returns:
-        A 0-dim tensor on the maps' device, in float32 at least.
+        A 0-dim tensor on the maps' device, float32 (float64 for float64 maps).
 
     Raises:
-        TypeError, ValueError: a layer or its attention is missing, is no tensor, or its shape does not fit.
+        TypeError: the outputs are neither a mapping nor a sequence, a layer's output is no tensor, or an attention is
+            no vector.
+        ValueError: a layer or its attention is missing, or a shape does not fit.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.delta import AttentionBehavioralRegularization
+        >>> penalty = AttentionBehavioralRegularization({"layer1": torch.tensor([0.25, 0.75])})
+        >>> source = {"layer1": torch.zeros(1, 2, 4, 4)}
+        >>> target = {"layer1": torch.ones(1, 2, 4, 4)}
+        >>> penalty(source, target)
+        tensor(1.)
     """
 
     def __init__(self, channel_attention: Mapping[str, Tensor] | Sequence[Tensor], channel_dim: int = 1) -> None:
@@ -322,6 +390,7 @@ class AttentionBehavioralRegularization(KeptTensors):
 
     @channel_attention.setter
     def channel_attention(self, channel_attention: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
+        """The attention vectors ``[C]``, one per layer."""
         values = list(channel_attention.values() if isinstance(channel_attention, Mapping) else channel_attention)
         for j, attention in enumerate(values):
             if not isinstance(attention, Tensor):
@@ -342,7 +411,7 @@ class AttentionBehavioralRegularization(KeptTensors):
     def forward(self, layer_outputs_source: LayerOutputs, layer_outputs_target: LayerOutputs) -> Tensor:
         names, sources, targets = _paired(layer_outputs_source, layer_outputs_target)
         if self._names is not None and set(self._names) != set(names):
-            raise ValueError(f"expected outputs of the layers {self._names} that attention is there for, got {names}")
+            raise ValueError(f"expected outputs of the layers {self._names}, which have attention, got {names}")
         if len(names) != len(self._kept):
             raise ValueError(
                 f"expected outputs of {len(self._kept)} layers, as many as attentions, got {len(names)}: {names}"

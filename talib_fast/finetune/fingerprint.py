@@ -1,4 +1,4 @@
-"""Tells whether what a cache was made from is still the same."""
+"""Tell whether what a cache was made from is still the same."""
 
 import contextlib
 import copyreg
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# what data sets may show as properties, beside what they hold
+# properties in which data sets may show their content
 _SHOWN_BY_DATA_SETS = ["classes", "targets", "labels", "samples", "imgs", "tensors", "indices", "dataset", "datasets"]
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, range, type(None)})
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))  # decide nothing
@@ -30,23 +30,23 @@ _STANDARD = sysconfig.get_path("stdlib")
 
 
 class Unknown(Exception):
-    """Something's content can't be known; the message names it, and says why."""
+    """The content of an object can't be known. The message names the object and says why."""
 
 
 def fingerprint(*values: Any) -> str:
-    """The same for equal ``values``, in any process, and another one for others.
+    """A hash that is equal for equal ``values``, in any process, and differs for others.
 
-    Data count by content, generators of random numbers by their state, functions by their code and by what it refers
-    to, other objects by their class's code and by what :mod:`pickle` would save of them, so that no sample of a data
-    set is loaded. Of what libraries define the code counts, of PyTorch's and Python's own the name.
-    What a function imports when it is called is imported for this.
+    Tensors and arrays count by content, random generators by state, functions by their code and what it refers to.
+    Other objects count by the code of their class and what :mod:`pickle` would save of them, so no sample of a data set
+    is loaded. Code in installed libraries counts by its code alone, code of PyTorch and Python by its name. Modules
+    that a function imports when it is called are imported for this.
 
     Raises:
-        Unknown: one of them holds something that can't be pickled, such as a running generator or an open file.
+        Unknown: a value holds something that can't be pickled, such as a running generator or an open file.
     """
     digest = hashlib.sha256()
-    seen: dict[int, tuple[int, Any]] = {}  # keeps the objects alive, so that an id stays one object's
-    pending = list(reversed(values))  # a stack, as objects may hold each other deeper than functions may call
+    seen: dict[int, tuple[int, Any]] = {}  # the objects stay alive, so that no other one gets the id
+    pending = list(reversed(values))  # a stack: objects may be nested deeper than Python allows calls to be
     while pending:
         value = pending.pop()
         kind = type(value)
@@ -54,7 +54,7 @@ def fingerprint(*values: Any) -> str:
             digest.update(f"{kind.__qualname__} {value!r} ".encode())
             continue
         digest.update(f"{kind.__qualname__} ".encode())
-        if kind is not tuple:  # of which there are many, and which never hold themselves
+        if kind is not tuple:  # there are many tuples, and none holds itself
             if id(value) in seen:
                 digest.update(f"{seen[id(value)][0]} ".encode())
                 continue
@@ -73,10 +73,10 @@ def fingerprint(*values: Any) -> str:
 
 
 def model_parts(model: nn.Module) -> list[Any]:
-    """What decides a model's outputs, for :func:`fingerprint`, but for its code.
+    """What decides a model's outputs, except its code, for ``fingerprint``.
 
-    That is its state, and its layers' settings. What a layer without a state of its own computes, such as a pooling or
-    an activation, only its class's name can tell.
+    That is its state and its layers' settings. For a layer without state, such as a pooling or an activation, the
+    class's name is included.
     """
     layers = [module for module in model.modules() if next(module.children(), None) is None]
     settings = [("" if layer.state_dict() else type(layer).__qualname__, layer.extra_repr()) for layer in layers]
@@ -84,7 +84,7 @@ def model_parts(model: nn.Module) -> list[Any]:
 
 
 def _data(value: Any) -> memoryview | None:
-    """The bytes of a tensor or an array that is nothing but its numbers."""
+    """The bytes of a tensor or an array that holds nothing but numbers. None for any other value."""
     if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_nested:
         if value.device.type == "meta":
             return memoryview(b"")
@@ -97,7 +97,7 @@ def _data(value: Any) -> memoryview | None:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What, beside the name of its class, makes ``value`` what it is."""
+    """What ``value`` consists of, apart from the name of its class."""
     kind = type(value)
     if kind in (list, tuple):
         return list(value)
@@ -119,7 +119,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, types.FunctionType):
         return _function_parts(value)
     if isinstance(value, types.CodeType):
-        # whose instructions know arguments by number
+        # the instructions refer to arguments by number
         arguments = [value.co_varnames, value.co_argcount, value.co_kwonlyargcount, value.co_flags]
         return [value.co_code, value.co_consts, value.co_names, getattr(value, "co_exceptiontable", b""), *arguments]
     if isinstance(value, types.MethodType):
@@ -129,15 +129,15 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, property):
         return [value.fget, value.fset]
     if isinstance(value, torch.TypedStorage):
-        return [vars(value)]  # a dtype and an untyped one; its methods warn
-    if isinstance(value, torch.UntypedStorage):  # of tensors of other classes; it would be pickled with random numbers
+        return [vars(value)]  # a dtype and an untyped storage; its methods warn
+    if isinstance(value, torch.UntypedStorage):  # in tensors of other classes; pickle would add random numbers
         return [torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)]
     if isinstance(value, torch.Generator):
         return [str(value.device), value.get_state()]
     if isinstance(value, _LOCKS):
         return []
     if isinstance(value, (DataLoader, Sampler)):
-        from .loader import loader_parts, sampler_parts  # which takes fingerprints itself
+        from .loader import loader_parts, sampler_parts  # here, because that module imports this one
 
         return loader_parts(value, ordered=True) if isinstance(value, DataLoader) else sampler_parts(value)
     return _pickled(value) + _shown(value)
@@ -157,6 +157,7 @@ def _pickled(value: Any) -> list[Any]:
 
 
 def _called(value: Any) -> str:
+    """What messages call an object."""
     if isinstance(value, types.GeneratorType):
         return f"a generator ({value.__qualname__})"
     if isinstance(value, io.IOBase):
@@ -165,7 +166,7 @@ def _called(value: Any) -> str:
 
 
 def _shown(value: Any) -> list[Any]:
-    """What an object says of itself, which may be more than it lets :mod:`pickle` save."""
+    """The length of an object and what a data set shows, which may be more than :mod:`pickle` saves."""
     shown: list[Any] = []
     if isinstance(value, Sized):
         with contextlib.suppress(Exception):  # it may refuse with any error
@@ -178,7 +179,7 @@ def _shown(value: Any) -> list[Any]:
 
 
 def _known_by_name(module: str | None) -> bool:
-    """Whether a module's code is left alone: PyTorch changes its own while it runs, and is not what a user edits."""
+    """Whether a module counts by name: Python's own, and PyTorch, which changes its code while it runs."""
     if module is None:
         return False
     name, file = module.partition(".")[0], _file(module)
@@ -186,13 +187,14 @@ def _known_by_name(module: str | None) -> bool:
 
 
 def _installed(module: str | None) -> bool:
-    """Whether a module is a library's, of which only the code is looked at, not the data."""
+    """Whether a module belongs to an installed library, of which only the code counts, not the data."""
     if module is None or _known_by_name(module):
         return module is not None
     return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(_file(module) or "").parts)
 
 
 def _file(module: str) -> str | None:
+    """The file of a module, or of its top package if it is not imported."""
     if module in sys.modules:
         return getattr(sys.modules[module], "__file__", None)
     try:
@@ -203,6 +205,7 @@ def _file(module: str) -> str | None:
 
 
 def _class_parts(kind: type) -> list[Any]:
+    """What a class consists of."""
     parts: list[Any] = [kind.__module__, kind.__qualname__, kind.__bases__, type(kind)]
     if _known_by_name(kind.__module__):
         return parts
@@ -218,6 +221,7 @@ def _class_parts(kind: type) -> list[Any]:
 
 
 def _function_parts(function: types.FunctionType) -> list[Any]:
+    """What a function consists of."""
     module = function.__globals__.get("__name__")
     parts: list[Any] = [function.__module__, function.__qualname__]
     if _known_by_name(module) and _importable(function):
@@ -234,7 +238,7 @@ def _function_parts(function: types.FunctionType) -> list[Any]:
 
 
 def _importable(function: types.FunctionType) -> bool:
-    """Whether the function is what its module has under its name."""
+    """Whether the function's module has it under its name."""
     found: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -242,7 +246,7 @@ def _importable(function: types.FunctionType) -> bool:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions within it."""
+    """The code of a function and of the functions within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -250,7 +254,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _used(function: types.FunctionType) -> list[Any]:
-    """The globals that a function's code refers to, and the attributes it takes of modules that aren't installed."""
+    """The globals that a function's code refers to. Of modules that are not installed, the attributes that it uses."""
     codes = list(_codes(function.__code__))
     instructions = [step for code in codes for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     used = {}
@@ -267,8 +271,8 @@ def _used(function: types.FunctionType) -> list[Any]:
 
 
 def _imported(package: str | None, level: int, name: str, parts: Iterable[str] | None) -> Any:
-    """What a function's import gives it, which may be the first; of a library's only the name."""
-    with contextlib.suppress(Exception):  # it may be made for another system
+    """What a function's import statement gives, imported if necessary. For an installed library only the name."""
+    with contextlib.suppress(Exception):  # the import may be for another system
         name = importlib.util.resolve_name("." * level + name, package)
         if _installed(name):
             return name
@@ -280,6 +284,7 @@ def _imported(package: str | None, level: int, name: str, parts: Iterable[str] |
 
 
 def _of_module(value: Any, attributes: Iterable[str], seen: set[str]) -> Any:
+    """``value``, or of a module that is not installed the attributes that are used."""
     if not isinstance(value, types.ModuleType):
         return value
     if value.__name__ in seen or _installed(value.__name__):

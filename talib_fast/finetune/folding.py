@@ -1,7 +1,7 @@
-"""Batch norms folded into the convolutions and linear layers before them, for evaluation.
+"""Fold batch norms into the convolutions and linear layers before them, for evaluation.
 
-A batch norm that takes its statistics as given multiplies each channel and adds to it, which weight and bias of the
-layer before it can do. Which layer that is, a pass of the network shows.
+A batch norm with fixed statistics multiplies each channel by a number and adds another one. The weight and the bias of
+the layer before it can do the same. One forward pass of the network shows which layer stands before which norm.
 """
 
 import sys
@@ -38,20 +38,20 @@ class Pair(NamedTuple):
 
 
 def _of(module: str, *names: str) -> tuple[Any, ...]:
-    """Classes of a library that has been imported, as the network's would have been."""
+    """Classes of a library that is imported. Before that no network uses them."""
     found = sys.modules.get(module)
     return tuple(getattr(found, name) for name in names if hasattr(found, name))
 
 
 def _without_norm() -> dict[type, type]:
-    """By the class of a batch norm what is left without its normalisation: nothing, or what it calls in turn."""
+    """Map each class of batch norm to its class after folding: nothing, or what it calls after the norm."""
     plain = (*_NORMS, *_STOCHASTIC, *_of("torchvision.ops.misc", "FrozenBatchNorm2d"))
     timms = _of(TIMMS_NORMS, "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
     return {**dict.fromkeys(plain, nn.Identity), **dict.fromkeys((*_WITH_ACTIVATION, *timms), nn.Sequential)}
 
 
 def _takes_a_norm(module: Any) -> bool:
-    """Whether ``module`` is linear in its weight and bias, and these are its own, plain and floating-point."""
+    """Whether ``module`` is linear in its weight and bias, and both are its own dense floating-point tensors."""
     kind: Any = type(module)
     layers = (*_LAYERS, *_of("timm.layers.conv2d_same", "Conv2dSame"))
     is_linear = any(
@@ -67,18 +67,19 @@ def _takes_a_norm(module: Any) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has a forward hook or a forward pre-hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Watch:
-    """Looks on as a network runs, and tells which batch norms are the only ones to take a layer's output.
+    """Observes a network while it runs, and finds the batch norms that are the only users of a layer's output.
 
-    Layers and norms are told by class. What else a network does with an output, or with a weight, runs an operator
-    elsewhere than in the norm, or in the layer whose weight it is.
+    Layers and norms are recognised by class. A network that uses an output elsewhere runs an operator on it outside the
+    norm. A network that uses a weight elsewhere runs an operator on it outside the layer.
     """
 
     def __init__(self, model: nn.Module, looked_at: Iterable[nn.Module]) -> None:
-        """``looked_at``: modules whose output has to stay what it is."""
+        """``looked_at``: modules whose output must stay as it is."""
         self.runs: Counter[nn.Module] = Counter()
         self._modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._layers = {module for module in self._modules if _takes_a_norm(module)}
@@ -87,19 +88,19 @@ class _Watch:
         self._hooked = {module for module in self._modules if _is_hooked(module)}
         self._looked_at = {*looked_at, *self._hooked}
         self._left_alone = {*self._hooked}
-        self._owners: dict[int, nn.Module] = {}  # of weights and statistics, by the tensor's id
+        self._owners: dict[int, nn.Module] = {}  # the module of each weight and statistic, by the tensor's id
         for module in (*self._layers, *self._norms):
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and self._owners.setdefault(id(tensor), module) is not module:
                     self._left_alone |= {module, self._owners[id(tensor)]}
         self._thread = threading.get_ident()
-        self._open: list[nn.Module] = []  # whose call is under way, innermost last
-        self._outputs: dict[int, tuple[weakref.ref, nn.Module]] = {}  # of the layers, by the tensor's id
+        self._open: list[nn.Module] = []  # the modules that are running, innermost last
+        self._outputs: dict[int, tuple[weakref.ref, nn.Module]] = {}  # what layers returned, by the tensor's id
         self._followers: dict[nn.Module, nn.Module] = {}
         self._users: defaultdict[nn.Module, set[nn.Module | None]] = defaultdict(set)
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's output, as it looks on."""
+        """Run the model, observe it, and return its output."""
         watching = watching_operators(self._look_at_arguments)
         with ExitStack() as stack:
             for module in self._modules:
@@ -115,6 +116,7 @@ class _Watch:
         return output
 
     def pairs(self) -> list[Pair]:
+        """The pairs that can be folded: the norm alone uses the layer's output, and both run once."""
         return [
             Pair(layer, norm)
             for layer, norm in self._followers.items()
@@ -124,10 +126,12 @@ class _Watch:
         ]
 
     def _layer_of(self, tensor: Any) -> nn.Module | None:
+        """The layer that returned ``tensor``, or None."""
         reference, layer = self._outputs.get(id(tensor), (None, None))
         return layer if reference is not None and reference() is tensor else None
 
     def _leave_alone_if_in(self, value: Any) -> None:
+        """Exclude from folding every layer whose output is in ``value``."""
         self._left_alone.update(layer for layer in map(self._layer_of, tensors_in(value)) if layer is not None)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,13 +149,14 @@ class _Watch:
         if threading.get_ident() != self._thread:
             return
         self._open.pop()
-        # an output with its channels elsewhere, as a linear layer's of tokens, is none that a norm after it scales
+        # a linear layer's output for tokens has its channels last, where no norm after it scales them
         if module in self._layers and isinstance(output, Tensor) and output.dim() == module.weight.dim():
             self._outputs[id(output)] = weakref.ref(output), module
         if module in self._looked_at:
             self._leave_alone_if_in(output)
 
     def _look_at_arguments(self, arguments: Any) -> None:
+        """Note where an operator uses a layer's output, and exclude modules whose tensors are used outside them."""
         running = self._open[-1] if self._open else None
         for tensor in tensors_in(arguments):
             layer, owner = self._layer_of(tensor), self._owners.get(id(tensor))
@@ -162,7 +167,8 @@ class _Watch:
 
 
 def _normalizes_by_given_statistics(norm: Any) -> bool:
-    # torchvision's and timm's frozen ones, whose all is buffers, have no mode that matters
+    """Whether ``norm`` uses its running statistics now, and all its tensors are ordinary."""
+    # torchvision's and timm's frozen norms hold buffers only, and their mode does not matter
     frozen = "weight" in norm._buffers
     tensors = [getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")]
     given = all(tensor is not None for tensor in tensors[:2]) and (frozen or not norm.training)
@@ -172,10 +178,13 @@ def _normalizes_by_given_statistics(norm: Any) -> bool:
 def watch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], looked_at: Iterable[nn.Module]
 ) -> tuple[Any, list[Pair], Counter[nn.Module]]:
-    """Run a network in evaluation mode once, without gradients.
+    """Run a network in evaluation mode once and find what can be folded. Call it without gradients.
 
     Args:
-        looked_at: modules whose output has to stay what it is when batch norms are folded.
+        model: the network.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        looked_at: modules whose output must stay as it is when batch norms are folded.
 
     Returns:
         The network's output, the pairs that may be folded, and how often each module ran.
@@ -186,9 +195,9 @@ def watch(
 
 
 def fold(pair: Pair) -> Callable[[], None]:
-    """Fold the norm into the layer; the layer computes what both did, and the norm what comes after it.
+    """Fold the norm into the layer. The layer then computes both, and the norm only what it calls after normalising.
 
-    Both stay the objects they are, with their hooks and the modules in them.
+    Both stay the same objects, with their hooks and submodules.
 
     Returns:
         A function that undoes it.
@@ -198,7 +207,7 @@ def fold(pair: Pair) -> Callable[[], None]:
     given = norm._parameters, norm._buffers
     statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     with torch.no_grad():
-        # for linear layers too: torch's function for these takes no norm without a weight
+        # also for linear layers, because torch's function for them requires a norm with a weight
         transposed = isinstance(layer, _TRANSPOSED)
         weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transpose=transposed)
     layer._parameters = {**own, "weight": weight.requires_grad_(False), "bias": bias.requires_grad_(False)}
@@ -214,7 +223,7 @@ def fold(pair: Pair) -> Callable[[], None]:
 
 
 def _can_be_watched(model: nn.Module) -> bool:
-    """Whether hooks see the modules of ``model``, and nothing was compiled for them as they are."""
+    """Whether hooks see the modules of ``model``, and no code is compiled for them as they are."""
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
     in_other_hands = torch.compiler.is_compiling() or may_be_in_function_transform()
     return not (compiled or in_other_hands or isinstance(model, torch.jit.ScriptModule))
@@ -222,13 +231,15 @@ def _can_be_watched(model: nn.Module) -> bool:
 
 @contextmanager
 def folded(model: nn.Module, looked_at: Iterable[nn.Module] = ()) -> Iterator[Callable[..., Any]]:
-    """Within it a model in evaluation mode has its batch norms folded, and weights packed, from its second call on.
+    """A context in which a model in evaluation mode has folded batch norms and packed weights from its second call on.
 
     Args:
-        looked_at: modules whose output has to stay what it is.
+        model: the model.
+        looked_at: modules whose output must stay as it is.
 
     Yields:
-        What calls the model, without gradients. Its first call runs the model as it is, and shows what can be folded.
+        A function that calls the model; call it without gradients. Its first call runs the model unchanged, and shows
+        what can be folded.
     """
     undone: list[Callable[[], None]] = []
     first = _can_be_watched(model)
@@ -240,7 +251,7 @@ def folded(model: nn.Module, looked_at: Iterable[nn.Module] = ()) -> Iterator[Ca
         first = False
         try:
             output, pairs, _ = watch(model, args, kwargs, looked_at)
-        except Exception:  # an error of the model's own comes again
+        except Exception:  # an error of the model's own is raised again by this call
             return model(*args, **kwargs)
         undone.extend(map(fold, pairs))
         undone.append(pack(model))

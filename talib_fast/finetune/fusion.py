@@ -1,8 +1,8 @@
-"""Stochastic norms that take along the activation and the shortcut behind them, in the networks that hold them.
+"""Fuse stochastic norms with the activation and the residual connection after them, in the networks that hold them.
 
-A network calls its norms and activations one by one. The modules that hold both, a ``nn.Sequential`` or a ResNet's
-block, change their class: in training its forward pass calls the norm with what follows it. The norms and activations
-themselves stay what they are, and whatever else is done with them is noticed call by call.
+A network calls its norms and activations one by one. The modules that hold both, an ``nn.Sequential`` or a block of a
+ResNet, change their class. In training their forward pass then calls one operation for the norm and what follows it.
+The norms and activations themselves stay as they are. Each call checks whether the operation may replace them.
 """
 
 import functools
@@ -26,7 +26,7 @@ _NORMS = (StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, StochNormAct2d, 
 def _activation(
     norm: Any, act: nn.Module | None, input: Tensor, between: tuple[nn.Module | None, ...] = ()
 ) -> Activation | None:
-    """The activation that ``norm`` can take along in this call; None where the modules are called one by one."""
+    """The activation that ``norm`` can fuse in this call. None where the modules have to be called one by one."""
     if type(norm) not in _NORMS or not norm.training or not is_ordinary(input) or torch.jit.is_tracing():
         return None
     passing = [module for module in between if module is not None]
@@ -44,13 +44,17 @@ def _norm_act(
     between: tuple[nn.Module | None, ...] = (),
     in_place: bool = True,
 ) -> Tensor:
-    """``act(norm(input) + residual())``.
+    """Compute ``act(norm(input) + residual())``.
 
     Args:
-        residual: is called after the norm has drawn its mask, as where the network calls its modules one by one.
-        between: what is called between the norm and the addition; None where a network has nothing there.
-        in_place: whether the network adds in place. Otherwise the sum may be of another dtype or shape, and
-            ``residual`` only returns what is there already.
+        norm: a stochastic norm, or any other module.
+        act: the activation. None where the network has none.
+        input: what ``norm`` gets.
+        residual: returns what is added. It is called after the norm has drawn its mask, as where the network calls its
+            modules one by one.
+        between: the modules between the norm and the addition. None stands for a module that the network lacks.
+        in_place: whether the network adds in place. Otherwise the sum may have another dtype or shape, and ``residual``
+            only returns a tensor that exists already.
     """
     activation = _activation(norm, act, input, between)
     if activation is not None and (residual is None or in_place or _are_alike(input, residual())):
@@ -64,11 +68,12 @@ def _norm_act(
 
 
 def _are_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape and dtype."""
     return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _in_turn(modules: Iterable[Any], input: Tensor) -> Tensor:
-    """What ``modules`` make of the input one after the other, the norms among them with the activation behind them."""
+    """Call ``modules`` one after the other, each norm together with the activation right after it."""
     remaining = list(modules)
     while remaining:
         module = remaining.pop(0)
@@ -85,9 +90,9 @@ class _Fusion(NamedTuple):
     """How a class that is known by name is fused.
 
     Attributes:
-        forward: in place of the method; NotImplemented where it can't.
-        method: its name.
-        reads: the names in its code. A version of the library that asks for others is not known.
+        forward: replaces the method. It returns NotImplemented where it can't.
+        method: the name of the method.
+        reads: the names that the method's code uses. A version of the library that uses other names is not fused.
     """
 
     forward: Callable[[Any, Any], Any]
@@ -96,10 +101,12 @@ class _Fusion(NamedTuple):
 
 
 _FUSIONS: dict[str, _Fusion] = {}
-_originals: dict[type, type] = {}  # of the fused classes
+_originals: dict[type, type] = {}  # by fused class
 
 
 def _fuses(*classes: str, method: str = "forward", reads: str) -> Callable[[Callable[[Any, Any], Any]], Any]:
+    """Register a fused forward pass for classes, by name."""
+
     def register(forward: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         _FUSIONS.update(dict.fromkeys(classes, _Fusion(forward, method, reads)))
         return forward
@@ -108,10 +115,12 @@ def _fuses(*classes: str, method: str = "forward", reads: str) -> Callable[[Call
 
 
 def _name(kind: type) -> str:
+    """The full name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _fusion_of(kind: type) -> _Fusion | None:
+    """How a class is fused. None for one that is not known, or known in another version."""
     if getattr(kind, "forward", None) is nn.Sequential.forward:
         return _Fusion(_in_turn, "forward", "")
     fusion = _FUSIONS.get(_name(kind))
@@ -120,14 +129,14 @@ def _fusion_of(kind: type) -> _Fusion | None:
 
 
 def _instance(kind: type) -> nn.Module:
-    """One without contents, of the class that ``kind`` becomes: pickle finds that class by this one."""
+    """An empty object of the fused class of ``kind``. Pickle stores a call of this, since it can't import the class."""
     fused = _fused_class(kind) or kind
     return object.__new__(fused)
 
 
 @functools.cache
 def _fused_class(kind: type) -> type | None:
-    """What a module of class ``kind`` becomes: a class that looks like it, but for the one method."""
+    """The class that a module of class ``kind`` gets, with one method replaced. None if ``kind`` is not known."""
     fusion = _fusion_of(kind)
     if fusion is None or kind in _originals:
         return None
@@ -150,13 +159,13 @@ def _fused_class(kind: type) -> type | None:
 
 
 def _calls_in_turn(module: nn.Module) -> bool:
-    """Whether calling the module calls those in it in turn, and does nothing else."""
+    """Whether calling the module only calls its children one after the other."""
     kind = _originals.get(type(module), type(module))
     return getattr(kind, "forward", None) is nn.Sequential.forward and runs_its_forward_alone(module)
 
 
 def _to_the_last(module: nn.Module) -> list[Any]:
-    """The modules that calling ``module`` calls in turn, of which the last one is no container of that kind."""
+    """The modules that calling ``module`` calls in order. A container in last place is replaced by its children."""
     modules: list[Any] = [module]
     while _calls_in_turn(modules[-1]) and len(modules[-1]):
         modules[-1:] = modules[-1]
@@ -164,6 +173,7 @@ def _to_the_last(module: nn.Module) -> list[Any]:
 
 
 def _shortcut(downsample: nn.Module | None, input: Tensor) -> Tensor:
+    """The output of a block's residual connection."""
     return input if downsample is None else downsample(input)
 
 
@@ -287,6 +297,7 @@ _HF_MOBILENET_V2 = "transformers.models.mobilenet_v2.modeling_mobilenet_v2"
 
 
 def _is_fused(layer: nn.Module, name: str) -> bool:
+    """Whether ``layer`` is of a fused class with that name, and has no hook."""
     return type(layer) in _originals and _name(type(layer)) == name and runs_its_forward_alone(layer)
 
 
@@ -305,6 +316,7 @@ def _hf_resnet_block(block: Any, x: Any) -> Any:
 
 
 def _hf_convolution(layer: Any, x: Any) -> Any:
+    """The convolution of a Hugging Face MobileNetV2 layer, with its padding."""
     if layer.config.tf_padding:
         from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import apply_tf_padding
 
@@ -334,7 +346,7 @@ def _hf_mobilenet_v2_block(block: Any, x: Any) -> Any:
 
 
 def _has_a_pair(module: Any) -> bool:
-    """Whether there is a stochastic norm that the fused class of ``module`` may call with what follows it."""
+    """Whether ``module`` holds a stochastic norm that its fused class may call together with what follows."""
     if _calls_in_turn(module):
         return any(
             type(norm) in _NORMS and activation_of(act) not in (None, NO_ACTIVATION) for norm, act in pairwise(module)
@@ -343,7 +355,7 @@ def _has_a_pair(module: Any) -> bool:
 
 
 def fuse(model: nn.Module) -> bool:
-    """:func:`fuse_activations` without a warning: whether anything in the model takes along what is behind it."""
+    """``fuse_activations`` without a warning. Returns whether anything in the model is fused."""
     for module in model.modules():
         kind: type = type(module)
         fused = _fused_class(kind)
@@ -353,29 +365,35 @@ def fuse(model: nn.Module) -> bool:
 
 
 def separate(model: nn.Module) -> None:
-    """Give what :func:`fuse_activations` changed the class back that it had."""
+    """Give the modules that ``fuse_activations`` changed their own class again."""
     for module in model.modules():
         if type(module) in _originals:
             module.__class__ = _originals[type(module)]
 
 
 def fuse_activations(model: nn.Module) -> nn.Module:
-    """Let the stochastic norms in ``model`` take along the activation and the shortcut behind them, in place.
+    """Fuse the stochastic norms in ``model`` with the activation and the residual connection after them, in place.
 
-    In training one operation then computes ``act(norm(x) + shortcut)``: less memory is read, written and kept for the
-    backward pass. With one seed the model draws and computes what it did before, to rounding; in float32 with ReLU the
-    same bits. :func:`convert_model` comes first. What is fused:
+    In training one operation then computes ``act(norm(x) + residual)``. It reads and writes less memory, and keeps less
+    for the backward pass. With one seed the model draws the same masks and computes the same as before, to rounding. In
+    float32 with ReLU it computes the same bits. Call :func:`~talib_fast.finetune.stochnorm.convert_model` first.
 
-    - ``nn.Sequential`` and what derives from it with its ``forward``, as ``Conv2dNormActivation``: a norm and the
-      activation right behind it;
-    - torchvision's ResNet and RegNet, MobileNetV2 and V3; timm's ResNet, the blocks that HRNet shares with it, and
-      EfficientNet's shortcuts; Hugging Face's ResNet and MobileNetV2.
+    These are fused:
 
-    The activations are the modules of those that :func:`~talib_fast.ops.stoch_norm` knows, a shortcut with none or a
-    piecewise linear one. The modules that hold a norm and what is behind it change their class,
-    to one of the same name; norms, activations, parameters, names and the state dict stay. In evaluation the model
-    computes as before. So it does in a call in which something else is to happen at or between norm, shortcut and
-    activation: hooks, an attention, a drop path, a frozen norm. :func:`restore_batch_norm` undoes it.
+    - ``nn.Sequential``, and subclasses with its ``forward`` such as ``Conv2dNormActivation``: a norm and the activation
+      right after it;
+    - blocks of torchvision's ResNet, RegNet, MobileNetV2 and MobileNetV3;
+    - blocks of timm's ResNet, the blocks that HRNet shares with it, and the residual connections of timm's
+      EfficientNet;
+    - blocks of Hugging Face's ResNet and MobileNetV2.
+
+    The activation must be a module of one that :func:`~talib_fast.ops.stoch_norm` supports. After a residual connection
+    it must be piecewise linear, or there is none.
+
+    The modules that hold a norm and what follows it get a class of the same name. Norms, activations, parameters, names
+    and the state dict stay. In evaluation the model computes as before. A call computes as before too if something else
+    happens at or between norm, residual connection and activation: a hook, an attention, a drop path, a frozen norm.
+    :func:`~talib_fast.finetune.stochnorm.restore_batch_norm` undoes it.
 
     Args:
         model: the model, or a part of it.
@@ -385,12 +403,22 @@ def fuse_activations(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.stochnorm import convert_model, fuse_activations
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = fuse_activations(convert_model(model, p=0.5))
+        >>> model(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
     """
     check_module(model, "model")
     if not fuse(model):
         warnings.warn(
-            "fuse_activations found no stochastic norm with an activation or a shortcut behind it: convert_model comes "
-            "first",
+            "fuse_activations found no stochastic norm with an activation or a residual connection after it: call "
+            "convert_model first",
             stacklevel=2,
         )
     return model

@@ -1,4 +1,8 @@
-"""Distilling the Knowledge in a Neural Network, 2015 (https://arxiv.org/abs/1503.02531)."""
+"""Knowledge distillation: a student learns the predictions of a teacher.
+
+Paper: Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network (2015)
+<https://arxiv.org/abs/1503.02531>`__.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,36 +10,47 @@ from torch import Tensor, nn
 
 from .logits import at_least_float32, check_logits, check_temperature, with_masked_classes
 
-# nn and F for scripts that rely on upstream's star import
+# upstream's scripts get nn and F by `import *`
 __all__ = ["F", "KnowledgeDistillationLoss", "nn"]
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 class KnowledgeDistillationLoss(nn.Module):
-    r"""KL(softmax(teacher / T) ‖ softmax(student / T)), without the factor T² of the paper.
+    """KL(softmax(teacher / T) ‖ softmax(student / T)), without the factor T² of the paper.
 
-    A class that both leave out, with logits of −inf, adds nothing; one that the student alone leaves out makes the
-    divergence infinite.
+    A class with a logit of −inf in both adds nothing. If only the student has −inf there, the divergence is infinite.
+
+    Paper: Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network (2015)
+    <https://arxiv.org/abs/1503.02531>`__.
 
     Args:
         T: temperature, > 0.
-        reduction: ``batchmean``, ``sum``, ``mean`` or ``none``, as in :func:`torch.nn.functional.kl_div`: ``batchmean``
-            divides the sum by b, also where a sample has logits at several positions.
+        reduction: ``"batchmean"``, ``"sum"``, ``"mean"`` or ``"none"``, as in :func:`torch.nn.functional.kl_div`.
+            ``"batchmean"`` divides the sum by b, also if a sample has logits at several positions.
 
     Inputs:
         y_student: logits ``[b, *, N]``.
-        y_teacher: logits of the same shape, or of one that broadcasts to it in all but N; they get no gradient.
+        y_teacher: logits of the same shape, or of a shape that broadcasts to it with the same N. They get no gradient.
 
     Returns:
-        A 0-dim tensor (``[b, *, N]`` for ``none``), in float32 at least.
+        A 0-dim tensor, or ``[b, *, N]`` for ``"none"``, in float32 (float64 for float64 students).
 
     Raises:
         TypeError: T is no number, or logits are no floating-point tensor.
         ValueError: T ≤ 0, an unknown reduction, or shapes that do not fit.
 
     Attributes:
-        kl: the :class:`torch.nn.KLDivLoss` that is taken of the student's log-probabilities and the teacher's.
+        kl: the :class:`torch.nn.KLDivLoss` of the student's log-probabilities and the teacher's probabilities.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
+        >>> loss = KnowledgeDistillationLoss(T=3.0)
+        >>> student, teacher = torch.zeros(2, 4, requires_grad=True), torch.zeros(2, 4)
+        >>> loss(student, teacher).item()
+        0.0
     """
 
     def __init__(self, T: float = 1.0, reduction: str = "batchmean") -> None:
@@ -71,7 +86,7 @@ class KnowledgeDistillationLoss(nn.Module):
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a tensor of that shape, which has the last dimension itself, broadcasts to another."""
+    """Whether a shape broadcasts to another one with the same last dimension."""
     if not 0 < len(shape) <= len(to) or shape[-1] != to[-1]:
         return False
     return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False))

@@ -7,24 +7,20 @@ from torch import Tensor
 
 
 def integer_labels(labels: Any) -> Tensor:
-    """``labels``, a tensor or what NumPy takes for an array, as int64; what is no tensor comes to lie on the CPU.
+    """``labels``, a tensor or anything that becomes an array, as an int64 tensor. What is no tensor is put on the CPU.
 
     Raises:
         TypeError: they are no integers.
     """
     if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels, device="cpu")  # not on the default device
+        labels = torch.as_tensor(labels, device="cpu")  # the default device may be another one
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"expected integer labels, got {labels.dtype}")
     return labels.long()
 
 
 def check_range(labels: Tensor, num_classes: int) -> None:
-    """Wait for the labels' values and look at them.
-
-    Raises:
-        ValueError: a label is not in [0, num_classes).
-    """
+    """Raise ValueError unless all labels are in [0, num_classes). It waits for the labels' device."""
     values = labels.flatten().tolist()
     if values and (min(values) < 0 or max(values) >= num_classes):
         raise ValueError(f"expected labels in [0, {num_classes}), got labels from {min(values)} to {max(values)}")

@@ -1,4 +1,4 @@
-"""Collects what some of a model's layers return in a forward pass."""
+"""Collect the outputs of some of a model's layers in a forward pass."""
 
 import functools
 import threading
@@ -16,13 +16,13 @@ from ..torch_private import may_be_in_function_transform
 from .layers import find_layer, layer_names, uncompiled, without_gradients
 from .structures import clone, tensors_in
 
-_registering = threading.Lock()  # PyTorch may give two threads that register hooks at once the same handle
-_thread = threading.local()  # its passes: the forward passes that are under way in this thread
+_registering = threading.Lock()  # if two threads register hooks at once, PyTorch may give them the same handle
+_thread = threading.local()  # .passes: the forward passes that run in this thread
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Within it no getter takes note of what this thread runs."""
+    """A context in which no getter records what this thread runs."""
     around = getattr(_thread, "passes", ())
     _thread.passes = ()
     try:
@@ -32,32 +32,37 @@ def unseen() -> Iterator[None]:
 
 
 class _Complete(BaseException):
-    """Ends a forward pass that has run all layers that it was asked for; what runs is not to take it for an error."""
+    """Ends a forward pass when all requested layers have run. It is no Exception, so that models do not catch it."""
 
 
 class _Pass:
-    """One forward pass of a model, with what some of its layers return in it.
+    """One forward pass of a model, with the outputs of some layers.
 
-    A hook is called for what any thread runs; what is not part of this pass is left alone.
+    Hooks are called by every thread. Calls that do not belong to this pass are ignored.
     """
 
     def __init__(self, model: nn.Module, survives: dict[tuple, bool], missing: Counter[str] | None) -> None:
-        """``survives`` says of a layer in a mode whether its output is left as it is; what this pass sees is added.
+        """Prepare the pass.
 
-        ``missing``: how many outputs are waited for, by layer. The pass ends with the last of them.
+        Args:
+            model: the model.
+            survives: whether the output of a layer in a mode stays unchanged until the pass ends. The pass adds to it.
+            missing: how many outputs of each layer are still expected. The pass ends with the last of them. None runs
+                the whole model.
         """
         self.outputs: dict[str, list[Any]] = {}
         self._model, self._survives, self._missing = model, survives, missing
         self._gradients = torch.is_grad_enabled()
         self._mode = (self._gradients, _modes(model))
         self._handles: list[RemovableHandle] = []
-        # the layers' outputs, with their versions; those of inference mode and of mapped tensors do not count changes
+        # the layers' outputs with their versions; inference tensors and mapped tensors have none
         self._watched: dict[str, list[tuple[Tensor, int]]] = {}
         self._handed_out: set[str] = set()  # layers whose outputs were not copied
         self._without_gradients: str | None = None
-        self._later: set[nn.Module] = set()  # with parameters to learn that run after that layer
+        self._later: set[nn.Module] = set()  # modules with trainable parameters that run after that layer
 
     def run(self, layers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model, collect the layers' outputs, and return the model's output."""
         around = getattr(_thread, "passes", ())
         _thread.passes = (*around, self)
         try:
@@ -77,6 +82,7 @@ class _Pass:
         return output
 
     def _under_way(self) -> bool:
+        """Whether this thread runs this pass now."""
         return self in getattr(_thread, "passes", ())
 
     def _register(self, register: Callable[[Any], RemovableHandle], hook: Callable) -> None:
@@ -84,6 +90,7 @@ class _Pass:
             self._handles.append(register(hook))
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any, *, name: str) -> None:
+        """The hook that collects an output."""
         if not self._under_way():
             return
         if self._gradients and (not torch.is_grad_enabled() or _detaches(module, inputs, output)):
@@ -101,6 +108,7 @@ class _Pass:
                 raise _Complete
 
     def _look_at_versions(self) -> None:
+        """Note which outputs were overwritten. Raise if one of them was handed out without a copy."""
         overwritten = None
         for name, outputs in self._watched.items():
             survived = all(output._version == version for output, version in outputs)
@@ -110,11 +118,12 @@ class _Pass:
                 overwritten = name
         if overwritten is not None:
             raise RuntimeError(
-                f"the output of layer {overwritten!r} was overwritten in place, although it had survived earlier "
-                "forward passes: its value is lost this time; from the next call on it is copied"
+                f"the output of layer {overwritten!r} was overwritten in place, which no earlier forward pass did: its "
+                "value is lost this time, and will be copied from the next call on"
             )
 
     def _watch_later_ones(self, name: str) -> None:
+        """Note from now on which trainable modules run after the layer ``name``."""
         if self._without_gradients is None:
             for module in _learning_modules(self._model):
                 self._register(module.register_forward_pre_hook, self._enter)
@@ -127,7 +136,7 @@ class _Pass:
 
 
 def _learning_modules(model: nn.Module) -> list[nn.Module]:
-    """Those with parameters of their own to learn."""
+    """The modules with trainable parameters of their own."""
     return [
         module
         for module in model.modules()
@@ -136,33 +145,33 @@ def _learning_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _using_own_weights(module: nn.Module) -> Iterable[nn.Module]:
-    """The modules whose weights a call of ``module`` uses: an attention takes its projection's without a call of it."""
+    """The modules whose weights a call of ``module`` uses. An attention uses its projection's without calling it."""
     return module.modules() if isinstance(module, nn.MultiheadAttention) else (module,)
 
 
 def _learns_before(model: nn.Module, later: set[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether there is something to learn that does not run after a layer: an input, or a parameter."""
+    """Whether something trainable does not run after a layer: a parameter, or an input."""
     return any(tensor.requires_grad for tensor in tensors_in((args, kwargs))) or not later.issuperset(
         _learning_modules(model)
     )
 
 
 def _detaches(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
-    """Whether a layer with parameters to learn returns what has no graph, as one that disables gradients itself."""
-    if isinstance(output, Tensor) and output.requires_grad:  # as most do: it saves the rest
+    """Whether a layer with trainable parameters disables gradients itself, so that its output has no graph."""
+    if isinstance(output, Tensor) and output.requires_grad:  # the usual case, quickly
         return False
     computed = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
     return (
-        len(computed) > 0  # bool() of a list is nothing that torch.compile of torch 2.10 follows
+        len(computed) > 0  # torch.compile of torch 2.10 can't follow bool() of a list
         and not any(tensor.requires_grad for tensor in computed)
         and not any(tensor is given for tensor in computed for given in tensors_in(inputs))  # a layer may be skipped
         and any(parameter.requires_grad for parameter in module.parameters())
-        and not may_be_in_function_transform()  # in which a tensor does not say what the one inside it requires
+        and not may_be_in_function_transform()  # there, requires_grad of the inner tensor is not visible
     )
 
 
 def _modes(model: nn.Module) -> int:
-    """Stands for the model's modules, what they are, and whether they are training and work in place."""
+    """A number for the model's modules, their classes, and whether they are in training mode and work in place."""
     modes = []
     pending = [model]
     while pending:
@@ -175,15 +184,15 @@ def _modes(model: nn.Module) -> int:
 def _traced(
     model: nn.Module, layers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, list[Any]], Any]:
-    """The layers' and the model's outputs, by what torch.compile follows: a module's attributes, but no handles."""
+    """The outputs of the layers and the model, by means that torch.compile can follow: it sets attributes."""
     outputs: dict[str, list[Any]] = {}
     lost: list[str] = []
-    later: set[nn.Module] = set()  # as in a pass that is not traced
+    later: set[nn.Module] = set()  # as in _Pass
     gradients = torch.is_grad_enabled()
     replaced: list[tuple[nn.Module, str, dict[Any, Any]]] = []
 
     def register(module: nn.Module, kind: str, key: str, hook: Callable) -> None:
-        own = module.__dict__[kind]  # an attribute that is empty would come back as another dict
+        own = module.__dict__[kind]  # not the attribute: an empty one would come back as another dict
         replaced.append((module, kind, own))
         setattr(module, kind, OrderedDict([*own.items(), (key, hook)]))
 
@@ -205,7 +214,7 @@ def _traced(
         output = model(*args, **kwargs)
     finally:
         for module, kind, own in reversed(replaced):
-            # an empty one would come back as a plain dict from torch.compile of torch 2.10, which takes no hook
+            # torch.compile of torch 2.10 would return an empty one as a plain dict, which can't hold hooks
             setattr(module, kind, own or OrderedDict())
     if lost and _learns_before(model, later, args, kwargs):
         raise without_gradients(lost[-1])
@@ -213,34 +222,50 @@ def _traced(
 
 
 class IntermediateLayerGetter:
-    """Calls a model and collects what some of its layers return.
+    """Calls a model and collects the outputs of some of its layers.
 
-    What a layer returned is what you get, also where a later in-place operation, such as the ReLU behind a
-    convolution, overwrites it. Outputs are copied for that, until a first call in the same mode has shown that a
-    layer's output survives the forward pass; from then on a tensor is handed out as it is. The mode is that of all
-    modules, and which they are. Where an output is overwritten in one call and not in another of the same mode, that
-    may cost one call, which raises; from then on it is copied. Outputs of other classes, such as tuples, dataclasses
-    and Hugging Face's, keep their class, and are always copied.
+    The outputs are those that the layers returned, even if a later operation in place overwrites them, such as the ReLU
+    after a convolution. For this, outputs are copied at first. After a call has shown that a layer's output stays
+    unchanged, later calls in the same mode return the tensor without a copy. The mode is the set of modules, with the
+    training mode of each. If such a tensor is overwritten in a later call after all, that call raises, and outputs of
+    the layer are copied again from then on. Tuples, dataclasses, Hugging Face's outputs and the like keep their class
+    and are always copied.
 
-    Threads may share a getter, and a model: a call returns what the layers returned in its own thread.
+    Threads may share a getter, and a model. Each call returns what the layers returned in its own thread.
+
+    Call the getter with the model's arguments. It returns ``(outputs, model_output)``: an OrderedDict by layer name or
+    alias, in the order of ``return_layers``, and the model's output, or None. A layer that runs several times has a
+    list of outputs.
+
+    Upstream's getter orders the outputs by execution, leaves its hooks on the model after an error, and returns values
+    that later operations have overwritten.
 
     Args:
-        model: also inside DistributedDataParallel, DataParallel with one device, or torch.compile. A compiled model
-            runs uncompiled here, where its layers are seen; for speed compile the function that calls the getter.
-        return_layers: names of the layers, as in ``model.named_modules()``, or a mapping from them to aliases. What
-            wrappers add to the names of what they wrap (``module``, ``_orig_mod`` and the like) can be left out.
+        model: the model. It may be wrapped in DistributedDataParallel, DataParallel with one device, or torch.compile.
+            A compiled model runs uncompiled here, because its layers are not visible otherwise. For speed, compile the
+            function that calls the getter.
+        return_layers: names of layers, as in ``model.named_modules()``, or a mapping from names to aliases. Parts that
+            wrappers add to names (``module``, ``_orig_mod`` and the like) can be left out.
         keep_output: also return the model's output.
-
-    Calling it with the model's arguments returns ``(outputs, model_output)``: an OrderedDict by layer name, or alias,
-    in the order of ``return_layers``, and the model's output or None. The output of a layer that runs several times is
-    a list.
 
     Raises:
         AttributeError: the model has no layer of that name.
-        TypeError, ValueError: an argument is not as above; the model or a layer is scripted; an alias is there twice.
-        RuntimeError: a forward pass leaves out a layer, overwrites an output that had survived before, or runs a layer
-            with gradients disabled where they are enabled around the call and something that may come before the
-            layer learns: a parameter of the model or an input. No gradient would come back from its output.
+        TypeError: ``model`` is no module, it or a layer is scripted, or ``return_layers`` are no names.
+        ValueError: an alias occurs twice, or DataParallel has several devices.
+        RuntimeError: in a call, a layer does not run, or an output is overwritten that stayed unchanged before. Also if
+            a layer runs with gradients disabled while they are enabled around the call, and a parameter or an input
+            before it needs gradients: its output would give none.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.delta import IntermediateLayerGetter
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 5))
+        >>> getter = IntermediateLayerGetter(model, {"0": "conv"})
+        >>> outputs, logits = getter(torch.randn(2, 3, 8, 8))
+        >>> outputs["conv"].shape, logits.shape
+        (torch.Size([2, 8, 6, 6]), torch.Size([2, 5]))
     """
 
     def __init__(
@@ -263,11 +288,16 @@ class IntermediateLayerGetter:
     def collect(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], runs: Mapping[str, int] | None = None
     ) -> tuple[OrderedDict[str, Any], Any]:
-        """What a call with these arguments returns.
+        """Call the model with these arguments, as calling the getter does.
 
         Args:
-            runs: how often each layer runs. The model runs no further than the last of these times, and has no output.
-                Compiled code leaves out what nothing is made of anyway.
+            args: the model's positional arguments.
+            kwargs: the model's keyword arguments.
+            runs: how often each layer runs, if known. The model then stops after the last of these runs and has no
+                output. Compiled code ignores it, because it leaves out unused computations anyway.
+
+        Returns:
+            ``(outputs, model_output)``.
         """
         layers = {name: find_layer(self._model, name) for name in self.aliases}
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""A model's layers by name, and what they return."""
+"""Find a model's layers by name, and check what they return."""
 
 import difflib
 import functools
@@ -17,7 +17,7 @@ from .kept import KeptModule
 from .names import WRAPPED, plain_name
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, KeptModule)
-_WHY = "TorchScript runs no hooks, by which layers are seen"
+_WHY = "TorchScript runs no hooks, which are needed to see a layer's output"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,23 +32,37 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def get_attribute(obj: Any, attr: str, *args: Any) -> Any:
-    """``getattr`` along a dotted path: ``get_attribute(model, "layer1.0.conv2")``, with an optional default."""
+    """Follow a dotted path of attributes, as nested calls of ``getattr`` do.
+
+    Args:
+        obj: where the path starts.
+        attr: the path, such as ``"layer1.0.conv2"``.
+        args: the default for an attribute that is missing; none by default.
+
+    Raises:
+        AttributeError: an attribute is missing and there is no default.
+
+    Example:
+
+        >>> from torch import nn
+        >>> from talib_fast.finetune.delta import get_attribute
+        >>> get_attribute(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
+        torch.Size([3, 2])
+    """
     return functools.reduce(lambda value, name: getattr(value, name, *args), attr.split("."), obj)
 
 
 def layer_names(model: nn.Module, return_layers: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
-    """By name of each layer what its output is called: the alias that a mapping gives it, else its name.
+    """Map the name of each layer to the name of its output: the alias that a mapping gives, else the layer's own name.
 
     Raises:
         AttributeError: the model has no layer of that name.
         TypeError: ``model`` is no module, it or a layer is scripted, or ``return_layers`` are no names.
-        ValueError: an alias is there twice.
+        ValueError: an alias occurs twice.
     """
     check_module(model, "model")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"expected model to be a module of Python's, got a scripted one, {type(model).__name__}: {_WHY}"
-        )
+        raise TypeError(f"expected model to be an ordinary module, got a scripted one, {type(model).__name__}: {_WHY}")
     if isinstance(return_layers, str):
         raise TypeError(f"expected return_layers to be a list of names, got the string {return_layers!r}")
     pairs = return_layers.items() if isinstance(return_layers, Mapping) else [(name, name) for name in return_layers]
@@ -59,14 +73,14 @@ def layer_names(model: nn.Module, return_layers: Iterable[str] | Mapping[str, st
         if not isinstance(alias, str):
             raise TypeError(f"expected the alias of layer {name!r} to be a name, got {type(alias).__name__}")
         if alias in aliases.values() and name not in aliases:
-            raise ValueError(f"expected every alias once in return_layers, got {alias!r} twice")
+            raise ValueError(f"expected different aliases in return_layers, got {alias!r} twice")
         find_layer(model, name)
         aliases[name] = alias
     return aliases
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module called ``name`` in ``model``; what wrappers add to a name may be in either and lack in the other."""
+    """The module called ``name`` in ``model``. Both may have parts that wrappers add, such as ``module``."""
     layer = next((module for module in _called(model, name) if isinstance(module, nn.Module)), None)
     if layer is None:
         names = [full_name for full_name, _ in unwrap(model).named_modules() if full_name]
@@ -75,11 +89,12 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
             f"Module {name} not found in {type(unwrap(model)).__name__}; did you mean {', '.join(close)}?"
         )
     if isinstance(layer, torch.jit.ScriptModule):
-        raise TypeError(f"expected layer {name!r} to be a module of Python's, got a scripted one: {_WHY}")
+        raise TypeError(f"expected layer {name!r} to be an ordinary module, got a scripted one: {_WHY}")
     return layer
 
 
 def _called(model: nn.Module, name: str) -> Iterator[Any]:
+    """What may be meant by ``name``, the exact match first."""
     yield get_attribute(model, name, None)
     yield get_attribute(unwrap(model), name, None)
     plain = _without_wrappers(name)
@@ -89,17 +104,18 @@ def _called(model: nn.Module, name: str) -> Iterator[Any]:
 
 
 def _without_wrappers(name: str) -> str:
+    """``name`` without the parts that wrappers add."""
     return plain_name(".".join(part for part in name.split(".") if part not in WRAPPED))
 
 
 def check_channel_dim(channel_dim: int) -> None:
-    """Raise ValueError unless it can be the dimension of channels."""
+    """Raise ValueError unless ``channel_dim`` is an integer other than 0, the batch dimension."""
     if not is_integer(channel_dim) or channel_dim == 0:
         raise ValueError(f"expected channel_dim to be an integer other than 0, the batch's, got {channel_dim!r}")
 
 
 def check_output(name: str, output: Any, channel_dim: int = 1) -> Tensor:
-    """``output`` of the layer ``name`` if it is a tensor with a batch and that channel dimension, else a ValueError."""
+    """Return the layer's output if it is a tensor with a batch and that channel dimension, else raise ValueError."""
     if isinstance(output, Tensor) and output.dim() >= 2:
         if -output.dim() < channel_dim < output.dim():
             return output
@@ -109,23 +125,23 @@ def check_output(name: str, output: Any, channel_dim: int = 1) -> Tensor:
 
 
 def check_runs(name: str, runs: int) -> None:
-    """Raise ValueError unless the layer ``name`` ran once in a forward pass."""
+    """Raise ValueError unless the layer ``name`` ran exactly once in a forward pass."""
     if runs != 1:
         raise ValueError(f"expected layer {name!r} to run once per forward pass, but it ran {runs} times")
 
 
 def without_gradients(name: str) -> RuntimeError:
-    """The error for a layer from whose output no gradient comes back."""
+    """The error for a layer that ran with gradients disabled."""
     return RuntimeError(
         f"layer {name!r} ran with gradients disabled, although they are enabled around this call: no gradient would "
-        "come back from its output. A reentrant activation checkpoint does that (use_reentrant=False does not), and so "
-        "do torch.no_grad and torch.inference_mode inside the model. Where none is wanted, freeze the model's "
+        "come back from its output. Causes are a reentrant activation checkpoint (use use_reentrant=False), and "
+        "torch.no_grad or torch.inference_mode inside the model. If you want no gradient, freeze the model's "
         "parameters or make this call under torch.no_grad"
     )
 
 
 class _Stance:
-    """The compiler's stance belongs to the process: it changes back when the last thread leaves that wants it."""
+    """Sets the compiler's stance for the process, and restores it when the last thread that needs it leaves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -152,7 +168,7 @@ _stance = _Stance()
 
 
 def uncompiled() -> AbstractContextManager:
-    """Within it what is compiled runs as it was written: code compiled without hooks does not look for any."""
-    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # nothing is compiled without it
+    """A context in which compiled models run as ordinary code, because code compiled without hooks calls none later."""
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # without it nothing is compiled
         return nullcontext()
     return _stance.force_eager()

@@ -1,4 +1,4 @@
-"""What decides the samples of a data loader, and which of them several processes share out among each other."""
+"""What decides the samples of a data loader, and which of them each of several processes gets."""
 
 import copy
 import sys
@@ -22,27 +22,29 @@ from torch.utils.data import (
 from .fingerprint import Unknown, fingerprint
 from .ranks import gathered, together
 
-_UNSHARED = (0, 0)  # number of processes, and rank, where nothing is known to be shared out
+_UNSHARED = (0, 0)  # number of processes and rank, where no sharing is known
 
 
 class _Source(NamedTuple):
-    """What a sampler draws from, before any process takes its share: samples at the positions 0 to ``size`` - 1."""
+    """What a sampler draws from, before the processes share it: samples at the positions 0 to ``size`` - 1."""
 
     size: int
-    indices: Sequence | None = None  # at each position, where that is known
-    drawn: Sequence | np.ndarray | None = None  # once each, in a random order
-    decided_by: Any = None  # of a random order
-    unknown: str = ""  # why nothing of this is known
+    indices: Sequence | None = None  # the index at each position, if known
+    drawn: Sequence | np.ndarray | None = None  # the indices that come once each, in a random order
+    decided_by: Any = None  # what decides a random order
+    unknown: str = ""  # the reason why nothing of this is known
 
 
 class _Draws(NamedTuple):
-    """Positions in a source, and how many of them each batch has."""
+    """Positions in a source, and the length of each batch."""
 
     positions: np.ndarray
     lengths: list[int]
 
 
 class _Plan(NamedTuple):
+    """Which samples of a source each rank draws."""
+
     source: _Source
     shares: list[_Draws]  # of every rank
     rank: int
@@ -51,18 +53,18 @@ class _Plan(NamedTuple):
 class Share(NamedTuple):
     """One process's part of the samples, in the order in which its loader yields them."""
 
-    counts: np.ndarray  # False for a sample that another one repeats, to fill up a batch or a share
-    places: np.ndarray  # in the whole: indices of the data set by a DistributedSampler, else the sampler's order
+    counts: np.ndarray  # False for a repeated sample, which only fills a batch or a share
+    places: np.ndarray  # places in the whole: the data set's indices for a DistributedSampler, else the sampler's order
 
 
 def loader_parts(data_loader: Iterable, ordered: bool, all_ranks: bool = False) -> list[Any]:
-    """All that decides the samples of a loader, for :func:`fingerprint`, but for what a data set draws at random.
+    """All that decides a loader's samples, for ``fingerprint``, except what a data set draws at random.
 
     Args:
-        data_loader: a :class:`DataLoader`, or any other iterable, which counts by its content.
-        ordered: whether the samples' order, and how they are batched, is of interest; otherwise one that is only
-            shuffled is the same.
-        all_ranks: take the samples of all processes among which a distributed sampler shares them out.
+        data_loader: a DataLoader, or any other iterable, which counts by its content.
+        ordered: whether the order of the samples and their batches matters. If not, a shuffled loader counts as the
+            same.
+        all_ranks: include the samples of all processes among which a distributed sampler shares them.
 
     Raises:
         Unknown: it can't be known, as with a sampler of the user's own, which may draw random numbers.
@@ -76,7 +78,7 @@ def loader_parts(data_loader: Iterable, ordered: bool, all_ranks: bool = False) 
         parts += [type(data_loader).__qualname__, state.num_processes, state.process_index]
     parts.append(loader.worker_init_fn if loader.num_workers else None)
     if ordered and loader.num_workers and not getattr(loader, "in_order", True):
-        raise Unknown("the order in which the workers are ready, by in_order=False")
+        raise Unknown("the order in which the workers are ready (in_order=False)")
     if type(loader) is not DataLoader:
         plain: DataLoader = DataLoader(loader.dataset)
         usual = vars(plain).keys() | {"_iterator", "_IterableDataset_len_called"}
@@ -90,7 +92,7 @@ def loader_parts(data_loader: Iterable, ordered: bool, all_ranks: bool = False) 
 
 
 def sampler_parts(sampler: Any) -> list[Any]:
-    """All that decides what a sampler yields, for :func:`fingerprint`.
+    """All that decides what a sampler yields, for ``fingerprint``.
 
     Raises:
         Unknown: it can't be known.
@@ -100,10 +102,10 @@ def sampler_parts(sampler: Any) -> list[Any]:
 
 
 def share_of(data_loader: Iterable, process_group: Any) -> Share | None:
-    """This process's share of the samples that a distributed sampler shares out, or None where there is none.
+    """This process's share of the samples that a distributed sampler distributes. None if no sampler does.
 
     Raises:
-        ValueError: the processes that share them are not those of the group.
+        ValueError: the processes that share the samples are not those of the group.
     """
     if process_group is None:
         return None
@@ -113,16 +115,16 @@ def share_of(data_loader: Iterable, process_group: Any) -> Share | None:
         return None
     if sorted(told) != [(len(told), number) for number in range(len(told))]:
         raise ValueError(
-            f"expected a loader whose sampler shares the data out among the {len(told)} processes of process_group, "
+            f"expected a loader whose sampler distributes the data over the {len(told)} processes of process_group, "
             f"got (processes, rank) {told}"
         )
     return together(lambda: _share(data_loader), process_group)
 
 
 def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None:
-    """Warn that ``what`` will be of this process's samples alone, where the loader's sampler is distributed.
+    """Warn that ``what`` covers this process's samples only, if the loader's sampler is distributed.
 
-    ``joins``: whether it takes a process group, which joins them.
+    ``joins``: whether the caller has a process group option, which joins the samples.
     """
     ranks = _ranks(data_loader)
     if ranks > 1:
@@ -135,28 +137,29 @@ def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None
 
 
 def _warn_of_repeats(data_loader: Any) -> None:
-    """Warn of accelerate's loaders that fill batches up with samples that nothing tells from the others."""
+    """Warn of accelerate's loaders that fill batches with repeated samples which can't be recognised."""
     loader, _ = _plain(data_loader)
     if issubclass(type(data_loader), _accelerate("DataLoaderDispatcher")):
         what, complete = "dispatches batches", data_loader._drop_last
     elif isinstance(getattr(loader, "dataset", None), _accelerate("IterableDatasetShard")):
         shard: Any = loader.dataset
-        what, complete = "shares out batches of an iterable data set", shard.drop_last
+        what, complete = "distributes batches of an iterable data set", shard.drop_last
     else:
         return
     if not complete:
         warnings.warn(
-            f"accelerate {what} and fills incomplete ones up with samples from the start, which count again; "
-            "drop_last=True leaves incomplete ones out",
+            f"accelerate {what} and fills incomplete ones with samples from the start, which count again; "
+            "drop_last=True leaves incomplete batches out",
             stacklevel=3,
         )
 
 
 def _share(data_loader: Any) -> Share:
+    """``share_of`` for a loader that is known to be shared."""
     loader, _ = _plain(data_loader)
     if loader.num_workers and not getattr(loader, "in_order", True):
         raise ValueError(
-            "expected a loader that keeps its order, as repeated samples are told by it, got in_order=False"
+            "expected a loader that keeps its order, by which repeated samples are recognised, got in_order=False"
         )
     source, shares, rank = _plan(data_loader)
     first = np.unique(np.concatenate([share.positions for share in shares]), return_index=True)[1]
@@ -170,19 +173,19 @@ def _share(data_loader: Any) -> Share:
 
 
 def _accelerate(name: str) -> type | tuple[()]:
-    """A class of accelerate's loaders; nothing is one of them before accelerate is imported."""
+    """A class of accelerate's loaders. Until accelerate is imported an empty tuple: nothing is an instance of that."""
     return getattr(sys.modules.get("accelerate.data_loader"), name, ())
 
 
 def _plain(data_loader: Any) -> tuple[DataLoader, int]:
-    """The loader that accelerate's one wraps, and how many of its batches are skipped."""
-    if issubclass(type(data_loader), _accelerate("DataLoaderAdapter")):  # its class says that it is what it wraps
+    """The loader inside one of accelerate's, and how many of its batches are skipped."""
+    if issubclass(type(data_loader), _accelerate("DataLoaderAdapter")):  # isinstance sees the class of what it wraps
         return data_loader.base_dataloader, getattr(data_loader, "skip_batches", 0)
     return data_loader, 0
 
 
 def _batch_sampler(loader: DataLoader) -> Any:
-    """What yields the batches' indices; None for single samples."""
+    """What yields the indices of each batch. None where samples come one by one."""
     if loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler):
         return loader.sampler
     return loader.batch_sampler
@@ -195,7 +198,7 @@ def _distributed(loader: DataLoader) -> Any:
 
 
 def _ranks(data_loader: Any) -> int:
-    """Among how many processes a loader's samples are shared out, in whatever way."""
+    """The number of processes that share a loader's samples, in any way."""
     if not isinstance(data_loader, DataLoader):
         return 1
     loader, _ = _plain(data_loader)
@@ -211,7 +214,7 @@ def _ranks(data_loader: Any) -> int:
 
 
 def _sharing(data_loader: Any) -> tuple[int, int]:
-    """Among how many processes a loader's samples are shared out in a way that's known, and this one's number."""
+    """The number of processes that share a loader's samples in a known way, and the number of this one."""
     if not isinstance(data_loader, DataLoader) or isinstance(data_loader.dataset, IterableDataset):
         return _UNSHARED
     loader, _ = _plain(data_loader)
@@ -226,6 +229,7 @@ def _sharing(data_loader: Any) -> tuple[int, int]:
 
 
 def _plan(data_loader: Any) -> _Plan:
+    """Which samples each rank of a loader draws."""
     loader, skipped = _plain(data_loader)
     batch_sampler = _batch_sampler(loader)
     plan = _single(loader.sampler) if batch_sampler is None else _batched(batch_sampler)
@@ -240,11 +244,12 @@ def _plan(data_loader: Any) -> _Plan:
 
 
 def _single(sampler: Any) -> _Plan:
-    """Samples one by one."""
+    """The plan of samples that come one by one."""
     return _in_batches(sampler, 1, drop_last=False)
 
 
 def _batched(batch_sampler: Any) -> _Plan:
+    """The plan of a batch sampler."""
     if isinstance(batch_sampler, (list, tuple)):
         indices = [index for batch in batch_sampler for index in batch]
         lengths = [len(batch) for batch in batch_sampler]
@@ -257,21 +262,23 @@ def _batched(batch_sampler: Any) -> _Plan:
 
 
 def _in_batches(sampler: Any, batch_size: int, drop_last: bool) -> _Plan:
+    """The plan of a sampler whose samples are cut into batches."""
     source, shares = _source(sampler), []
     ranks, rank, total = _interleaved(sampler)
     for number in range(ranks):
         positions = np.arange(number, source.size if ranks == 1 else total, ranks)
         kept = len(positions) // batch_size * batch_size if drop_last else len(positions)
         lengths = [min(batch_size, kept - start) for start in range(0, kept, batch_size)]
-        # what goes beyond the end repeats samples from the start
+        # positions beyond the end repeat samples from the start
         shares.append(_Draws(positions[:kept] % max(1, source.size), lengths))
     return _Plan(source, shares, rank)
 
 
 def _interleaved(sampler: Any) -> tuple[int, int, int]:
-    """Number of processes, that of this one, and positions in all, of which they take every so many-th in turn.
+    """Number of processes, number of this one, and total of positions, of which each process takes every so many-th.
 
-    As :class:`DistributedSampler` does, and others that look like one and yield as many; without it 1, 0 and 0.
+    That is how DistributedSampler works, and others that have its attributes and length. For any other sampler 1, 0 and
+    0.
     """
     ranks, rank, total = (getattr(sampler, name, 0) for name in ("num_replicas", "rank", "total_size"))
     if not all(isinstance(number, int) for number in (ranks, rank, total)) or not ranks:
@@ -286,7 +293,7 @@ def _interleaved(sampler: Any) -> tuple[int, int, int]:
 
 
 def _sharded(shard: Any) -> _Plan:
-    """Accelerate's, whose positions are found by letting it share them out."""
+    """The plan of accelerate's batch sampler. It is asked to distribute positions, which shows them."""
     inner = shard.batch_sampler
     if type(inner) is not BatchSampler:
         return _Plan(_unknown(inner), [_Draws(np.arange(0), [])], 0)
@@ -302,6 +309,7 @@ def _sharded(shard: Any) -> _Plan:
 
 
 def _source(sampler: Any) -> _Source:
+    """What a sampler draws from."""
     kind = type(sampler)
     if kind is SequentialSampler:
         return _Source(len(sampler.data_source), range(len(sampler.data_source)))
@@ -333,19 +341,22 @@ def _source(sampler: Any) -> _Source:
 
 
 def _unknown(sampler: Any) -> _Source:
+    """The source of a sampler of which nothing is known but, perhaps, its length."""
     try:
         size = len(sampler)
-    except Exception:  # which a sampler need not have
+    except Exception:  # a sampler need not have a length
         size = 0
     kind = type(sampler)
     return _Source(size, unknown=f"the sampler {kind.__module__}.{kind.__qualname__}, which may draw random numbers")
 
 
 def _state(generator: torch.Generator | None) -> torch.Tensor:
+    """The state of a generator, or of torch's default generator."""
     return (torch.default_generator if generator is None else generator).get_state()
 
 
 def _union(shares: list[_Draws]) -> _Draws:
+    """The positions of all shares together."""
     return _Draws(np.unique(np.concatenate([share.positions for share in shares])), [])
 
 
@@ -364,6 +375,7 @@ def _drawn(source: _Source, draws: _Draws, ordered: bool) -> list[Any]:
 
 
 def _unordered(indices: Sequence | np.ndarray) -> Any:
+    """The same for indices in any order."""
     if all(isinstance(index, (int, np.integer)) for index in indices):
         return np.sort(np.asarray(indices, dtype=np.int64))
     return sorted(fingerprint(index) for index in indices)

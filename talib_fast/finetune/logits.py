@@ -1,4 +1,4 @@
-"""Logits: floating-point tensors whose softmax is taken, at some temperature."""
+"""Checks and helpers for logits, and for losses of their softmax at a temperature."""
 
 import math
 import numbers
@@ -17,7 +17,7 @@ def check_logits(logits: Any, name: str) -> None:
 
 
 def check_temperature(temperature: Any, name: str = "temperature") -> None:
-    """Raise TypeError unless ``temperature`` is a number, ValueError unless it is > 0."""
+    """Raise TypeError unless ``temperature`` is a number, and ValueError unless it is > 0."""
     if not isinstance(temperature, (numbers.Real, Tensor)):
         raise TypeError(f"expected {name} to be a number, got {temperature!r}")
     if not temperature > 0:  # type: ignore[operator]
@@ -25,7 +25,7 @@ def check_temperature(temperature: Any, name: str = "temperature") -> None:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32, in which sums of exponentials neither overflow nor lose their small terms.
+    """float16 and bfloat16 logits as float32, in which sums of exponentials neither overflow nor lose small terms.
 
     float32 and float64 stay as they are.
     """
@@ -35,11 +35,10 @@ def at_least_float32(logits: Tensor) -> Tensor:
 def with_masked_classes(
     loss: Callable[[Tensor, Tensor], Tensor], log_probabilities: Tensor, probabilities: Tensor
 ) -> Tensor:
-    """``loss(log_probabilities, probabilities)``, a sum of their products, in which 0·(−inf) is 0.
+    """``loss(log_probabilities, probabilities)``, a sum of their products, in which 0·(−inf) counts as 0.
 
-    A class with a logit of −inf has no part in what gives it no probability either. Where the classes are looked for,
-    they cost a pass over all values, so on a CPU, which need not be waited for, only a loss that came out as NaN makes
-    that worthwhile.
+    A class with a logit of −inf adds nothing where its probability is 0. To find such classes costs a pass over all
+    values. On a CPU the loss is therefore computed first, and the classes are masked only if it is NaN.
     """
     if log_probabilities.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         value = loss(log_probabilities, probabilities)
@@ -50,7 +49,7 @@ def with_masked_classes(
 
 
 def _may_be_nan(value: Tensor) -> bool:
-    """Whether a NaN is in ``value``, or nobody can say, as under a tracer or ``torch.vmap``, where it has no value."""
+    """Whether ``value`` contains a NaN, or may contain one because a tracer or torch.vmap hides its value."""
     if type(value) is not Tensor:
         return True
     try:

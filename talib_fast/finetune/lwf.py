@@ -1,4 +1,7 @@
-"""Learning without Forgetting, ECCV 2016 (https://arxiv.org/abs/1606.09282)."""
+"""LWF: Learning without Forgetting, which keeps the source head's predictions while a new head learns.
+
+Paper: Li and Hoiem, `Learning without Forgetting (ECCV 2016) <https://arxiv.org/abs/1606.09282>`__.
+"""
 
 import contextlib
 from collections.abc import Iterable
@@ -13,7 +16,7 @@ from .loader import share_of, warn_of_share
 from .prediction import OnHost, counted, joined_over_ranks, predictions
 from .ranks import check_group, together
 
-# Dict, List, Optional, nn, torch and tqdm for scripts that rely on upstream's star import
+# upstream's scripts get Dict, List, Optional, nn, torch and tqdm by `import *`
 __all__ = ["Classifier", "Dict", "List", "Optional", "collect_pretrain_labels", "nn", "torch"]
 with contextlib.suppress(ImportError):
     import tqdm
@@ -28,32 +31,41 @@ def collect_pretrain_labels(
     progress: bool = True,
     process_group: Any = None,
 ) -> Tensor:
-    """The source classifier's logits for every input, in the loader's order: the labels that LWF must not forget.
+    """The source classifier's logits for every input, in the loader's order: the predictions that LWF keeps.
 
-    From a GPU they come through pinned memory, each batch while the next one is computed. From the second batch on the
-    classifier's batch norms are folded into the layers before them, as in :func:`~talib_fast.finetune.frozen.frozen`,
-    which gives the same logits to rounding; afterwards it is as it was.
+    From a GPU the logits are copied through pinned memory, while the next batch is computed. From the second batch on,
+    the classifier's batch norms are folded as by :func:`~talib_fast.finetune.frozen.frozen`, which gives the same
+    logits to rounding. Afterwards the classifier is as it was.
 
     Args:
-        data_loader: batches ``x`` or ``(x, ...)``, where x is a tensor or moves by its ``to(device)``; without
-            shuffling, or the order is lost.
-        classifier: gives logits ``[b, N_p]``, or maps ``[b, ...]``, in evaluation mode; its modes are restored
-            afterwards.
-        device: where the classifier is.
+        data_loader: batches ``x`` or ``(x, ...)``. x is a tensor or has a method ``to(device)``. It must not shuffle,
+            or the order is lost.
+        classifier: returns logits ``[b, N_p]``, or maps ``[b, ...]``, in evaluation mode.
+        device: the device of the classifier.
         progress: show a progress bar.
-        process_group: processes that share out the data; each of them gets the logits of all samples. Those of a
-            :class:`~torch.utils.data.DistributedSampler` come once each and in the data set's order, shuffled or not;
-            those of accelerate's ``prepare_data_loader`` once each and in the order that the loader had before, unless
-            the data set is iterable or the batches are dispatched; data that are shared out in another way rank by
-            rank, with a warning where accelerate fills batches up with repeated samples. By default each process is
-            alone.
+        process_group: processes that share the data. Each of them gets the logits of all samples. With a
+            :class:`~torch.utils.data.DistributedSampler` every sample comes once, in the data set's order, shuffled or
+            not. With accelerate's ``prepare_data_loader`` every sample comes once, in the order that the loader had
+            before. This excludes iterable data sets and dispatched batches. Data that are shared in another way come
+            rank by rank, with a warning where accelerate fills batches with repeated samples. By default each process
+            works alone.
 
     Returns:
         Logits ``[N, N_p]`` on the CPU.
 
     Raises:
-        TypeError, ValueError: a batch does not start with a tensor, the classifier does not return logits, or the
-            loader is empty; on all processes if on one.
+        TypeError: a batch does not start with a tensor, or ``classifier`` is no module. Like the other errors, it is
+            raised on all processes of the group.
+        ValueError: the classifier does not return logits, or the loader is empty.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.lwf import collect_pretrain_labels
+        >>> batches = torch.randn(20, 4).split(8)
+        >>> collect_pretrain_labels(batches, nn.Linear(4, 3), "cpu", progress=False).shape
+        torch.Size([20, 3])
     """
     check_group(process_group)
     together(lambda: check_module(classifier, "classifier"), process_group)
@@ -71,34 +83,50 @@ def collect_pretrain_labels(
 
 
 class Classifier(ClassifierBase):
-    """A backbone with two heads: the source's, on the pooled features, and the target's, after the bottleneck.
+    """A backbone with two heads: the source head on the pooled features, the target head after the bottleneck.
 
-    No parameter group holds the source head: it is not trained, but its gradients accumulate unless they are cleared
-    with the model's own ``zero_grad()`` or the head is frozen with :meth:`freeze_head_source`. To train it too, as the
-    paper does, give the optimizer a group of its own:
-    ``optimizer.add_param_group({"params": classifier.head_source.parameters(), "lr": ...})``.
+    All parts but the backbone may be functions. They have no parameters, and their parameter group is empty.
 
-    All but the backbone may be functions; those have no parameters, and their parameter group is empty.
+    No parameter group contains the source head, so it is not trained. Its gradients accumulate unless you clear them
+    with the model's own ``zero_grad()`` or call :meth:`freeze_head_source`. To train it too, as the paper does, give it
+    a group of its own: ``optimizer.add_param_group({"params": classifier.head_source.parameters(), "lr": ...})``.
+
+    Paper: Li and Hoiem, `Learning without Forgetting (ECCV 2016) <https://arxiv.org/abs/1606.09282>`__.
 
     Args:
-        backbone: has an attribute ``out_features``; maps inputs to what ``pool_layer`` pools.
+        backbone: a module with an attribute ``out_features``. Its output goes to ``pool_layer``.
         num_classes: number of target classes.
         head_source: the pretrained head, ``[b, out_features]`` → ``[b, N_p]``.
-        head_target: ``[b, features_dim]`` → ``[b, num_classes]``; a linear layer by default.
-        bottleneck: applied after pooling, for the target head; identity by default.
-        bottleneck_dim: the bottleneck's number of features, needed with ``bottleneck``.
-        finetune: the backbone learns at a tenth of the base rate.
-        pool_layer: global average pooling of ``[b, C, H, W]`` by default.
+        head_target: ``[b, features_dim]`` → ``[b, num_classes]``. By default a linear layer.
+        bottleneck: applied after pooling, before the target head. By default the identity.
+        bottleneck_dim: the bottleneck's number of features. Required with ``bottleneck``.
+        finetune: let the backbone learn at a tenth of the base rate.
+        pool_layer: turns the backbone's output into ``[b, out_features]``. By default the average over ``[b, C, H,
+            W]``.
 
     Inputs:
-        x: whatever the backbone takes.
+        x: what the backbone takes.
 
     Returns:
         In training ``(y_s [b, N_p], y_t [b, num_classes])``, in evaluation ``y_t``.
 
     Raises:
-        TypeError, ValueError: a part is missing or its sizes do not fit; or the backbone gives no maps, and there is no
-            ``pool_layer`` for what it gives.
+        TypeError: a part is neither a module nor a function.
+        ValueError: the parts' sizes do not fit, or the backbone returns no maps and there is no ``pool_layer``.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.lwf import Classifier
+        >>> backbone = nn.Conv2d(3, 8, 3)
+        >>> backbone.out_features = 8
+        >>> model = Classifier(backbone, num_classes=2, head_source=nn.Linear(8, 10))
+        >>> y_s, y_t = model(torch.randn(4, 3, 6, 6))
+        >>> y_s.shape, y_t.shape
+        (torch.Size([4, 10]), torch.Size([4, 2]))
+        >>> model.eval()(torch.randn(4, 3, 6, 6)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -119,7 +147,7 @@ class Classifier(ClassifierBase):
         check_linear(self.head_target, "head_target", self.features_dim, num_classes)
 
     def freeze_head_source(self, freeze: bool = True) -> None:
-        """Let the source head take no gradients (or, with ``freeze=False``, take them again)."""
+        """Let the source head take no gradients. With ``freeze=False`` it takes them again."""
         if isinstance(self.head_source, nn.Module):
             self.head_source.requires_grad_(not freeze)
 
@@ -130,5 +158,9 @@ class Classifier(ClassifierBase):
         return self.head_source(features), self.head_target(self.bottleneck(features))
 
     def get_parameters(self, base_lr: float = 1.0) -> list[ParameterGroup]:
-        """Parameter groups in the order backbone, bottleneck, head_target."""
+        """Parameter groups for an optimizer, in the order backbone, bottleneck, head_target.
+
+        Args:
+            base_lr: the learning rate. With ``finetune``, the backbone gets a tenth of it.
+        """
         return self._groups(base_lr, [(self.backbone, True), (self.bottleneck, False), (self.head_target, False)])

@@ -1,4 +1,4 @@
-"""A model's parameters by the names that they have without what is around the model, or around a part of it."""
+"""Name a model's parameters without the parts that wrappers around the model or its modules add."""
 
 from collections.abc import Mapping
 
@@ -7,19 +7,19 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
-# the child of torch.compile's, activation checkpointing's and FullyShardedDataParallel's modules, the children of
-# Lightning Fabric's, which hold one model, and of no others
+# names that only wrappers give to their child: torch.compile, activation checkpointing, FullyShardedDataParallel, and
+# Lightning Fabric, which has two
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module")
 _OF_WRAPPERS = {*WRAPPED, "module", "base_model", "model"}
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # whose child is called "module"
 
-FLATTENED = "got a flattened shard of FullyShardedDataParallel: shard the model by torch.distributed.fsdp.fully_shard"
+FLATTENED = "got a flattened shard of FullyShardedDataParallel: use torch.distributed.fsdp.fully_shard instead"
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under every name that it has, as if nothing were around the model or a part of it.
+    """Every parameter under each of its names, without the parts that wrappers add.
 
-    That is DataParallel, DistributedDataParallel, AveragedModel, FullyShardedDataParallel, ``torch.compile``,
+    Wrappers are DataParallel, DistributedDataParallel, AveragedModel, FullyShardedDataParallel, ``torch.compile``,
     ``checkpoint_wrapper``, Lightning Fabric's module, and PEFT's model and tuner. The original of a parametrised tensor
     has that tensor's name. The order is that of ``model.named_parameters()``.
 
@@ -32,6 +32,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
+    """Add the parameters of ``module`` and its children to ``found``."""
     for key, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -48,7 +49,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
 
 
 def _wraps(module: nn.Module, key: str) -> bool:
-    """Whether ``module`` is around its child of that key, one of those that wrappers have, and no more."""
+    """Whether ``module`` is a wrapper of its child ``key``, one of the names that wrappers use."""
     if key == "module":
         return isinstance(module, _WRAPPERS) and len(module._modules) == 1
     if key in ("base_model", "model"):  # PEFT's model is around the user's, or around a tuner that is
@@ -57,9 +58,12 @@ def _wraps(module: nn.Module, key: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """``name`` without what a user's modules may be called as well: any ``module``, as further wrappers call what they
-    hold, and what PEFT puts into the names of a layer that it adapts, or of one that it trains a copy of."""
-    if "module" not in name and "base_layer" not in name:  # which saves most names the rest
+    """``name`` without parts that wrappers add but that a user's modules may have too.
+
+    These are any ``module``, which many wrappers use, and what PEFT adds for a layer that it adapts or trains a copy
+    of.
+    """
+    if "module" not in name and "base_layer" not in name:  # the usual case, quickly
         return name
     parts = [part for part in name.split(".") if part not in ("module", "base_layer")]
     if "modules_to_save" in parts:
@@ -69,7 +73,7 @@ def plain_name(name: str) -> str:
 
 
 def by_plain_name(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters by plain name, but for those of which several have one."""
+    """The parameters by plain name, without those whose plain name is not unique."""
     plain: dict[str, Tensor] = {}
     ambiguous = []
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Stochastic norms with the activation that follows them in one layer, as timm has them."""
+"""Stochastic norms with the activation that follows them in one layer, as in timm."""
 
 import importlib
 import sys
@@ -17,18 +17,18 @@ TIMMS_NORMS = f"{TIMM}.norm_act"
 
 
 def imported_from_timm(name: str) -> Any:
-    """One of timm's modules; None where timm can't be imported."""
+    """Import one of timm's modules. None where timm can't be imported."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError):  # torchvision, which timm needs, raises the latter if it does not fit torch
+    except (ImportError, RuntimeError):  # timm imports torchvision, which raises the latter if it does not fit torch
         return None
 
 
 def counterparts_in_timm() -> dict[type, type]:
-    """timm's batch norms with an activation, and the stochastic norms that they become; none before timm is loaded.
+    """Map timm's batch norms with an activation to stochastic norms. Empty until timm is imported.
 
-    From then on stochastic ones are timm's ``BatchNormAct2d``, too: of timm's tools those that take one for any other
-    batch norm, as freezing does, leave a network without its activations.
+    Once timm is imported, the stochastic norms are also instances of timm's ``BatchNormAct2d``. timm's tools look for
+    that class. Those that would take the layer for a plain batch norm, as freezing does, would drop its activation.
     """
     timm: Any = sys.modules.get(TIMMS_NORMS)
     if timm is None:
@@ -39,38 +39,57 @@ def counterparts_in_timm() -> dict[type, type]:
 
 
 def _activation_layer(act_layer: Any, options: dict[str, Any]) -> nn.Module:
+    """The module of an activation that is given as a class, as a name that timm knows, or as None."""
     if isinstance(act_layer, str) and act_layer:
         layers = imported_from_timm(TIMM)
         if layers is None:
-            raise ValueError(f"expected act_layer to be a class where timm is missing, got {act_layer!r}")
+            raise ValueError(f"expected act_layer to be a class, since timm is not installed, got {act_layer!r}")
         act_layer = layers.get_act_layer(act_layer)
     if not act_layer:
         return nn.Identity()
     try:
         return act_layer(**options)
-    except TypeError:  # not all of them can work in place
+    except TypeError:  # some activations have no inplace option
         return act_layer(**{name: option for name, option in options.items() if name != "inplace"})
 
 
 class StochNormAct2d(StochNorm2d):
-    """Stochastic normalisation of ``[N, C, H, W]`` inputs, and an activation, in place of timm's ``BatchNormAct2d``.
+    """Stochastic normalisation of ``[N, C, H, W]`` inputs and an activation, in place of timm's ``BatchNormAct2d``.
 
-    The layer computes ``act(drop(norm(x)))`` and has timm's attributes and state dict. In training the operation takes
-    the activation along if it is the module of one that :func:`~talib_fast.ops.stoch_norm` knows, ``drop`` does nothing
-    and no hook waits for either. Otherwise as :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
+    The layer computes ``act(drop(norm(x)))`` and has timm's attributes and state dict. In training one operation
+    computes norm and activation together. This needs an activation that :func:`~talib_fast.ops.stoch_norm` supports, a
+    ``drop`` that is an identity, and no hook on either. Otherwise the modules run one after the other. Everything else
+    is as in :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
 
-    timm's ``create_model(norm_layer=...)`` takes its own classes only:
-    :func:`~talib_fast.finetune.stochnorm.convert_model` the network.
+    timm's ``create_model(norm_layer=...)`` accepts only its own classes. Convert the network with
+    :func:`~talib_fast.finetune.stochnorm.convert_model` instead.
 
     Args:
-        apply_act: False: ``act`` is an ``nn.Identity``.
-        act_layer: the activation's class or, where timm is installed, its name. None is no activation.
-        act_kwargs: what ``act_layer`` is called with.
-        inplace: whether an activation that is called by itself works in place, if it can. None does not ask for it.
-        drop_layer: the class of ``drop``, called without arguments; None: an ``nn.Identity``.
+        num_features: number of channels C.
+        eps: added to the variance; positive.
+        momentum: share of the batch in the new running statistics. None averages over all batches.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: False keeps no running statistics.
+        apply_act: False makes ``act`` an ``nn.Identity``.
+        act_layer: the class of the activation, or its name where timm is installed. None is no activation.
+        act_kwargs: keyword arguments for ``act_layer``.
+        inplace: whether ``act`` works in place when it runs as a module of its own. None leaves its default.
+        drop_layer: the class of ``drop``, called without arguments. None makes it an ``nn.Identity``.
+        p: probability that a channel uses the statistics of the batch, in [0, 1].
+        device: device of the parameters and buffers.
+        dtype: dtype of the parameters and buffers.
 
     Raises:
         ValueError: ``act_layer`` is a name and timm is not installed.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.stochnorm import StochNormAct2d
+        >>> layer = StochNormAct2d(16, act_layer=nn.ReLU, p=0.5)
+        >>> bool((layer(torch.randn(8, 16, 5, 5)) >= 0).all())
+        True
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StochNormAct2d":
@@ -99,12 +118,12 @@ class StochNormAct2d(StochNorm2d):
         self.act = _activation_layer(act_layer if apply_act else None, {**options, **(act_kwargs or {})})
 
     def _followers(self) -> list[nn.Module]:
-        """What is called after the norm, in that order; timm's synchronised one may be without."""
+        """The modules that run after the norm, in order. timm's synchronised layer may have none."""
         modules: Any = self._modules
         return [modules[name] for name in ("drop", "act") if name in modules]
 
     def _taken_along(self) -> Activation | None:
-        """What all the followers are to the operation, None if it can't have them."""
+        """The one activation that all modules after the norm amount to. None if the operation can't fuse them."""
         followers = self._followers()
         if not self.training or not runs_its_forward_alone(*followers):
             return None
@@ -115,6 +134,7 @@ class StochNormAct2d(StochNorm2d):
         return active[0] if len(active) == 1 else None
 
     def _followed(self, output: Tensor) -> Tensor:
+        """Run the modules after the norm one by one."""
         for follower in self._followers():
             output = follower(output)
         return output
@@ -130,14 +150,15 @@ class StochNormAct2d(StochNorm2d):
         residual: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         taken = self._taken_along()
-        if taken == NO_ACTIVATION or not isinstance(input, Tensor):  # a graph of torch.fx holds the layer as a whole
+        if taken == NO_ACTIVATION or not isinstance(input, Tensor):  # torch.fx records the layer as one node
             return super().followed_by(input, activation, residual)
         output = self._followed(super().followed_by(input)) if taken is None else super().followed_by(input, taken)
         return followed(output, activation, residual() if residual else None)
 
 
 class SyncStochNormAct(SyncStochNorm, StochNormAct2d):
-    """:class:`SyncStochNorm` with the activation of :class:`StochNormAct2d`, in place of timm's ``SyncBatchNormAct``.
+    """Stochastic normalisation over all ranks and an activation, in place of timm's ``SyncBatchNormAct``.
 
-    Its arguments are those of both.
+    It takes the arguments of :class:`~talib_fast.finetune.stochnorm.SyncStochNorm` and
+    :class:`~talib_fast.finetune.stochnorm.StochNormAct2d`.
     """

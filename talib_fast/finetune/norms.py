@@ -1,4 +1,4 @@
-"""The layers of stochastic normalisation."""
+"""The stochastic norm layers: StochNorm1d, StochNorm2d, StochNorm3d and SyncStochNorm."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ _ACTIVATIONS: dict[type, Activation] = {
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """The activation that ``module``'s class computes, if a stochastic norm takes it along; None of any other."""
+    """The activation that ``module`` computes, if a stochastic norm can fuse it. None for any other module."""
     kind: Any = type(module)
     if kind in _ACTIVATIONS:
         return _ACTIVATIONS[kind]
@@ -49,7 +49,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 
 def runs_its_forward_alone(*modules: nn.Module) -> bool:
-    """Whether a call of each of ``modules`` is its class's ``forward`` and nothing else, which no hook waits for."""
+    """Whether calling each module runs only its class's ``forward``: no hook, and no ``forward`` of the instance."""
     return not have_global_hooks() and not any(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -61,27 +61,28 @@ def runs_its_forward_alone(*modules: nn.Module) -> bool:
 
 
 def _warn_of_a_lost_method(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Warn when a SyncBatchNorm replaces a stochastic norm."""
     replaced = parent._modules.get(name)
     if isinstance(module, nn.SyncBatchNorm) and isinstance(replaced, _StochNorm):
         warnings.warn(
-            f"a SyncBatchNorm takes the place of a {type(replaced).__name__} and draws nothing: call convert_sync, not "
-            "SyncBatchNorm.convert_sync_batchnorm, or before that restore_batch_norm",
+            f"a SyncBatchNorm replaces a {type(replaced).__name__}, which ends stochastic normalisation there: call "
+            "convert_sync instead of SyncBatchNorm.convert_sync_batchnorm, or call restore_batch_norm first",
             stacklevel=2,
         )
 
 
 @functools.cache
 def watch_for_lost_methods() -> None:
-    """Have torch's convert_sync_batchnorm, to which stochastic norms are batch norms, say what it does to them.
+    """Warn from now on when torch's ``convert_sync_batchnorm`` replaces a stochastic norm.
 
-    It asks the layers nothing, but registers what it makes in their places. Processes without a stochastic norm are
-    spared the question.
+    That function takes stochastic norms for batch norms and gives them no say. It registers the new module under the
+    old one's name, where a registration hook sees it. Processes without a stochastic norm do not install the hook.
     """
     register_module_module_registration_hook(_warn_of_a_lost_method)
 
 
 class _StochNorm(_BatchNorm):
-    """What stochastic norms of all ranks have in common. They are batch norms, from which they inherit all else."""
+    """The common base of the stochastic norm layers. They are batch norms and inherit everything else."""
 
     p: float
     running_mean: Tensor
@@ -103,21 +104,21 @@ class _StochNorm(_BatchNorm):
         check_number(p, "p", 1)
         watch_for_lost_methods()
         options = {"device": device, "dtype": dtype, **options}
-        # and not what a subclass is besides: timm's batch norm has an activation
+        # not super(): in StochNormAct2d that may be timm's BatchNormAct2d, which would make an activation
         _BatchNorm.__init__(self, num_features, eps, momentum, affine, track_running_stats, **options)
         self.p = float(p)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"
 
-    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks every module what to compile in its place
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script calls it on every module
         raise RuntimeError(
-            f"torch.jit.script can't compile {type(self).__name__}: for evaluation script "
-            "restore_batch_norm(copy.deepcopy(model)).eval(), which computes the same, or take torch.export"
+            f"torch.jit.script can't compile {type(self).__name__}: for evaluation, script "
+            "restore_batch_norm(copy.deepcopy(model)).eval(), which computes the same, or use torch.export"
         )
 
     def _forward_symbolic(self, input: Any) -> Any:
-        """What stands for the layer's output in a graph of torch.fx: the layer as a whole, as of batch norms."""
+        """The layer's output in a graph of torch.fx: one node for the whole layer, as for batch norms."""
         if not isinstance(input, Proxy):
             raise TypeError(f"expected input to be a floating-point tensor, got {type(input).__name__}")
         tracer: Any = input.tracer
@@ -127,7 +128,7 @@ class _StochNorm(_BatchNorm):
         use_batch = self.running_mean is None
         if self.training and not use_batch:
             raise RuntimeError(
-                f"torch.fx can't trace a {type(self).__name__} in training by itself: trace a module that holds it"
+                f"torch.fx can't trace a {type(self).__name__} alone in training mode: trace a module that contains it"
             )
         return F.batch_norm(
             symbol, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
@@ -142,11 +143,13 @@ class _StochNorm(_BatchNorm):
         activation: Activation = NO_ACTIVATION,
         residual: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """The norm, with what follows it.
+        """Compute ``activation(norm(input) + residual())``.
 
         Args:
-            residual: gives what is added before the activation. It is called after what the norm does to random
-                numbers, since in a network's own order it comes after the norm, and may draw as well.
+            input: ``[N, C, *]``.
+            activation: applied last; none by default.
+            residual: returns the tensor to add, or None. It is called after the norm has drawn its mask, because a
+                network computes its residual after the norm and may draw random numbers for it.
         """
         if not isinstance(input, Tensor):
             return followed(self._forward_symbolic(input), activation, residual() if residual else None)
@@ -157,11 +160,12 @@ class _StochNorm(_BatchNorm):
         return followed(_BatchNorm.forward(self, input), activation, residual() if residual else None)
 
     def _forward_training(self, input: Tensor, activation: Activation, residual: Callable[[], Tensor] | None) -> Tensor:
+        """``followed_by`` in training mode, on this process alone."""
         if self._buffers["running_mean"] is None:
             check_training(input, self.num_features, self.eps)
             return followed(_BatchNorm.forward(self, input), activation, residual() if residual else None)
         parameters: Vectors = self._parameters
-        if "weight" not in parameters or "bias" not in parameters:  # parametrised
+        if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.parametrize computes them
             parameters = {"weight": self.weight, "bias": self.bias}
         return stoch_norm_step(
             input,
@@ -177,46 +181,85 @@ class _StochNorm(_BatchNorm):
 
 
 class StochNorm1d(_StochNorm, nn.BatchNorm1d):
-    r"""Stochastic normalisation of ``[N, C]`` or ``[N, C, L]`` inputs, in :class:`torch.nn.BatchNorm1d`'s place.
+    """Stochastic normalisation of ``[N, C]`` or ``[N, C, L]`` inputs, in place of :class:`torch.nn.BatchNorm1d`.
 
-    In training each channel draws s ~ Bernoulli(p): s = 1 normalises with the batch's mean and variance, s = 0 with
-    the running ones as they were before this step. Both kinds move the running statistics. The mask comes from
-    torch's generator of the input's device. Evaluation uses the running statistics. From `Stochastic Normalization
-    (NeurIPS 2020)
-    <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`_.
+    In training each channel draws s ~ Bernoulli(p). With s = 1 it is normalised with the mean and variance of the
+    batch. With s = 0 it is normalised with the running mean and variance from before this step::
 
-    Activation checkpointing, also inside and around compiled code, repeats what the forward pass did and moves the
-    running statistics once, as long as a layer is called at most sixteen times between its forward pass and its
-    backward pass. Differentiable twice, and in forward mode.
+        y = γ·(x − μ)/√(v + eps) + β        (μ, v) of the batch if s = 1, else the running ones
+
+    Every training step updates the running statistics of all channels, as in batch normalisation. Evaluation uses the
+    running statistics. The mask comes from torch's random generator of the input's device.
+
+    Activation checkpointing works, also inside and around compiled code: the repeated forward pass uses the same mask
+    and statistics, and the running statistics are updated once. For that, a layer may run at most sixteen times between
+    a forward pass and its backward pass. The layer is differentiable twice, and in forward mode.
+
+    Paper: Kou, You, Long and Wang, `Stochastic Normalization (NeurIPS 2020)
+    <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`__.
 
     Args:
         num_features: number of channels C.
-        eps: added to the variance.
-        momentum: share of the batch in the new running statistics; None averages over all batches.
-        affine: learn a weight and a bias per channel.
-        track_running_stats: False keeps no running statistics: every channel takes the batch's, always.
-        p: probability of the batch's statistics, in [0, 1].
-        options: what else :class:`torch.nn.BatchNorm1d` takes.
+        eps: added to the variance; positive.
+        momentum: share of the batch in the new running statistics. None averages over all batches.
+        affine: learn a weight γ and a bias β per channel.
+        track_running_stats: False keeps no running statistics. Every channel then uses those of the batch, also in
+            evaluation.
+        p: probability that a channel uses the statistics of the batch, in [0, 1].
+        options: further options of :class:`torch.nn.BatchNorm1d`, such as ``device`` and ``dtype``.
 
     Raises:
-        ValueError: p is out of range; the input's rank or channel count does not fit; in training a channel has
-            only one value, or eps is not positive.
+        ValueError: ``p`` is out of range, or the input has the wrong rank or number of channels. In training also: a
+            channel has only one value, or ``eps`` is not positive.
         TypeError: the input is not floating point.
-        RuntimeError: a forward pass inside a backward pass repeats none of the last sixteen. On a GPU, which is not
-            waited for, the output is NaN instead. Or a CUDA graph captures activation checkpointing.
+        RuntimeError: a forward pass runs inside a backward pass and repeats none of the layer's last sixteen. On a GPU
+            the output is NaN instead, because the check would wait for the device. Also raised where a CUDA graph
+            captures activation checkpointing.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.stochnorm import StochNorm1d
+        >>> norm = StochNorm1d(4, p=0.5)
+        >>> norm(torch.randn(8, 4)).shape
+        torch.Size([8, 4])
+        >>> norm.num_batches_tracked
+        tensor(1)
     """
 
 
 class StochNorm2d(_StochNorm, nn.BatchNorm2d):
-    """Stochastic normalisation of ``[N, C, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
+    """Stochastic normalisation of ``[N, C, H, W]`` inputs, in place of :class:`torch.nn.BatchNorm2d`.
+
+    Everything else is as in :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.stochnorm import StochNorm2d
+        >>> norm = StochNorm2d(16, p=0.5)
+        >>> norm(torch.randn(8, 16, 5, 5)).shape
+        torch.Size([8, 16, 5, 5])
+    """
 
 
 class StochNorm3d(_StochNorm, nn.BatchNorm3d):
-    """Stochastic normalisation of ``[N, C, D, H, W]`` inputs; otherwise as :class:`StochNorm1d`."""
+    """Stochastic normalisation of ``[N, C, D, H, W]`` inputs, in place of :class:`torch.nn.BatchNorm3d`.
+
+    Everything else is as in :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.stochnorm import StochNorm3d
+        >>> norm = StochNorm3d(4, p=0.5)
+        >>> norm(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over the ranks of a process group; so is its gradient."""
+    """Sums a tensor over the ranks of a process group. Its gradient is summed in the same way."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
@@ -233,13 +276,28 @@ class _AllReduce(torch.autograd.Function):
 class SyncStochNorm(_StochNorm):
     """Stochastic normalisation of ``[N, C, *]`` inputs with the statistics of all ranks of a process group.
 
-    The ranks share one mask, drawn by the group's first rank. W ranks compute what one process would on the joined
-    batch, of which a rank's share may be of any size, or empty. Without an initialised process group, or in a group
-    of one, and in evaluation, it works alone. Costs one collective forward and one backward. Otherwise as
-    :class:`StochNorm1d`.
+    The group's first rank draws the mask, and all ranks use it. Together, W ranks compute what one process would
+    compute on the joined batch. A rank's share of the batch may have any size, or be empty. The layer works alone in
+    evaluation, in a group of one, and where no process group is initialised. It costs one collective in the forward
+    pass and one in the backward pass. Everything else is as in :class:`~talib_fast.finetune.stochnorm.StochNorm1d`.
 
     Args:
-        process_group: the group to synchronise in; None is the default group.
+        num_features: number of channels C.
+        eps: added to the variance; positive.
+        momentum: share of the batch in the new running statistics. None averages over all batches.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: False keeps no running statistics.
+        p: probability that a channel uses the statistics of the batch, in [0, 1].
+        process_group: the group to synchronise in. None is the default group.
+        options: further options of a batch norm, such as ``device`` and ``dtype``.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.finetune.stochnorm import SyncStochNorm
+        >>> norm = SyncStochNorm(16, p=0.5)  # without a process group it works alone
+        >>> norm(torch.randn(8, 16, 5, 5)).shape
+        torch.Size([8, 16, 5, 5])
     """
 
     process_group: Any = None
@@ -273,9 +331,9 @@ class SyncStochNorm(_StochNorm):
         return super()._forward_training(input, activation, residual)
 
     def _joined(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean and biased variance per channel of the joined batch, its values per channel, and the first rank's mask.
+        """The joined batch's mean and biased variance per channel, its values per channel, and the first rank's mask.
 
-        All in one collective: a sum over the ranks of tables in which each rank has filled its own row.
+        It takes one collective: every rank fills its own row of a table, and the ranks sum their tables.
         """
         dims, shape = [0, *range(2, values.dim())], [-1] + [1] * (values.dim() - 2)
         count = values.numel() // self.num_features
@@ -293,6 +351,7 @@ class SyncStochNorm(_StochNorm):
         return mean, variance, total, masks[0].detach() > 0
 
     def _forward_synchronized(self, input: Tensor) -> Tensor:
+        """The layer's output in training, with the statistics of all ranks."""
         check_training(input, self.num_features, self.eps)
         values = input.to(accumulation_dtype(input))
         if self.running_mean is None:
@@ -303,7 +362,7 @@ class SyncStochNorm(_StochNorm):
             used = [statistic.to(mean.dtype, copy=True) for statistic in running]
             if self.track_running_stats:
                 unbiased = variance.detach() * (count / (count - 1).clamp_min(1))
-                some = count > 0  # a joined batch without values moves nothing, which only the device knows
+                some = count > 0  # an empty joined batch updates nothing; only the device knows whether it is empty
                 batch = [torch.where(some, *pair) for pair in zip((mean.detach(), unbiased), running, strict=True)]
                 move(running, batch, repeats, self._buffers, self.momentum, some)
             mean, variance = torch.where(mask, mean, used[0]), torch.where(mask, variance, used[1])

@@ -1,7 +1,7 @@
-"""Convolutions whose weights lie in the order that oneDNN computes with on a CPU.
+"""Convolutions with their weights in oneDNN's own order, for evaluation on a CPU.
 
-PyTorch brings them into it at every call, which counts where maps are small and weights are large, as in a network's
-later layers.
+PyTorch brings weights into this order at every call. That takes a large part of the time where maps are small and
+weights are large, as in the later layers of a network.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from ..torch_private import convolve_packed, may_be_in_function_transform, pack_
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether it lies in that layout and in no other, so that a convolution with it returns maps that do."""
+    """Whether a tensor is in channels_last and in no other layout. A convolution then returns channels_last maps."""
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution that is evaluated only: ``nn.Conv2d`` with its weight in oneDNN's order beside it.
+    """``nn.Conv2d`` for evaluation only, with its weight also in oneDNN's order.
 
-    That serves maps in channels_last, which oneDNN returns. Whatever looks closer than a call on a CPU, as compilers
-    and transforms do, meets the plain convolution.
+    It serves maps in channels_last, which oneDNN returns. Anything but an ordinary call on a CPU, such as a compiler or
+    a transform, gets the ordinary convolution.
     """
 
     _packed: tuple[Any, Tensor | None]
@@ -31,10 +31,11 @@ class PackedConv2d(nn.Conv2d):
         packed = self._packed_weight(input) if self._is_plain_call(input) else None
         if packed is None:
             return super().forward(input)
-        input = input.contiguous(memory_format=torch.channels_last)  # as the plain one does where its weight lies so
+        input = input.contiguous(memory_format=torch.channels_last)  # as nn.Conv2d does for a channels_last weight
         return convolve_packed(input, packed, self.bias, self.padding, self.stride, self.dilation, self.groups)
 
     def _is_plain_call(self, input: Tensor) -> bool:
+        """Whether this is an ordinary call on a CPU with maps or weight in channels_last."""
         return not (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
@@ -49,6 +50,7 @@ class PackedConv2d(nn.Conv2d):
         ) and (_is_channels_last(input) or _is_channels_last(self.weight))
 
     def _packed_weight(self, input: Tensor) -> Tensor | None:
+        """The weight in oneDNN's order, packed again if it has changed. None where oneDNN has no such order."""
         weight = self.weight
         made_from = id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version
         if self.__dict__.get("_packed", (None,))[0] != made_from:
@@ -69,9 +71,9 @@ class PackedConv2d(nn.Conv2d):
 
 
 def pack(model: nn.Module) -> Callable[[], None]:
-    """Let the plain convolutions in ``model``, which is evaluated only, compute with packed weights.
+    """Let the ordinary convolutions in ``model`` compute with packed weights. The model must only be evaluated.
 
-    They stay the objects they are. A weight is packed at the next call; on the CPU it takes as much memory again.
+    The convolutions stay the same objects. A weight is packed at its next call and takes the same memory once more.
 
     Returns:
         A function that undoes it.

@@ -1,4 +1,4 @@
-"""Half squared distances of a model's parameters, wherever and however these lie."""
+"""Half squared distances of a model's parameters on any devices, sharded or not."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ _FLOATS_OF_8_BITS = tuple(getattr(torch, name) for name in dir(torch) if name.st
 
 
 def is_of_integers(parameter: Tensor) -> bool:
-    """Whether it holds integers, or numbers packed into them, as the frozen ones of quantized layers do."""
+    """Whether a parameter holds integers, or numbers packed into integers, as frozen ones of quantized layers do."""
     return parameter.dtype not in FLOATS and not (parameter.is_complex() or parameter.dtype in _FLOATS_OF_8_BITS)
 
 
 def is_flattened(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel hands out this rank's share of the model's parameters under their own names."""
+    """Whether FullyShardedDataParallel gives only this rank's shards of the model's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(
         isinstance(module, fsdp.FullyShardedDataParallel) and module.sharding_strategy != fsdp.ShardingStrategy.NO_SHARD
@@ -37,23 +37,23 @@ def check_parameter(parameter: Tensor, name: str) -> None:
 
 
 def check_start(start: Tensor, parameter: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError unless ``start`` can be where ``parameter`` started."""
+    """Raise TypeError or ValueError unless ``start`` fits ``parameter`` as its starting point."""
     check_parameter(start, name)
     if is_of_integers(start) or start.is_complex() != parameter.is_complex():
         raise TypeError(
-            f"expected parameter {name!r} of the source in numbers as the target's {parameter.dtype}, got {start.dtype}"
+            f"expected parameter {name!r} of the source to fit the target's {parameter.dtype}, got {start.dtype}"
         )
     if start.shape != parameter.shape:
         raise ValueError(
             f"expected parameter {name!r} of one shape in both models, got {list(start.shape)} in the source and "
-            f"{list(parameter.shape)} in the target: leave a new head out of the models compared"
+            f"{list(parameter.shape)} in the target: compare the models without a new head"
         )
     if start.is_meta and not parameter.is_meta:
         raise ValueError(f"expected parameter {name!r} of the source to have values, got one on the meta device")
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Real numbers of the same squared modulus, in a dtype that is summed over; of a DTensor those of this rank."""
+    """Real numbers of the same squared modulus, in a dtype that can be summed. Of a DTensor this rank's part."""
     if is_dtensor(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_complex():
@@ -62,7 +62,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _sharding(parameter: Tensor) -> Any:
-    """The device mesh and its dimensions that the parameter is sharded over, or None."""
+    """The device mesh and its dimensions that the parameter is sharded over. None if it is not sharded."""
     if not is_dtensor(parameter):
         return None
     placements = parameter.placements  # type: ignore[attr-defined]
@@ -72,17 +72,21 @@ def _sharding(parameter: Tensor) -> Any:
 
 
 def _over_ranks(part: Tensor, mesh: Any, dimensions: tuple[int, ...]) -> Tensor:
-    """The sum of the ranks' parts, with the gradient of this rank's own."""
-    whole = part.detach().to(mesh.device_type, copy=True)  # whose backend is there, also where parameters are offloaded
+    """The sum of all ranks' parts, with the gradient of this rank's part."""
+    whole = part.detach().to(mesh.device_type, copy=True)  # the mesh's backend works there, also for offloaded ones
     for dimension in dimensions:
         dist.all_reduce(whole, group=mesh.get_group(dimension))
     return whole.to(part.device) + (part - part.detach())
 
 
 def half_squared_distance(parameters: Mapping[Tensor, str], starts: Sequence[Tensor] | None = None) -> Tensor:
-    """Σ ½‖w − w₀‖² on the first parameter's device: at once over those that lie on one device, sharded alike.
+    """Σ ½‖w − w₀‖² on the first parameter's device. Parameters on one device with the same sharding take one call.
 
-    Parameters of integers are left out.
+    Parameters that hold integers are left out.
+
+    Args:
+        parameters: the parameters w with their names.
+        starts: the starting points w₀ in the same order. None stands for zeros.
     """
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for j, (parameter, name) in enumerate(parameters.items()):

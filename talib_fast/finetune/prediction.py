@@ -1,4 +1,4 @@
-"""Running a model over a data loader without leaving traces on the model."""
+"""Run a model over a data loader and leave the model as it was."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,7 +18,7 @@ from .ranks import gathered, gathered_rows, together
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode and each of its modules back into its own mode afterwards."""
+    """A context in which ``model`` is in evaluation mode. Afterwards each of its modules has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -29,8 +29,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs x of a batch ``x`` or ``(x, ...)``: a tensor, or another object that moves by its ``to(device)``."""
-    # a packed sequence is a tuple of its own
+    """The inputs x of a batch ``x`` or ``(x, ...)``: a tensor, or another object with a method ``to(device)``."""
+    # a PackedSequence is a tuple, but an input as a whole
     listed = isinstance(batch, Sequence) and not isinstance(batch, PackedSequence)
     x = batch[0] if listed and len(batch) else batch
     if not callable(getattr(x, "to", None)):
@@ -42,14 +42,14 @@ def inputs_of(batch: Any) -> Any:
 
 
 def labels_of(batch: Any) -> Any:
-    """The labels of a batch ``(x, labels, ...)``, whatever they are."""
+    """The labels of a batch ``(x, labels, ...)``, of any kind."""
     if not isinstance(batch, Sequence) or isinstance(batch, PackedSequence) or len(batch) < 2:
         raise TypeError(f"expected batches (x, labels, ...), got {type(batch).__name__}")
     return batch[1]
 
 
 def class_labels_of(batch: Any, size: int) -> Tensor:
-    """The labels ``[b]`` of a batch, one integer per input, of which there are ``size``."""
+    """The labels ``[b]`` of a batch. They must be integers, one for each of ``size`` inputs."""
     labels = integer_labels(labels_of(batch))
     if labels.shape != (size,):
         raise ValueError(f"expected one label per input, [{size}], got {list(labels.shape)}")
@@ -64,14 +64,14 @@ def predictions(
     show: bool = True,
     maps: bool = False,
 ) -> Generator[tuple[Any, Tensor], None, None]:
-    """Each batch of ``data_loader`` with the logits ``[b, N]`` that ``classifier`` gives for it in evaluation mode.
+    """Each batch of ``data_loader`` with the logits ``[b, N]`` of ``classifier`` in evaluation mode.
 
-    With ``maps`` they may be of any shape ``[b, ...]``. Meanwhile its batch norms are folded, from the second batch on.
+    With ``maps`` they may have any shape ``[b, ...]``. From the second batch on the batch norms are folded.
     """
     with evaluating(classifier), folded(classifier) as classify:
         for batch in progress(data_loader, description, show=show):
             x = inputs_of(batch)
-            # the mode spans the loop, but no_grad must not leak into the caller's code between two batches
+            # not around the loop: the caller's code between two batches must keep its own mode
             with torch.no_grad():
                 logits = classify(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
             fits = isinstance(logits, Tensor) and logits.dim() == 2
@@ -86,13 +86,13 @@ def predictions(
 def counted(
     batches: Generator[tuple[Any, Tensor], None, None], share: Share | None
 ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-    """Batches and logits, and which of their samples count, as booleans on the CPU; None where all do.
+    """Batches and logits, and which of their samples count: booleans on the CPU, or None if all count.
 
     Raises:
-        ValueError: they are not as many samples as the share has.
+        ValueError: the number of samples is not that of the share.
     """
     start = 0
-    with closing(batches):  # also after an error, whose traceback would keep the model in evaluation mode
+    with closing(batches):  # after an error its traceback would keep the generator, and evaluation mode, alive
         for batch, logits in batches:
             counts = None if share is None else torch.from_numpy(share.counts[start : start + len(logits)])
             start += len(logits)
@@ -101,15 +101,15 @@ def counted(
             yield batch, logits, None if counts is None or bool(counts.all()) else counts
     if share is not None and start != len(share.counts):
         raise ValueError(
-            f"expected one output for each of this process's {len(share.counts)} samples, got {start} or more: which "
-            "of them are repeated can't be told where a loader leaves some out"
+            f"expected one output for each of this process's {len(share.counts)} samples, got {start} or more: if a "
+            "loader leaves samples out, repeated ones can't be recognised"
         )
 
 
 class OnHost:
-    """Rows that come batch by batch, collected in host memory.
+    """Collects rows in host memory, batch by batch.
 
-    From a GPU they travel through pinned memory, and each batch's copy goes on while the next one is computed.
+    From a GPU they are copied through pinned memory, while the next batch is computed.
     """
 
     def __init__(self) -> None:
@@ -129,17 +129,18 @@ class OnHost:
         self._on_the_way = pinned, copied
 
     def _arrive(self) -> None:
+        """Wait for the copy of the last batch."""
         if self._on_the_way is None:
             return
         pinned, copied = self._on_the_way
         copied.synchronize()
-        self._batches.append(pinned.clone())  # into ordinary memory: pinned memory is scarce, and used again
+        self._batches.append(pinned.clone())  # in ordinary memory, because pinned memory is scarce and is reused
         self._on_the_way = None
 
     def joined(self) -> Tensor:
-        """All rows in their order, ``[N, ...]``; at least one batch must have been collected.
+        """All rows in order, ``[N, ...]``. At least one batch must have been collected.
 
-        They can be trained with, also those that were computed under :class:`torch.inference_mode`.
+        Training can use them, even if they were computed under :class:`torch.inference_mode`.
         """
         self._arrive()
         with torch.inference_mode(False), torch.no_grad():
@@ -151,7 +152,7 @@ class OnHost:
 
 
 def joined_over_ranks(collected: OnHost, share: Share | None, process_group: Any) -> Tensor:
-    """The rows of all processes, on the CPU: in the order of the whole, or else in that of the ranks.
+    """The rows of all processes on the CPU, in the order of the whole if it is known, else in the order of the ranks.
 
     Raises:
         ValueError: there are none, or they differ in dtype or shape.

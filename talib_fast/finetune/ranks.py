@@ -1,4 +1,4 @@
-"""What the processes of a group do together. Without a group, None, each function does its work alone."""
+"""Work that the processes of a group do together. Without a group (None) each function works alone."""
 
 import builtins
 from collections.abc import Callable
@@ -12,19 +12,19 @@ T = TypeVar("T")
 
 
 def check_group(process_group: Any) -> None:
-    """Raise TypeError unless ``process_group`` is one that this process is in, or None."""
+    """Raise TypeError unless ``process_group`` is None or a group that this process is in."""
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         got = type(process_group).__name__
         raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
 
 
 def is_first(group: Any) -> bool:
-    """Whether this process is the group's first."""
+    """Whether this process is the first of the group."""
     return group is None or dist.get_rank(group) == 0
 
 
 def gathered(value: T, group: Any) -> list[T]:
-    """Every rank's ``value``, something to pickle, in rank order."""
+    """The ``value`` of every rank, in rank order. It must be possible to pickle it."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -35,7 +35,11 @@ def gathered(value: T, group: Any) -> list[T]:
 def attempted(
     work: Callable[[], T], group: Any, caught: type[Exception] | tuple[type[Exception], ...] = Exception
 ) -> tuple[T | None, Exception | None, list[tuple[str, str] | None]]:
-    """What ``work`` returned on this rank, or else the error, and every rank's error, by its kind and message."""
+    """Do ``work`` on every rank and exchange the errors.
+
+    Returns:
+        What ``work`` returned on this rank, this rank's error or None, and the kind and message of every rank's error.
+    """
     result, mine = None, None
     try:
         result = work()
@@ -45,7 +49,7 @@ def attempted(
 
 
 def together(work: Callable[[], T], group: Any) -> T:
-    """What ``work`` returns on this rank, after all ranks did it; an error of one raises on all."""
+    """Do ``work`` on every rank and return this rank's result. An error on one rank is raised on all."""
     if group is None:
         return work()
     result, mine, errors = attempted(work, group)
@@ -62,7 +66,7 @@ def together(work: Callable[[], T], group: Any) -> T:
 
 
 def sent_by_first(value: T, group: Any) -> T:
-    """The ``value`` of the group's first rank, something to pickle, on every rank."""
+    """The ``value`` of the group's first rank, on every rank. It must be possible to pickle it."""
     if group is None:
         return value
     values = [value]
@@ -71,7 +75,7 @@ def sent_by_first(value: T, group: Any) -> T:
 
 
 def from_first(work: Callable[[], T], group: Any) -> T:
-    """What ``work`` returns on the group's first rank, which does it for all: something to pickle."""
+    """Do ``work`` on the group's first rank, and return its result on every rank. It must be possible to pickle it."""
     return sent_by_first(together(work if is_first(group) else lambda: None, group), group)  # type: ignore[return-value]
 
 
@@ -84,14 +88,14 @@ def summed(tensor: Tensor, group: Any) -> Tensor:
 
 
 def gathered_rows(rows: Tensor, group: Any) -> list[Tensor]:
-    """Every rank's ``rows``, CPU tensors of one dtype and of one shape but for the first dimension, in rank order."""
+    """The ``rows`` of every rank, in rank order: CPU tensors that differ in their first dimension only."""
     if group is None:
         return [rows]
     counts = gathered(len(rows), group)
     device = _reachable(group, torch.device("cuda"))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    sent = padded.flatten().view(torch.uint8).to(device)  # bytes, as not every backend knows every dtype
+    sent = padded.flatten().view(torch.uint8).to(device)  # bytes, because not every backend supports every dtype
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent, group)
     found = [part.cpu().view(rows.dtype).view_as(padded) for part in parts]
@@ -99,5 +103,5 @@ def gathered_rows(rows: Tensor, group: Any) -> list[Tensor]:
 
 
 def _reachable(group: Any, device: torch.device) -> torch.device:
-    """The CPU where the group's backend serves it, ``device`` otherwise."""
+    """The CPU if the group's backend supports it, else ``device``."""
     return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device

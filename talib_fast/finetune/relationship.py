@@ -1,4 +1,4 @@
-"""How a source classifier sees the target classes: the category relationship of Co-Tuning.
+"""The category relationship of Co-Tuning: how a source classifier sees the target classes.
 
 https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html
 """
@@ -29,52 +29,72 @@ from .ranks import check_group, from_first, gathered, summed, together
 class Relationship:
     """p(y_s | y_t): how the source classifier sees each target class.
 
-    ``direct`` averages the source probabilities over the samples of a class. ``reverse`` is the paper's: it fits
-    p(y_t | y_s), a logistic regression from source probabilities to target classes, calibrates it by a temperature, and
-    turns it round by Bayes' rule with the mean source probabilities as p(y_s). Strength of regularisation and
-    temperature are those that predict best, by cross entropy, what up to five folds of the samples hold out in turn;
-    the labels are smoothed by one sample in all that are held out and two more, so that few samples, all predicted,
-    don't make it certain. Where fewer than two classes have two samples, nothing can be held out: the first C is
-    taken, uncalibrated. It needs scikit-learn.
+    ``method="direct"`` averages the source probabilities over the samples of each class. ``method="reverse"`` is the
+    paper's way. It fits p(y_t | y_s) by a logistic regression from source probabilities to target classes, calibrates
+    it by a temperature, and turns it round by Bayes' rule with the mean source probabilities as p(y_s).
 
-    A subclass may have a ``collect_labels`` or ``get_category_relationship`` of its own, which then decide.
+    The regularisation strength and the temperature of ``reverse`` are those with the best cross entropy on held-out
+    samples, in up to five folds. The label smoothing is 1/(n + 2) for n held-out samples, so that a few samples that
+    are all predicted do not make the classifier certain. If fewer than two classes have two samples, nothing can be
+    held out: the first C is used, without calibration. ``reverse`` needs scikit-learn.
 
-    A cache saves the pass over the data. It is stored as ``.npz`` (in place of ``.npy``, after any other name), written
-    in one step, and used only if its fingerprint fits the classifier's weights and layers, the options and what
-    decides the loader's samples: the data set and ``collate_fn``, by what :mod:`pickle` would save of them and by the
-    code of their classes and functions, and the sampler's indices, in whatever order. Otherwise it is computed again,
-    with a warning; and so it is every time where something of this can't be known, as with a generator, an open file
-    or a sampler of one's own. Not seen are the classifier's code, the contents of files that the data set only names,
-    and random numbers that it draws. An ``.npy`` of the Transfer-Learning-Library has no fingerprint: it is left alone,
-    with a warning that says how to use it.
+    A subclass may override ``collect_labels`` and ``get_category_relationship``. Its own methods then decide.
+
+    A cache saves the pass over the data. It is stored as ``.npz``, in place of ``.npy`` or after any other name, and
+    written in one step. It is used only if its fingerprint fits. The fingerprint covers:
+
+    - the classifier's weights and layers, but not its code;
+    - the options;
+    - the data set and ``collate_fn``, by what :mod:`pickle` would save of them and by the code of their classes and
+      functions. The contents of files that the data set only names, and random numbers that it draws, are not covered;
+    - the indices of the sampler, in any order.
+
+    If the fingerprint does not fit, a warning says so and the relationship is computed again. The same happens on every
+    call where the fingerprint can't be known, as with a generator, an open file or a sampler of your own. A ``.npy``
+    file of the Transfer-Learning-Library has no fingerprint. It is left alone, and a warning says how to use it.
+
+    Paper: You, Kou, Long and Wang, `Co-Tuning for Transfer Learning (NeurIPS 2020)
+    <https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html>`__.
 
     Args:
-        data_loader: batches ``(x, labels, ...)`` of the target data; x is a tensor or moves by its ``to(device)``.
-        classifier: gives source logits ``[b, N_p]`` in evaluation mode, from the second batch on with batch norms
-            folded as by :func:`~talib_fast.finetune.frozen.frozen`; afterwards it is as it was.
-        device: where the classifier is.
+        data_loader: batches ``(x, labels, ...)`` of the target data. x is a tensor or has a method ``to(device)``.
+        classifier: returns source logits ``[b, N_p]`` in evaluation mode. From the second batch on its batch norms are
+            folded as by :func:`~talib_fast.finetune.frozen.frozen`. Afterwards it is as it was.
+        device: the device of the classifier.
         cache: file to keep the relationship in.
-        num_classes: number of target classes N_t; by default the largest label + 1.
-        absent: what a target class without a sample gets: with ``error`` a row of NaN, and looking it up raises;
-            ``mean`` gives it the mean over all samples, ``uniform`` 1/N_p.
-        method: ``direct`` or ``reverse``.
-        temperature: divides the logits, see :func:`calibrate_temperature`.
-        C: inverse regularisation strength of the logistic regression, for ``reverse``, or several to choose from.
+        num_classes: number of target classes N_t. By default the largest label + 1.
+        absent: the row of a target class without samples. ``"error"`` gives NaN, and looking it up raises. ``"mean"``
+            gives the mean over all samples, ``"uniform"`` gives 1/N_p.
+        method: ``"direct"`` or ``"reverse"``.
+        temperature: divides the logits. :func:`~talib_fast.finetune.co_tuning.calibrate_temperature` finds one.
+        C: for ``reverse``, the inverse regularisation strength of the logistic regression, or several to choose from.
         progress: show a progress bar.
-        process_group: processes that share out the data; each of them gets what one process would compute of all. A
-            :class:`~torch.utils.data.DistributedSampler` may repeat samples, as may the sampler of accelerate's
-            ``prepare_data_loader``: they count once. Of data that are shared out in another way every sample of every
-            process counts, with a warning where accelerate fills batches up with repeated ones, as it does with
-            iterable data sets and dispatched batches. The group's first process reads and writes the cache, if it's
-            given one. By default each process is alone.
+        process_group: processes that share the data. Each of them gets what one process would compute from all data.
+            The samples that a :class:`~torch.utils.data.DistributedSampler` or accelerate's ``prepare_data_loader``
+            repeats count once. If the data are shared in another way, every sample of every process counts. A warning
+            says where accelerate fills batches with repeated samples, as for iterable data sets and dispatched batches.
+            If the group's first process has a cache, it reads and writes it for all. By default each process works
+            alone.
 
     Attributes:
-        relationship: float32 array ``[N_t, N_p]``, rows sum to 1. Another one may be assigned.
+        relationship: float32 array ``[N_t, N_p]`` whose rows sum to 1. Another one may be assigned.
 
     Raises:
-        TypeError, ValueError: batches, labels or options are not as above, the loader is empty, or logits of a class
-            are not finite; on all processes if on one.
+        TypeError: batches, labels or options have the wrong type. Like the other errors, it is raised on all processes
+            of the group.
+        ValueError: batches, labels or options are not as above, the loader is empty, or logits are not finite.
         ImportError: ``reverse`` without scikit-learn.
+
+    Example:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from talib_fast.finetune.co_tuning import Relationship
+        >>> classifier = nn.Linear(4, 3)  # gives logits of 3 source classes
+        >>> batches = [(torch.randn(8, 4), torch.arange(8) % 2)]  # 2 target classes
+        >>> relationship = Relationship(batches, classifier, "cpu", progress=False)
+        >>> relationship.relationship.shape, relationship[torch.tensor([0, 1, 1])].shape
+        ((2, 3), (3, 3))
     """
 
     _absent_classes: frozenset[int] = frozenset()
@@ -110,7 +130,7 @@ class Relationship:
                 raise ValueError(f"expected C > 0, or several of them, got {C}")
             if method == "reverse":
                 try:
-                    import sklearn.linear_model  # noqa: F401  before the data is gone through
+                    import sklearn.linear_model  # noqa: F401  before the pass over the data
                 except ImportError as error:
                     raise ImportError(
                         "Relationship(method='reverse') needs scikit-learn: pip install scikit-learn"
@@ -143,7 +163,7 @@ class Relationship:
             return _read_cache(path, fingerprint, num_classes, upstreams=Path(cache).suffix != ".npz")
 
         cached, message = from_first(read, process_group)
-        if message:  # where warnings are errors, the first rank's is every rank's
+        if message:  # on the first rank, and if warnings are errors, raised on all
             from_first(lambda: warnings.warn(message, stacklevel=5), process_group)
         if cached is None:
             cached = self._learn()
@@ -164,17 +184,17 @@ class Relationship:
         self._relationship = np.asarray(relationship, dtype=np.float32)
         absent = np.isnan(self._relationship).all(1) if self._relationship.ndim == 2 else ()
         self._absent_classes = frozenset(np.flatnonzero(absent).tolist())
-        self._on_device: dict[torch.device, Tensor] = {}  # copies of it
+        self._on_device: dict[torch.device, Tensor] = {}  # the table's copies
 
     def __getitem__(self, category: Any) -> np.ndarray:
-        """Row or rows of the relationship as a numpy array.
+        """Row or rows of the relationship as a NumPy array.
 
         Args:
-            category: what NumPy takes for an index, or a tensor of labels.
+            category: an index of any kind that NumPy takes, or a tensor of labels.
 
         Raises:
-            TypeError, ValueError: a tensor's labels are no integers, or out of range.
-            ValueError: a class had no samples, and no row by ``absent`` either.
+            TypeError: a tensor's labels are no integers.
+            ValueError: a tensor's label is out of range, or a class had no samples and ``absent="error"``.
         """
         if isinstance(category, Tensor):
             category = integer_labels(category).cpu()
@@ -187,12 +207,13 @@ class Relationship:
         return rows
 
     def lookup(self, labels: Tensor) -> Tensor:
-        """The rows for ``labels`` ``[b]`` as a float32 tensor ``[b, N_p]`` on the labels' device, without a sync.
+        """The rows for ``labels`` ``[b]``: float32 ``[b, N_p]`` on the labels' device, without a synchronisation.
 
         Raises:
             TypeError: the labels are no integers.
-            ValueError: a label on the CPU is out of range, or of a class that had no samples. On an accelerator, and
-                in compiled code, the first ends in a kernel's own bounds check, and the second gives a row of NaN.
+            ValueError: a label on the CPU is out of range, or its class had no samples. On an accelerator and in
+                compiled code, a label out of range fails in a kernel's bounds check, and a class without samples gives
+                a row of NaN.
         """
         labels = integer_labels(labels)
         table = self._on_device.get(labels.device)
@@ -202,29 +223,31 @@ class Relationship:
             check_range(labels, len(table))
             if self._absent_classes:
                 self._check_samples(labels.flatten().tolist())
-        # unlike indexing, a gather takes no negative label, and it is faster
+        # unlike indexing, gather refuses negative labels, and it is faster
         rows = labels.reshape(-1, 1).expand(-1, table.size(1))
         return table.gather(0, rows).view(*labels.shape, table.size(1))
 
     def _table_on(self, device: torch.device) -> Tensor:
+        """The table as a tensor on ``device``."""
         if torch.compiler.is_compiling():
             return torch.from_numpy(self.relationship).to(device)
-        with torch.inference_mode(False):  # it is kept for training too
+        with torch.inference_mode(False):  # it is kept, and used in training too
             return torch.from_numpy(self.relationship).to(device)
 
     def _check_samples(self, labels: Iterable[int]) -> None:
+        """Raise ValueError if a label's class had no samples."""
         missing = sorted(self._absent_classes.intersection(labels))
         if missing:
             raise ValueError(
                 f"expected labels of classes with samples, but {missing[:20]} had none when the relationship was "
-                "learned; absent='mean' or absent='uniform' gives them a row all the same"
+                "learned: absent='mean' or absent='uniform' gives such classes a row"
             )
 
     def collect_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Go through the data, of all processes if there is a process group.
+        """Run the classifier over the data, of all processes if there is a process group.
 
         Returns:
-            Source probabilities ``[N, N_p]`` and target labels ``[N]`` of all samples.
+            Source probabilities ``[N, N_p]`` and target labels ``[N]`` of all samples, as NumPy arrays.
         """
         share = share_of(self.data_loader, self.process_group)
         kept, kept_labels = OnHost(), OnHost()
@@ -239,14 +262,17 @@ class Relationship:
         return probabilities.numpy(), joined_over_ranks(kept_labels, share, self.process_group).numpy()
 
     def get_category_relationship(self, source_probabilities: np.ndarray, target_labels: np.ndarray) -> np.ndarray:
-        """The relationship that the samples show.
+        """Compute the relationship from samples.
 
         Args:
             source_probabilities: ``[N, N_p]``.
-            target_labels: ``[N]``.
+            target_labels: ``[N]``, integers.
 
         Returns:
-            p(y_s | y_t), float32 ``[N_t, N_p]``.
+            p(y_s | y_t), a float32 array ``[N_t, N_p]``.
+
+        Raises:
+            ValueError: the shapes do not fit, or a label is out of range.
         """
         probabilities = torch.as_tensor(source_probabilities, device="cpu").double()
         labels = integer_labels(target_labels).cpu()
@@ -262,16 +288,17 @@ class Relationship:
         return self._table(sums, counts, (probabilities, labels) if self.method == "reverse" else None)
 
     def _learn(self) -> np.ndarray:
+        """Compute the relationship from the data."""
         kind = type(self)
         own = kind.collect_labels is _COLLECT and kind.get_category_relationship is _RELATE
-        if own and self.method == "direct":  # of which the sums are enough
+        if own and self.method == "direct":  # the sums over classes are enough
             return self._table(*self._sums())
         collected = self.collect_labels()
         table = together(lambda: self.get_category_relationship(*collected), self.process_group)
         return from_first(lambda: np.asarray(table, dtype=np.float32), self.process_group)
 
     def _samples(self, share: Share | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch's labels, on the CPU, and logits, without samples that count elsewhere."""
+        """The labels, on the CPU, and logits of each batch, without samples that count elsewhere."""
         batches = predictions(self.data_loader, self.classifier, self.device, "Collecting labels", self._progress)
         for batch, logits, counts in counted(batches, share):
             labels = class_labels_of(batch, len(logits)).cpu()
@@ -281,7 +308,7 @@ class Relationship:
                 yield labels, logits
 
     def _sums(self) -> tuple[Tensor, Tensor]:
-        """The source probabilities' sums ``[N_t, N_p]`` and the numbers of samples ``[N_t]`` by class, of all ranks."""
+        """The sums ``[N_t, N_p]`` of source probabilities and numbers of samples ``[N_t]`` by class, of all ranks."""
         share = share_of(self.data_loader, self.process_group)
         sums, counts = together(lambda: self._own_sums(share), self.process_group)
         shapes = [shape for shape in gathered(tuple(sums.shape), self.process_group) if shape[0]]
@@ -295,6 +322,7 @@ class Relationship:
         return summed(sums, self.process_group).double(), summed(counts, self.process_group)
 
     def _own_sums(self, share: Share | None) -> tuple[Tensor, Tensor]:
+        """``_sums`` of this rank alone."""
         accumulated = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(0, 0, dtype=accumulated, device=self.device)
         counts = torch.zeros(0, dtype=torch.long, device="cpu")
@@ -312,7 +340,7 @@ class Relationship:
         return sums, counts
 
     def _table(self, sums: Tensor, counts: Tensor, samples: tuple[Tensor, Tensor] | None = None) -> np.ndarray:
-        """The rows from the sums by class, or from ``samples`` of probabilities and labels."""
+        """The table from the sums by class, or for ``reverse`` from ``samples``: their probabilities and labels."""
         spoilt = (~sums.isfinite().all(1)).nonzero().flatten().tolist()
         if spoilt:
             raise ValueError(f"expected finite logits, got others for samples of the target classes {spoilt[:20]}")
@@ -323,16 +351,17 @@ class Relationship:
         return rows.float().numpy()
 
     def _reverse(self, probabilities: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        """The rows by the paper's way, from samples."""
         present, labels = labels.unique(return_inverse=True)
         logits = target_logits(probabilities.numpy(), labels.numpy(), self.C)
-        # p(y_t | y_s) p(y_s) over its sum over y_s; in logarithms, as all of a row may be too small for a number
+        # p(y_t | y_s) p(y_s) over its sum over y_s; in logarithms, because a whole row may underflow
         log_joint = F.log_softmax(logits, dim=1).T + probabilities.mean(0).log()
         rows = probabilities.new_zeros(num_classes, probabilities.size(1))
         rows[present] = F.softmax(log_joint, dim=1)
         return rows
 
     def _fingerprint(self) -> tuple[str, str]:
-        """Of all that decides the relationship, on whichever rank; or what it depends on that can't be known."""
+        """The fingerprint of all that decides the relationship, or what it depends on that can't be known."""
         share = share_of(self.data_loader, self.process_group)
         options = [getattr(self, name) for name in _OPTIONS]
         parts: list[Any] = [options, model_parts(self.classifier)]
@@ -350,31 +379,31 @@ class Relationship:
         if unknown:
             return "", unknown[0]
         found = [mine for mine, _ in told]
-        # what the ranks share out is the same for any number of them
+        # data that the ranks share are the same for any number of ranks
         alike = len(found) == 1 or (share is not None and len(set(found)) == 1)
         return (found[0] if alike else fingerprint(*found)), ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "process_group": None}  # which can't be pickled
+        return {**vars(self), "process_group": None}  # a group can't be pickled
 
 
 _COLLECT, _RELATE = Relationship.collect_labels, Relationship.get_category_relationship
 _OPTIONS = ("num_classes", "absent", "method", "temperature", "C")
-# what the fingerprint sees elsewhere, or what decides nothing
+# attributes that the fingerprint covers elsewhere, or that decide nothing
 _ATTRIBUTES = {*_OPTIONS, "data_loader", "classifier", "device", "process_group", "_progress"}
 
 
 def _read_cache(
     path: Path, fingerprint: str, num_classes: int | None, upstreams: bool
 ) -> tuple[np.ndarray | None, str]:
-    """The table in a file, or why it is to be computed again; ``upstreams``: look for the library's own file too."""
+    """The table in a file, or the reason to compute it again. ``upstreams``: also look for the library's own file."""
     if not path.exists():
         other = path.with_suffix(".npy")
         if not upstreams or not other.exists():
             return None, ""
         return None, (
-            f"the cached relationship {other} is computed again: it has no fingerprint, so that nothing tells what it "
-            f"was made from; it is left alone, and to use it, set .relationship = numpy.load({str(other)!r})"
+            f"the cached relationship {other} is computed again: it has no fingerprint, so what it was made from is "
+            f"unknown; the file stays, and to use it, set .relationship = numpy.load({str(other)!r})"
         )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -385,6 +414,6 @@ def _read_cache(
                 reason = f"it holds a table of shape {list(table.shape)}"
             else:
                 return table, ""
-    except Exception as error:  # zip, its codecs and numpy each have their own errors for a damaged file
+    except Exception as error:  # zip, its codecs and NumPy have different errors for a damaged file
         reason = f"it can't be read ({error})"
     return None, f"the cached relationship {path} is computed again: {reason}"

@@ -1,4 +1,4 @@
-"""Runs what follows one layer of a network again with a channel of that layer zeroed."""
+"""Run the part of a network after one layer again, with a channel of that layer zeroed."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +37,7 @@ class _BatchNorm(NamedTuple):
     eps: float = 1e-5
 
     def as_scaling(self) -> Tensor:
+        """The norm as one multiplication and one addition per channel."""
         assert self.running_mean is not None and self.running_var is not None
         precise = torch.promote_types(self.running_var.dtype, torch.float32)
         scale = (self.running_var.to(precise) + self.eps).rsqrt()
@@ -50,9 +51,9 @@ class _BatchNorm(NamedTuple):
 
 
 class _ForMapping(TorchFunctionMode):
-    """Functions in a form that is mapped over without copies.
+    """Replaces functions by a form that vmap maps over without copies.
 
-    A batch norm with running statistics is one multiplication and addition, a global average pooling a mean.
+    A batch norm with running statistics becomes one multiplication and addition, a global average pooling a mean.
     """
 
     def __torch_function__(
@@ -73,10 +74,10 @@ class _ForMapping(TorchFunctionMode):
 
 
 class Replay:
-    """Runs what follows one layer again, for other outputs of that layer, with everything before it remembered.
+    """Runs the part of a network after one layer again, for other outputs of that layer.
 
-    A first pass records what the modules that finish before the layer return; only the outermost count, since a
-    module that is not entered calls none of its own. Later passes hand out what was recorded.
+    A first pass records what the modules return that finish before the layer. Only the outermost of them are recorded,
+    because a module that does not run calls none of its own. Later passes return the recorded outputs.
     """
 
     def __init__(self, model: nn.Module, name: str, x: Any, channel_dim: int = 1) -> None:
@@ -89,10 +90,11 @@ class Replay:
         self.output = self._record()
         self._ways = [self._separately, self._together]
         assert self.original is not None
-        if channel_dim % self.original.dim() != 1:  # of tokens, which a normalisation or an attention mixes soon
+        if channel_dim % self.original.dim() != 1:  # a norm or an attention soon mixes the channels of tokens
             self._ways.remove(self._separately)
 
     def _record(self) -> Any:
+        """Run the model once and record what finishes before the layer. Returns the model's output."""
         open_calls: list[int] = []
         calls = 0
 
@@ -104,7 +106,7 @@ class Replay:
             start = open_calls.pop()
             if module is self.layer:
                 calls += 1
-                # mapped over without copies
+                # contiguous, so that vmap maps over it without copies
                 found = check_output(self.name, output, self.channel_dim)
                 self.original = found.clone(memory_format=torch.contiguous_format)
             if self.original is None:
@@ -114,7 +116,7 @@ class Replay:
         handles = []
         try:
             for module in self.model.modules():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: it runs again in every pass
+                if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks, and runs again in every pass
                     continue
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
@@ -127,11 +129,12 @@ class Replay:
 
     @contextmanager
     def _standing_in(self, layer_output: Tensor, constant: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """A context in which recorded modules return what was recorded, and the layer returns ``layer_output``."""
         answers: dict[nn.Module, list[Any]] = {self.layer: [layer_output]}
         for module, output in self._recorded:
             answers.setdefault(module, []).append(output)
         own_forward = {module: module.__dict__["forward"] for module in answers if "forward" in module.__dict__}
-        # what was recorded came out of a module's own hooks: they get a copy, and what they make of it is put right
+        # the recorded output has been through the module's hooks: they get a copy now, and their result is replaced
         final: dict[nn.Module, Any] = {}
         hooked = {
             module: module.register_forward_hook(lambda module, *_: final.pop(module, None))
@@ -150,7 +153,7 @@ class Replay:
                 return own_forward[module](*args, **kwargs)
             return type(module).forward(module, *args, **kwargs)
 
-        # attributes that a forward pass sets would hold tensors that are of no use outside of the pass
+        # attributes that the forward pass sets are restored: they would hold tensors that are useless outside of it
         kept = [
             (held, dict(held))
             for module in self.model.modules()
@@ -174,18 +177,21 @@ class Replay:
         while self._ways:
             try:
                 return self._ways[0](channels)
-            except Exception:  # memory, or what neither pair nor vmap can do; an error of the model's own comes again
+            except Exception:  # out of memory, or not possible in this way; an error of the model is raised again below
                 del self._ways[0]
         return (self._without_channel(channel) for channel in channels)
 
     def _separately(self, channels: Tensor) -> Iterable[Any]:
+        """All channels in one pass, with pairs of tensors."""
         return self._mapped(functools.partial(self._without_channel, separable=True), channels)
 
     def _together(self, channels: Tensor) -> Iterable[Any]:
+        """All channels in one pass, with ordinary tensors."""
         return self._mapped(self._without_channel, channels)
 
     @staticmethod
     def _mapped(without_channel: Callable[[Tensor], Any], channels: Tensor) -> Iterable[Any]:
+        """``without_channel`` of each channel, mapped by vmap."""
         output: Any = None
 
         def tensors_without_channel(channel: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +199,7 @@ class Replay:
             output = without_channel(channel)
             return tuple(tensors_in(output))
 
-        # fused attention between tokens can't be mapped over: it would run for every channel by itself
+        # vmap can't map over fused attention: it would run it channel by channel
         with _ForMapping(), sdpa_kernel(SDPBackend.MATH):
             mapped = torch.func.vmap(tensors_without_channel)(channels)
         if isinstance(output, Tensor):
@@ -206,7 +212,7 @@ class Replay:
         return [of(index) for index in range(len(channels))]
 
     def _without_channel(self, channel: Tensor, separable: bool = False) -> Any:
-        """``channel`` is a 0-dim index."""
+        """The model's output with one channel of the layer zeroed. ``channel`` is a 0-dim index."""
         assert self.original is not None
         original = self.original.clone()
         zeros = torch.zeros_like(original)

@@ -1,4 +1,4 @@
-"""A network's tensors with one channel of a layer zeroed, whichever that is: as a pair, for as long as that works."""
+"""Represent a network's tensors, with any one channel of a layer zeroed, by a pair of tensors as long as that works."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from .structures import map_tensors
 
 
 class Inseparable(Exception):
-    """The model does something to a :class:`Separable` that a pair of tensors can't stand for."""
+    """The model does something to a ``Separable`` that a pair of tensors can't represent."""
 
 
 def exchanged(tensor: Tensor, other: Tensor, channel: Tensor, channel_dim: int) -> Tensor:
-    """``tensor``, with one channel from ``other``."""
+    """``tensor`` with one channel taken from ``other``."""
     kept = torch.arange(tensor.size(channel_dim), device=tensor.device) != channel
     sizes = [1] * tensor.dim()
     sizes[channel_dim] = -1
@@ -23,16 +23,17 @@ def exchanged(tensor: Tensor, other: Tensor, channel: Tensor, channel_dim: int) 
 
 
 class Separable(Tensor):
-    """What a network holds with one channel zeroed, for every choice of that channel, as long as channels don't mix.
+    """A network's tensor with one channel of a layer zeroed, for every choice of that channel, as a pair of tensors.
 
-    Behind a layer that returns ``[b, C, *]``, an activation, a batch norm in evaluation mode or a pooling keeps to
-    itself what becomes of a channel. So a pair says it all: ``whole``, with every channel in place, and ``zeroed``,
-    with all of them zero; if ``channel`` alone is zero, that one is ``zeroed``'s and the others are ``whole``'s. What
-    does not depend on the layer has one tensor for both. A convolution or a linear layer mixes the channels; its
-    output for all of them in place changes by what the one channel's difference contributes, which takes that
-    channel's weights only. Any other function gets the ordinary tensor.
+    A layer returns ``[b, C, *]``. Activations, batch norms in evaluation mode and poolings after it do not mix
+    channels. So a pair is enough: in ``whole`` every channel keeps its values, and in ``zeroed`` all of them are
+    zeroed. If only ``channel`` is zeroed, that channel is taken from ``zeroed`` and all others from ``whole``. A tensor
+    that does not depend on the layer is both at once.
 
-    It has no memory of its own: code that goes round ``__torch_function__`` raises :class:`Inseparable`.
+    A convolution or a linear layer mixes the channels. Its output for ``whole`` then changes by the contribution of the
+    one channel's difference, which needs only that channel's weights. Any other function gets the ordinary tensor.
+
+    The pair has no memory of its own. Code that bypasses ``__torch_function__`` raises ``Inseparable``.
     """
 
     whole: Tensor
@@ -42,7 +43,7 @@ class Separable(Tensor):
 
     @staticmethod
     def __new__(cls, whole: Tensor, zeroed: Tensor, channel: Tensor, parameters: frozenset[int]) -> "Separable":
-        """``channel`` is a 0-dim index, which may be mapped over; ``parameters``: the ids of the model's tensors."""
+        """``channel`` is a 0-dim index, which vmap may map over. ``parameters`` are the ids of the model's tensors."""
         self = torch.Tensor._make_wrapper_subclass(
             cls, whole.size(), strides=whole.stride(), dtype=whole.dtype, device=whole.device
         )
@@ -51,6 +52,7 @@ class Separable(Tensor):
 
     @property
     def constant(self) -> bool:
+        """Whether the tensor does not depend on the channel."""
         return self.zeroed is self.whole
 
     def ordinary(self) -> Tensor:
@@ -63,6 +65,7 @@ class Separable(Tensor):
         return self.zeroed.index_select(1, channel) - self.whole.index_select(1, channel)
 
     def _like(self, whole: Tensor, zeroed: Tensor) -> "Separable":
+        """A pair of these tensors for the same channel."""
         return Separable(whole, zeroed, self.channel, self.parameters)
 
     @classmethod
@@ -86,7 +89,7 @@ class Separable(Tensor):
 
 
 class _Call:
-    """A function that was called with at least one :class:`Separable`."""
+    """A call of a function with at least one ``Separable`` among its arguments."""
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
@@ -101,7 +104,7 @@ class _Call:
             return tensor
 
         map_tensors(sort, [*args, *kwargs.values()])
-        # of any other tensor than the model's own nobody knows whether it depends on the channel
+        # any tensor but the model's own may depend on the channel
         self.only_parameters = all(id(tensor) in self.operands[0].parameters for tensor in plain)
         name = getattr(func, "__name__", "")
         self.in_place = (
@@ -112,6 +115,8 @@ class _Call:
         )
 
     def with_tensors(self, of: Callable[[Separable], Tensor]) -> Any:
+        """Call the function with an ordinary tensor in place of each ``Separable``."""
+
         def choose(tensor: Tensor) -> Tensor:
             return of(tensor) if isinstance(tensor, Separable) else tensor
 
@@ -119,13 +124,13 @@ class _Call:
 
 
 def functions(names: str) -> frozenset[Callable[..., Any]]:
-    """All of PyTorch's functions and methods with one of these names, separated by spaces."""
+    """All functions and methods of PyTorch with one of these names. Spaces separate the names."""
     owners = (torch, Tensor, F)
     return frozenset(getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name))
 
 
 def _spellings(names: str) -> str:
-    """Each name, in place too, and as an operator, from either side and in place."""
+    """Each name, also in place, and as an operator from either side and in place."""
     return " ".join(f"{name} {name}_ __{name}__ __r{name}__ __i{name}__" for name in names.split())
 
 
@@ -134,7 +139,7 @@ _IN_PLACE = functions("__setitem__ " + " ".join(f"__i{name}__" for name in _OPER
 _METADATA = functions("size dim numel stride is_contiguous is_floating_point element_size __len__") | {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 }
-# their result's element at [:, c] comes from the operands' elements at [:, c], if it has the operands' [b, C, ...]
+# the result at [:, c] depends only on the operands at [:, c], if it has the operands' [b, C, ...]
 _ELEMENTWISE = functions(
     _spellings(_OPERATORS)
     + " "
@@ -176,18 +181,19 @@ class _Linear(NamedTuple):
 
 
 def _metadata(call: _Call) -> Any:
+    """Shapes, dtypes and the like, which are those of the whole."""
     if call.func not in _METADATA:
         return NotImplemented
     return call.with_tensors(lambda operand: operand.whole)
 
 
 def _of_constants(call: _Call) -> Any:
-    """What comes of tensors that do not depend on the channel does not either."""
+    """A result of tensors that do not depend on the channel does not depend on it either."""
     if not (call.only_parameters and all(operand.constant for operand in call.operands)):
         return NotImplemented
     first = call.operands[0]
     result = call.with_tensors(lambda operand: operand.whole)
-    if isinstance(result, Tensor):  # what is changed in place stays the object that it was
+    if isinstance(result, Tensor):  # a function in place returns the same object
         for operand in call.operands:
             if result is operand.whole:
                 return operand
@@ -195,7 +201,7 @@ def _of_constants(call: _Call) -> Any:
 
 
 def _separately(call: _Call) -> Any:
-    """Functions that keep the channels apart are called for both tensors of the pair."""
+    """Call a function that does not mix channels once for each tensor of the pair."""
     first = next((operand for operand in call.operands if not operand.constant), None)
     if first is None or not call.only_parameters or "out" in call.kwargs:
         return NotImplemented
@@ -205,7 +211,7 @@ def _separately(call: _Call) -> Any:
         return NotImplemented
     if any(operand.whole.size(1) != first.whole.size(1) for operand in call.operands):
         return NotImplemented
-    if call.in_place and call.args[0] is not first:  # one tensor would have to become two
+    if call.in_place and call.args[0] is not first:  # one tensor would have to become a pair
         return NotImplemented
     if not _keeps_channels_apart(call, first):
         return NotImplemented
@@ -219,6 +225,7 @@ def _separately(call: _Call) -> Any:
 
 
 def _keeps_channels_apart(call: _Call, first: Separable) -> bool:
+    """Whether the function, with these arguments, does not mix channels."""
     dimensions = first.whole.dim()
     if call.func in _REDUCING:
         reduced = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
@@ -236,7 +243,7 @@ def _keeps_channels_apart(call: _Call, first: Separable) -> bool:
 
 
 def _through_weights(call: _Call) -> Any:
-    """A layer that mixes the channels, of the whole, and of the one channel's difference with its own weights."""
+    """Apply a layer that mixes channels to the whole, and its weights for the one channel to the difference."""
     layer: _Convolution | _Linear
     if call.func in _CONVOLUTION:
         layer = _Convolution(*call.args, **call.kwargs)

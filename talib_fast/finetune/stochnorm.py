@@ -1,4 +1,8 @@
-"""Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html)."""
+"""StochNorm: batch normalisation with statistics that are chosen at random in training.
+
+Paper: Kou, You, Long and Wang, `Stochastic Normalization (NeurIPS 2020)
+<https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`__.
+"""
 
 from .conversion import convert_model, convert_sync, restore_batch_norm
 from .fusion import fuse_activations

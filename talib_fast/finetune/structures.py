@@ -1,4 +1,4 @@
-"""Structures that hold tensors: what layers and models return, and what batches hold."""
+"""Apply functions to the tensors inside nested structures, such as what models return and what batches hold."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, slice))
 _COLLECTIONS = (list, set, collections.deque)
 _IMMUTABLE = (tuple, frozenset)
-# what a class may be built on, beside other classes of Python's: its instances can be made without its constructor
+# classes in C that a class may derive from: its instances can then be made without a call of its constructor
 _BASES = frozenset(
     (*_COLLECTIONS, *_IMMUTABLE, dict, collections.OrderedDict, collections.defaultdict, types.SimpleNamespace, object)
 )
@@ -24,13 +24,13 @@ _HEAP_TYPE = 1 << 9  # in a class's __flags__, set by CPython unless it is a sta
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same structure with ``function`` applied to every tensor.
+    """Return the same structure with ``function`` applied to every tensor.
 
-    Looks into tuples, lists, dicts, sets and deques, and into objects of classes written in Python: dataclasses, named
-    tuples, Hugging Face's outputs, plain objects. They may hold each other, and themselves. What holds a tensor for
-    which ``function`` returns another one is copied, without a call of its constructor, and keeps its class and all
-    else that it holds; everything else, and every module, type and function, is the same object in both structures.
-    A tensor that is there several times is asked for once.
+    It looks into tuples, lists, dicts, sets and deques, and into objects of classes written in Python: dataclasses,
+    named tuples, Hugging Face's outputs, plain objects. They may hold each other, and themselves. An object that holds
+    a changed tensor is copied, without a call of its constructor, and keeps its class and everything else. All other
+    objects, and every module, type and function, are the same objects in both structures. ``function`` is called once
+    for each tensor.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -64,7 +64,7 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 
 def _map_traced(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same by what torch.compile can follow: nothing is found to be there twice, and cycles have no end."""
+    """``map_tensors`` in a form that torch.compile can follow. It does not notice repeated objects, nor cycles."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -92,13 +92,13 @@ def _map_traced(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 class _Structure:
-    """The objects that a structure is made of, and what becomes of each."""
+    """The objects of a structure, and their copies."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], value: Any) -> None:
         self._function = function
-        self._objects: dict[int, Any] = {}  # by id; keeps them alive, so that an id stays one object's
-        self._holders: dict[int, list[int]] = {}  # the ids of those that hold it
-        self._copies: dict[int, Any] = {}  # by the original's id: all tensors, and the rest once it is asked for
+        self._objects: dict[int, Any] = {}  # by id; they stay alive, so that no other object gets the id
+        self._holders: dict[int, list[int]] = {}  # by an object's id, the ids of the objects that hold it
+        self._copies: dict[int, Any] = {}  # by the original's id: all tensors, and other objects when first needed
         self._visit(value)
         self._changed: set[int] = set()
         pending = [key for key, copy in self._copies.items() if copy is not self._objects[key]]
@@ -109,6 +109,7 @@ class _Structure:
                 pending += self._holders.get(key, ())
 
     def _visit(self, value: Any) -> None:
+        """Record ``value`` and everything in it, and apply the function to its tensors."""
         self._objects[id(value)] = value
         for part in _parts(value):
             if type(part) in _PLAIN:
@@ -123,13 +124,14 @@ class _Structure:
                 self._visit(part)
 
     def mapped(self, value: Any) -> Any:
+        """The copy of ``value``, or ``value`` itself if nothing in it has changed."""
         key = id(value)
         if key not in self._changed:
             return value
         if key not in self._copies:
             if isinstance(value, _IMMUTABLE):
                 parts = [self.mapped(part) for part in _items(value)]
-                if key in self._copies:  # made on the way, for a part that holds it
+                if key in self._copies:  # a part holds it, and has made the copy
                     return self._copies[key]
                 copied = self._copies[key] = _made_of(value, parts)
             else:
@@ -139,6 +141,7 @@ class _Structure:
         return self._copies[key]
 
     def _fill(self, copied: Any, value: Any) -> None:
+        """Put the mapped items of a collection into its empty copy."""
         cls: Any = type(value)
         base = _base(cls)
         if isinstance(value, dict):
@@ -149,6 +152,7 @@ class _Structure:
             (base.update if base is set else base.extend)(copied, parts)
 
     def _copy_attributes(self, copied: Any, value: Any) -> None:
+        """Set the mapped attributes of ``value`` on its copy."""
         if hasattr(value, "__dict__"):
             copied.__dict__.update({name: self.mapped(part) for name, part in value.__dict__.items()})
         for member, part in _slots(value):
@@ -156,7 +160,7 @@ class _Structure:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What ``value`` holds, where that may be tensors."""
+    """The objects in ``value`` that may hold tensors."""
     cls: Any = type(value)
     if _base(cls) not in _BASES or isinstance(value, (nn.Module, enum.Enum)):
         return list(value) if _is_structseq(value) else []
@@ -167,7 +171,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _items(value: Any) -> list[Any]:
-    """What is in a collection, past what its class makes of looking into it."""
+    """The items of a collection, without calling methods that its class overrides."""
     if isinstance(value, dict):
         return list(dict.values(value))
     if isinstance(value, (*_IMMUTABLE, *_COLLECTIONS)):
@@ -177,13 +181,13 @@ def _items(value: Any) -> list[Any]:
 
 
 def _made_of(value: Any, parts: list[Any]) -> Any:
-    """A tuple or frozenset of the class of ``value``."""
+    """A tuple or frozenset of the class of ``value``, with other items."""
     cls: Any = type(value)
     return cls(parts) if _is_structseq(value) else _base(cls).__new__(cls, parts)
 
 
 def _emptied(value: Any) -> Any:
-    """An object of the class of ``value``, without a call of its constructor."""
+    """An empty object of the class of ``value``, without a call of its constructor."""
     cls: Any = type(value)
     base = _base(cls)
     copied = base.__new__(cls)
@@ -195,18 +199,18 @@ def _emptied(value: Any) -> Any:
 
 
 def _is_structseq(value: Any) -> bool:
-    """Whether it is a named tuple of C's, such as what ``torch.max`` returns."""
+    """Whether it is a named tuple that is written in C, such as what ``torch.max`` returns."""
     return isinstance(value, tuple) and hasattr(value, "n_sequence_fields")
 
 
 def _is_of_python(cls: type) -> bool:
-    """Whether a class is written in Python: it leaves it to another one to make its instances."""
+    """Whether a class is written in Python, and another class makes its instances."""
     return bool(cls.__flags__ & _HEAP_TYPE) and not isinstance(vars(cls).get("__new__"), types.BuiltinFunctionType)
 
 
 @functools.lru_cache(maxsize=256)
 def _base(cls: type) -> Any:
-    """The first class that is not written in Python among those that ``cls`` derives from."""
+    """The first class in the inheritance order of ``cls`` that is not written in Python."""
     return next(base for base in cls.__mro__ if not _is_of_python(base))
 
 
@@ -218,7 +222,7 @@ def _members(cls: type) -> list[types.MemberDescriptorType]:
 
 
 def _slots(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
-    """The ``__slots__`` that something is assigned to, with it."""
+    """The ``__slots__`` of an object that are set, with their values."""
     cls: Any = type(value)
     slots = []
     for member in _members(cls):

@@ -1,4 +1,4 @@
-"""The three operations that carry the fine-tuning methods, each with autograd, on every device."""
+"""The three operations behind the fine-tuning methods, each differentiable and on every device."""
 
 from .library import Compiled, backends, compiled, compiled_nodes, unserved_gpu
 from .spectral_tail import spectral_tail

@@ -1,4 +1,4 @@
-"""The activations that a stochastic norm takes along: what they compute, and what a backward pass needs of them."""
+"""The activations that a stochastic norm can fuse: what they compute, and what their backward pass needs."""
 
 import math
 from typing import NamedTuple
@@ -9,38 +9,38 @@ from torch import Tensor
 
 # torch.nn.functional's names, in the order of Activation in csrc/types.h: piecewise linear ones, then smooth ones
 NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
-_PLACES = {name: place for place, name in enumerate(NAMES)}  # by which a kernel knows them
+_PLACES = {name: place for place, name in enumerate(NAMES)}  # the numbers that kernels use
 FIRST_SMOOTH = _PLACES["silu"]
 _BITS = 32
 
 
 class Activation(NamedTuple):
-    """An activation. Those before "silu" are piecewise linear: the derivative is 1 or the slope.
+    """An activation. Those before "silu" are piecewise linear: their derivative is 1 or the slope.
 
-    It has methods and no properties, which torch.compile of torch 2.10 can't follow in a named tuple.
+    It has methods instead of properties, because torch.compile of torch 2.10 can't follow properties of a named tuple.
 
     Attributes:
-        name: one of ``NAMES``; not a number, of which torch.compile would make a variable.
-        negative_slope: of "leaky_relu".
+        name: one of ``NAMES``. Not a number, because torch.compile would treat that as a variable.
+        negative_slope: the slope of "leaky_relu" below 0.
     """
 
     name: str = "none"
     negative_slope: float = 0.0
 
     def arguments(self) -> tuple[int, float]:
-        """What operators take."""
+        """The two arguments that operators take for it."""
         return _PLACES[self.name], self.negative_slope if self.name == "leaky_relu" else 0.0
 
     def slope(self) -> float:
-        """Of the piecewise linear ones, where the derivative is not 1."""
+        """The derivative of a piecewise linear activation where it is not 1."""
         return {"none": 1.0, "leaky_relu": self.negative_slope}.get(self.name, 0.0)
 
     def takes_residual(self) -> bool:
-        """Whether the kernels add a residual before it: of the piecewise linear ones a bit an element is enough."""
+        """Whether kernels can add a residual before it: for piecewise linear ones, which need one bit per element."""
         return _PLACES[self.name] < FIRST_SMOOTH
 
     def forward(self, z: Tensor) -> Tensor:
-        """By PyTorch's own operator."""
+        """Apply it by PyTorch's own operator."""
         if self.name == "none":
             return z
         if self.name == "leaky_relu":
@@ -48,12 +48,12 @@ class Activation(NamedTuple):
         return getattr(F, self.name)(z)
 
     def passes(self, z: Tensor) -> Tensor:
-        """Where the derivative of a piecewise linear one is 1, bool."""
+        """Where the derivative of a piecewise linear activation is 1, as bool."""
         passes = (z <= 0).logical_not_()
         return passes.logical_and_((z >= 6).logical_not_()) if self.name == "relu6" else passes
 
     def gradient(self, grad: Tensor, passes: Tensor) -> Tensor:
-        """Of what a piecewise linear one was given. A select: 0 times an infinite gradient is 0."""
+        """The gradient for the input of a piecewise linear activation. By selection: 0 times infinity gives 0."""
         slope = self.slope()
         return torch.where(passes, grad, grad * slope if slope else 0)
 
@@ -74,7 +74,7 @@ class Activation(NamedTuple):
 
 
 def activation_by_arguments(place: int, negative_slope: float) -> Activation:
-    """The activation that an operator is given as :meth:`Activation.arguments`."""
+    """The activation for the arguments of an operator, as ``Activation.arguments`` returns them."""
     return Activation(NAMES[place], negative_slope)
 
 
@@ -82,25 +82,25 @@ NO_ACTIVATION = Activation()
 
 
 def _in_memory_order(dense: Tensor) -> Tensor:
-    """A dense tensor's elements as one row, a view."""
+    """A dense tensor's elements as one row in the order of memory. It is a view."""
     order = sorted(range(dense.dim()), key=lambda dim: (dense.stride(dim), dense.size(dim)), reverse=True)
     return dense.permute(order).reshape(-1)
 
 
 def signs_length(tensor: Tensor) -> int:
-    """How many words hold a bit for each element of ``tensor``."""
+    """The number of words that hold one bit for each element of ``tensor``."""
     return (tensor.numel() + _BITS - 1) // _BITS
 
 
 def pack_signs(flags: Tensor) -> Tensor:
-    """A dense bool tensor as int32 words: element i, in the order of memory, is bit i % 32 of word i // 32."""
+    """Pack a dense bool tensor into int32 words. Element i, in the order of memory, is bit i % 32 of word i // 32."""
     row = _in_memory_order(flags)
     words = F.pad(row, (0, -len(row) % _BITS)).view(-1, _BITS).to(torch.int32)
     return (words << torch.arange(_BITS, dtype=torch.int32, device=flags.device)).sum(1, dtype=torch.int32)
 
 
 def unpack_signs(signs: Tensor, like: Tensor) -> Tensor:
-    """The flags of :func:`pack_signs`, for a tensor that has the shape and, but for gaps, the strides of ``like``."""
+    """Undo ``pack_signs``, for a tensor with the shape of ``like`` and, except for gaps, its strides."""
     bits = (signs[:, None] >> torch.arange(_BITS, dtype=torch.int32, device=signs.device)) & 1
     flags = torch.empty_like(like, dtype=torch.bool)
     _in_memory_order(flags).copy_(bits.flatten()[: flags.numel()])

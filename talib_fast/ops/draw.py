@@ -1,8 +1,8 @@
-"""What a stochastic norm draws in a forward pass, and what a repetition of that pass draws again.
+"""Draw the mask of a stochastic norm's forward pass, and draw it again where that pass is repeated.
 
 Activation checkpointing runs a forward pass a second time, inside the backward pass. By then the running statistics
-have moved on, so the repetition needs those of the first time. Several passes may lie between, when a layer is called
-more than once a step; what they drew, which the restored generator draws again, tells them apart.
+have been updated, so the repetition needs those from before. If a layer is called several times per step, other passes
+lie between. The restored random generator draws the same numbers again, and these numbers identify the pass.
 """
 
 from collections import deque
@@ -24,21 +24,23 @@ from ..torch_private import (
 from .library import define
 
 _PASSES = 16
-# By the memory of a running mean: the passes that may be repeated, newest first, each what it drew and the running
-# statistics that it found. A reference to memory, unlike its address, is never that of another tensor later.
+# By the memory of a running mean: the passes that may be repeated, newest first. Each has its drawn numbers and the
+# running statistics that it read. A weak reference keeps the key from being used for another tensor's memory.
 _history: dict[tuple[int, Any], tuple[StorageWeakRef, deque[tuple[Tensor, Tensor]]]] = {}
 
 
 def _memory(running_mean: Tensor) -> tuple[int, Any]:
+    """A key for the memory of a running mean."""
     return running_mean.untyped_storage()._cdata, running_mean.storage_offset()
 
 
 def is_recorded(running_mean: Tensor) -> bool:
-    """Whether passes with this running mean are recorded, of which one may be repeated now."""
+    """Whether passes with this running mean are recorded, so that one of them may be repeated now."""
     return _memory(running_mean) in _history
 
 
 def _record(drawn: Tensor, running_mean: Tensor, running: Tensor) -> None:
+    """Record a pass: what it drew, and the running statistics that it read."""
     memory = _memory(running_mean)
     entry = _history.get(memory)
     if entry is None:
@@ -49,17 +51,17 @@ def _record(drawn: Tensor, running_mean: Tensor, running: Tensor) -> None:
 
 
 def _recorded(drawn: Tensor, running_mean: Tensor) -> Tensor:
-    """The running statistics that the pass found which drew ``drawn``, ``[2, C]``.
+    """The running statistics ``[2, C]`` that were read by the pass that drew ``drawn``.
 
     Raises:
-        RuntimeError: there is no such pass. On other devices than the CPU, which would have to be waited for, the
-            statistics are NaN instead.
+        RuntimeError: there is no such pass. On devices other than the CPU the statistics are NaN instead, because the
+            check would wait for the device.
     """
     _, passes = _history.get(_memory(running_mean), (None, ()))
     if not passes:
         raise RuntimeError(
-            "a compiled StochNorm runs inside a backward pass and repeats no recorded forward pass: it needs an "
-            "activation_memory_budget above 0; else put the checkpoint around the compiled code, or leave the layer "
+            "a compiled StochNorm runs inside a backward pass and repeats no recorded forward pass: set an "
+            "activation_memory_budget above 0, put the checkpoint around the compiled code, or leave the layer "
             "uncompiled"
         )
     draws, statistics = (torch.stack(column) for column in zip(*passes, strict=True))
@@ -75,11 +77,12 @@ def _recorded(drawn: Tensor, running_mean: Tensor) -> Tensor:
 
 
 def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _numbers(running_mean: Tensor) -> Tensor:
-    """A number in [0, 1) for each channel."""
+    """A random number in [0, 1) for each channel."""
     return torch.rand(running_mean.size(0), dtype=torch.float32, device=running_mean.device)
 
 
@@ -91,12 +94,13 @@ def _draw(
     repeats: bool | None = None,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The implementation of the operator ``stoch_norm_draw``."""
     repeats = in_backward_pass() if repeats is None else repeats
     hooks = saves_by_hooks()
     if (repeats or hooks) and _capturing(running_mean.device):
         raise RuntimeError(
-            "a CUDA graph can't capture activation checkpointing of StochNorm, whose repetitions look for what the "
-            "first pass drew: capture the step without checkpointing"
+            "a CUDA graph can't capture activation checkpointing of StochNorm, because a repeated pass looks for what "
+            "the first pass drew: capture the step without checkpointing"
         )
     drawn = _numbers(running_mean)
     if repeats:
@@ -112,9 +116,9 @@ def _draw_fake(input, running_mean, running_var, may_be_repeated, repeats=None, 
     return drawn, running_mean.new_empty((2, running_mean.size(0)))
 
 
-# Inductor draws by a generator of its own, and so other numbers, but not for an operator that it can't look into. Both
-# tensors that are not read keep the order: `input` behind what was drawn for it, as by a dropout, `after` behind the
-# stochastic norm before.
+# An operator, because Inductor would draw by a generator of its own, and so draw other numbers. Two arguments are not
+# read and only keep the order of random numbers: `input` comes after what was drawn for it, as by a dropout, and
+# `after` after the stochastic norm before.
 draw_op = define(
     "stoch_norm_draw(Tensor input, Tensor running_mean, Tensor running_var, bool may_be_repeated, bool? repeats=None, "
     "Tensor? after=None) -> (Tensor drawn, Tensor running)",
@@ -126,11 +130,11 @@ keep_in_order("stoch_norm_draw")
 
 
 def chosen(mask: Tensor, p: float) -> Tensor:
-    """The mask as flags: it may be numbers, of which those below ``p`` stand for True, whatever their sign."""
+    """The mask as flags. It may be numbers instead: absolute values below ``p`` stand for True."""
     return mask if mask.dtype == torch.bool else mask.abs() < p
 
 
-# an operator to hang the tag of what was drawn on, where compiled code has no other that takes it
+# an operator, so that compiled code can tag what was drawn, where no other operator takes it
 _chosen_op = define(
     "stoch_norm_mask(Tensor drawn, float p) -> Tensor",
     chosen,
@@ -140,7 +144,7 @@ keep_in_compiled_checkpoints(draw_op, "stoch_norm_mask", 0)
 
 
 def drawn_mask(drawn: Tensor, p: float) -> Tensor:
-    """Which channels take the batch's statistics, for a layer that works in PyTorch's operators: ``[C]``, bool."""
+    """Which channels use the batch's statistics, bool ``[C]``, for a layer that uses PyTorch's operators."""
     return (_chosen_op if torch.compiler.is_compiling() else chosen)(drawn, p)
 
 
@@ -148,18 +152,19 @@ Draw = tuple[Tensor, Tensor | tuple[Tensor, Tensor], bool | Tensor]
 
 
 def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> Draw:
-    """What a forward pass of a stochastic norm draws, and the running statistics that it reads.
+    """Draw for a forward pass of a stochastic norm, and find the running statistics that it reads.
 
     Args:
-        input: the layer's.
-        running_mean, running_var: the layer's, ``[C]``.
+        input: the layer's input.
+        running_mean: the layer's running mean, ``[C]``.
+        running_var: the layer's running variance, ``[C]``.
 
     Returns:
-        A number in [0, 1) for each channel, float32, by torch's generator on the input's device, compiled or not,
-        ``[C]``; with its sign set it stands for itself. Then the running mean and variance: the layer's own, or copies
-        of what a pass that repeats another one has to read; of compiled code copies in one tensor, ``[2, C]``. At last
-        whether it repeats another one and has no running statistics to move; of compiled code, which learns it when it
-        runs, that for each channel, ``[C]``.
+        Three values. First a number in [0, 1) for each channel, float32 ``[C]``, by torch's generator on the input's
+        device, compiled or not; its sign does not count. Then the running mean and variance to read: the layer's own,
+        or copies for a pass that repeats another one; in compiled code always copies, in one tensor ``[2, C]``. Last
+        whether the pass repeats another one and must not update the running statistics; in compiled code, which knows
+        it only when it runs, a bool tensor ``[C]``.
 
     Raises:
         RuntimeError: the pass repeats none that is recorded, or a CUDA graph captures activation checkpointing.
@@ -175,11 +180,11 @@ def draw(input: Tensor, running_mean: Tensor, running_var: Tensor) -> Draw:
         drawn, running = draw_op(input, running_mean, running_var, not torch.is_grad_enabled())
         return drawn, running, torch.signbit(drawn)
     repeats = in_backward_pass() and is_recorded(running_mean)
-    # Other passes are not recorded: it takes time, and small tensors that outlive their step break up a CPU's heap.
+    # Other passes are not recorded: that takes time, and small tensors that outlive their step fragment a CPU's heap.
     may_be_repeated = not torch.is_grad_enabled() or saves_by_hooks()
     if not (repeats or may_be_repeated) or torch.jit.is_tracing():
         return _numbers(running_mean), (running_mean, running_var), False
-    # by an operator in both passes, as selective checkpointing asks for
+    # by the same operator in both passes, which selective checkpointing requires
     drawn, running = draw_op(input, running_mean, running_var, True, repeats)
     mean, variance = running.unbind()
     return drawn, ((mean, variance) if repeats else (running_mean, running_var)), repeats

@@ -1,4 +1,4 @@
-"""The ``talib_fast`` operator library: how an operation is defined, and which backend serves it where."""
+"""The ``talib_fast`` operator library: how operations are defined, and which backend serves them."""
 
 import importlib
 import inspect
@@ -24,16 +24,19 @@ from ..torch_private import (
 
 OPERATIONS = ("stoch_norm", "squared_distance", "spectral_tail")
 
-_UNSERVED = {"Jvp", "Functionalize"}  # transforms of torch.func
+_UNSERVED = {"Jvp", "Functionalize"}  # transforms of torch.func that take no autograd function of ours
 _LIBRARY = torch.library.Library("talib_fast", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
-    """Define an operator and return its callable. It has no derivative: that is its :class:`Function`'s.
+    """Define an operator and return its callable. A ``torch.autograd.Function`` around it gives the derivative.
 
-    ``implementation`` serves every device for which no compiled kernel is registered, and as ``..._in_pytorch`` a GPU
-    that the registered kernel does not run on, from which that calls it; ``fake`` gives the shapes, dtypes and strides
-    of the outputs without computing them; ``tags`` say more of it to a compiler.
+    Args:
+        schema: name, arguments and results, as :class:`torch.library.Library` takes them.
+        implementation: serves every device without a registered kernel. A registered kernel that does not run on a GPU
+            calls it there, under the name ``..._in_pytorch``.
+        fake: gives shapes, dtypes and strides of the results without computing them.
+        tags: further properties of the operator for compilers.
     """
     name, bracket, rest = schema.partition("(")
 
@@ -44,34 +47,34 @@ def define(schema: str, implementation: Callable, fake: Callable, *tags: torch.T
     for own_name, serves in ((name, implementation), (f"{name}_in_pytorch", in_place_of_a_kernel)):
         _LIBRARY.define(own_name + bracket + rest, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(own_name, serves, "CompositeExplicitAutograd")
-        # else PyTorch goes through the arguments of every call for a derivative that is missing
+        # otherwise PyTorch checks the arguments of every call to report a missing derivative
         _LIBRARY.impl(own_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"talib_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.talib_fast, name).default
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply``, of one with a ``setup_context``, which torch.func asks for, at no cost where it is not used.
+    """Call ``function.apply`` for a function with a ``setup_context``, at no cost for torch.func where it is not used.
 
-    It is no method of a base class, which torch.compile of torch 2.10 can't follow.
+    It is no method of a base class, because torch.compile of torch 2.10 can't follow that.
     """
     if torch.compiler.is_compiling() or may_be_in_function_transform():
         return function.apply(*args)
-    # past a class that takes the signature of ``forward`` apart on every call
+    # not through Function.apply, which inspects the signature of ``forward`` on every call
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def argument_names(function: type[Function]) -> Any:
-    """A named tuple of what ``forward`` takes, for what PyTorch hands ``setup_context`` and ``vmap`` by position."""
+    """A named tuple of the arguments of ``forward``, which PyTorch passes on to other methods by position."""
     return namedtuple("Arguments", inspect.signature(function.forward).parameters)
 
 
 def needs_pytorch_formula() -> bool:
-    """Whether PyTorch's own operators have to serve: autograd functions do not, or an operator would run twice.
+    """Whether PyTorch's own operators have to compute the result, because an autograd function would fail or run twice.
 
-    Forward-mode differentiation and ``torch.func.functionalize`` take no autograd function of ours, ``torch.compile``
-    drops its derivative in any transform of ``torch.func``, and ``torch.jit.trace`` notes it down and the operators
-    inside it as well.
+    Forward-mode differentiation and ``torch.func.functionalize`` accept no autograd function of ours. ``torch.compile``
+    loses its derivative inside transforms of ``torch.func``. ``torch.jit.trace`` records both the function and the
+    operators inside it.
     """
     if torch.compiler.is_compiling():
         return bool(function_transforms())
@@ -79,10 +82,10 @@ def needs_pytorch_formula() -> bool:
 
 
 def compiles_without_gradient(*inputs: Tensor) -> bool:
-    """Whether this is being compiled where nothing asks for a gradient.
+    """Whether this is being compiled where no gradient is needed.
 
-    An autograd function whose ``forward`` takes any number of tensors can't be called there: torch.compile would hand
-    it a context as well.
+    There, torch.compile can't call an autograd function whose ``forward`` takes any number of tensors: it would pass a
+    context as well.
     """
     return torch.compiler.is_compiling() and not (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
@@ -90,12 +93,12 @@ def compiles_without_gradient(*inputs: Tensor) -> bool:
 
 
 def is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor has no elements; ``torch.jit.trace``, which can't follow an answer, is told that it has some."""
+    """Whether a tensor has no elements. False under ``torch.jit.trace``, which can't follow a decision by size."""
     return not torch.jit.is_tracing() and tensor.numel() == 0
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that sums over ``tensor`` are taken in: float64 for float64, float32 for shorter floats.
+    """The dtype of sums over ``tensor``: float64 for float64, float32 for shorter floats.
 
     Raises:
         TypeError: ``tensor`` is not float16, bfloat16, float32 or float64.
@@ -109,14 +112,14 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of loading a compiled library.
+    """The outcome of loading a compiled library.
 
     Attributes:
         loaded: whether it is in use.
-        status: the same in a sentence, with the reason.
-        build: what the library of kernels says of its build: ``compiler``, ``torch`` (the version of its headers),
-            ``cpu`` and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``; or instead of the last two
-            ``without_cuda``, the reason why there are no CUDA kernels.
+        status: a sentence that says so, with the reason.
+        build: what the library of kernels says about its build. ``compiler``, ``torch`` (version of its headers),
+            ``cpu`` and ``cuda`` (operations with a kernel), ``nvcc`` and ``architectures``. Without CUDA kernels
+            ``without_cuda``, the reason, replaces the last two.
     """
 
     loaded: bool
@@ -125,18 +128,21 @@ class Compiled:
 
 
 def _unserved(gpu: int | None = None) -> str:
-    """What the library says of why its CUDA kernels serve no GPU, or not that one; empty if they do, or are not there.
+    """Why the CUDA kernels serve no GPU, or not GPU number ``gpu``. Empty if they do, or if there are none.
 
-    That the driver is too old is known at once; to ask a GPU initialises CUDA.
+    Whether the driver is too old is known at once. A question about one GPU initialises CUDA.
     """
     ask = getattr(torch.ops.talib_fast, "unserved", None)
     return ask(gpu) if ask is not None else ""
 
 
 def unserved_gpu(index: int) -> str:
-    """Why the compiled kernels do not run on a GPU, and what to do; empty if they do, or none are registered for GPUs.
+    """Why the compiled kernels do not run on a GPU, and what to do. Empty if they run, or if there are none.
 
-    The GPU is asked, which initialises CUDA.
+    It asks the GPU, which initialises CUDA.
+
+    Args:
+        index: number of the GPU.
     """
     if not (why := _unserved(index)):
         return ""
@@ -148,17 +154,17 @@ _TOLD: set[torch.device] = set()
 
 
 def _tell_unserved(device: torch.device) -> None:
-    """Warn, once, that a GPU's calls are left to PyTorch."""
+    """Warn once per GPU that PyTorch serves its calls."""
     if device not in _TOLD:
         _TOLD.add(device)
         warnings.warn(f"talib_fast falls back to PyTorch on {device}: {unserved_gpu(device.index or 0)}", stacklevel=3)
 
 
 def _load_compiled() -> Compiled:
-    """Load the compiled kernels over the PyTorch implementations.
+    """Load the compiled kernels, which then replace the PyTorch implementations.
 
-    The environment variable ``TALIB_FAST_BACKEND`` chooses: ``auto`` (the default) loads them where they are,
-    ``compiled`` raises if they are missing, ``pytorch`` leaves them alone.
+    The environment variable ``TALIB_FAST_BACKEND`` chooses. ``auto`` (the default) loads them if they are there,
+    ``compiled`` raises if they are missing, ``pytorch`` does not load them.
     """
     choice = os.environ.get("TALIB_FAST_BACKEND", "auto")
     if choice not in ("auto", "compiled", "pytorch"):
@@ -186,9 +192,9 @@ def _load_compiled() -> Compiled:
 
 
 def _not_for_this_torch(library: Path) -> str:
-    """Why the library of autograd nodes can't be loaded, by what its file says; empty if it can.
+    """Why the library of autograd nodes can't be loaded, according to its file. Empty if it can.
 
-    Under another torch than the one whose headers it was built with it would load, and crash or worse.
+    With another torch than the one whose headers it was built with, it would load and then crash or corrupt memory.
     """
     found = re.search(rb"talib_fast\._autograd is built for torch=([^\0]*)\0", library.read_bytes())
     built_for = found[1].decode() if found else "an unknown version"
@@ -198,9 +204,10 @@ def _not_for_this_torch(library: Path) -> str:
 
 
 def _load_autograd(kernels: Compiled) -> tuple[Any, Compiled]:
-    """The module of autograd nodes, if it can be had, beside what came of loading it.
+    """The module of autograd nodes or None, and the outcome of loading it.
 
-    ``TALIB_FAST_AUTOGRAD`` chooses: ``auto`` (the default) loads it where it is, ``python`` leaves it alone.
+    The environment variable ``TALIB_FAST_AUTOGRAD`` chooses. ``auto`` (the default) loads it if it is there, ``python``
+    does not load it.
     """
     choice = os.environ.get("TALIB_FAST_AUTOGRAD", "auto")
     if choice not in ("auto", "python"):
@@ -228,17 +235,27 @@ _AUTOGRAD, _AUTOGRAD_STATUS = _load_autograd(_COMPILED)
 
 
 def compiled() -> Compiled:
-    """What came of loading the compiled library of kernels."""
+    """The outcome of loading the compiled library of kernels.
+
+    Returns:
+        An object with ``loaded`` (bool), ``status`` (a sentence) and ``build`` (what the library says about its build).
+
+    Example:
+
+        >>> from talib_fast.ops import compiled
+        >>> type(compiled().loaded).__name__
+        'bool'
+    """
     return _COMPILED
 
 
 def compiled_nodes() -> Compiled:
-    """What came of loading the compiled library of autograd nodes."""
+    """The outcome of loading the compiled library of autograd nodes, as :func:`~talib_fast.ops.compiled` returns it."""
     return _AUTOGRAD_STATUS
 
 
 def node_function(name: str) -> Callable | None:
-    """A function of the library of autograd nodes; None without one. It returns None where Python has to serve."""
+    """A function of the library of autograd nodes. None without the library. It returns None if Python must serve."""
     return getattr(_AUTOGRAD, name, None)
 
 
@@ -246,6 +263,15 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """Which backend serves each operation on each device, and why: ``{operation: {device: (backend, reason)}}``.
 
     ``cuda`` stands for the current GPU, if there is one. It is asked, which initialises CUDA.
+
+    Returns:
+        ``"compiled"`` or ``"PyTorch"`` and a sentence, for each operation and each of ``cpu`` and ``cuda``.
+
+    Example:
+
+        >>> from talib_fast.ops import backends
+        >>> sorted(backends())
+        ['spectral_tail', 'squared_distance', 'stoch_norm']
     """
     served: dict[str, dict[str, tuple[str, str]]] = {}
     this_gpu = unserved_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else ""

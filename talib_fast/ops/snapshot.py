@@ -11,8 +11,8 @@ _snapshot_op = define("snapshot(Tensor input) -> Tensor", torch.clone, torch.emp
 def snapshot(input: Tensor) -> Tensor:
     """A copy of ``input`` for autograd to keep while ``input`` itself is overwritten in place.
 
-    Compilers take a plain ``clone`` for superfluous, or repeat it in the backward pass, where they find the new
-    values: gradients are then silently wrong. They leave an operator of our own alone.
+    It is an operator of its own, which compilers do not look into. They may drop a plain ``clone`` as superfluous, or
+    repeat it in the backward pass, where it reads the new values. Gradients would then be wrong without an error.
 
     Args:
         input: any tensor that takes no gradient.

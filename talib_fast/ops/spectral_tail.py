@@ -1,15 +1,16 @@
-"""The sum of the k smallest squared singular values, as Batch Spectral Shrinkage needs it.
+"""The sum of the k smallest squared singular values, for Batch Spectral Shrinkage.
 
-With F of shape [b, f] and U the orthonormal basis of the singular subspace that the k smallest singular values
-span on the smaller side, the value is ‖UᵀF‖² and its gradient 2·U·Uᵀ·F (b ≤ f; F·U·Uᵀ otherwise). Where the other
-singular directions V are fewer, they do as well: U·Uᵀ = I - V·Vᵀ. Squaring the condition number is harmless only with
-digits to spare: the Gram matrix of a float32 F is formed and solved in float64, and a float64 F is reduced by a QR
-factorisation instead.
+F has the shape [b, f], with b ≤ f here. U is an orthonormal basis of the left singular subspace of the k smallest
+singular values. The value is ‖UᵀF‖² and its gradient is 2·U·Uᵀ·F (for b > f: F·U·Uᵀ with the right subspace). If the
+other singular directions V are fewer, they are used instead: U·Uᵀ = I - V·Vᵀ.
 
-The compiled kernels look for no other eigenvectors of the Gram matrix: Householder's tridiagonal form, bisection,
-inverse iteration. They take the value from F itself, which gives back the digits that squaring lost.
+A Gram matrix squares the condition number, which needs spare digits. So the Gram matrix of a float32 F is formed and
+solved in float64, and a float64 F is reduced by a QR factorisation instead.
 
-The operators take lists of matrices ``[b, f]`` or batches of them ``[count, b, f]``.
+The compiled kernels compute only the needed eigenvectors of the Gram matrix: Householder's tridiagonal form, bisection,
+inverse iteration. They compute the value from F itself, which recovers the digits that squaring lost.
+
+The operators take lists of matrices ``[b, f]`` or of batches of matrices ``[count, b, f]``.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,21 +25,25 @@ from .library import accumulation_dtype, apply, compiles_without_gradient, defin
 
 
 def _short_side_first(input: Tensor) -> Tensor:
+    """The matrices with their shorter side first."""
     return input if input.size(-2) <= input.size(-1) else input.mT
 
 
 def _in_float64(input: Tensor) -> Tensor:
-    # MPS has neither float64 nor the decompositions
+    """The same in float64, on the CPU where the device has no float64."""
+    # MPS has neither float64 nor these decompositions
     return input.cpu().double() if input.device.type == "mps" else input.double()
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values, ascending, and left singular vectors, by the Gram matrix."""
     values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
     return values.clamp_min(0), vectors
 
 
 def _by_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    scale = _magnitude(matrix)  # what LAPACK multiplies must not overflow
+    """The same by a QR factorisation, which loses fewer digits."""
+    scale = _magnitude(matrix)  # so that no product in LAPACK overflows
     triangle = torch.linalg.qr((matrix / scale).mT, mode="r").R
     _, singular_values, vectors_h = torch.linalg.svd(triangle, full_matrices=False)
     return (singular_values * scale[..., 0]).square().flip(-1), vectors_h.mT.flip(-1)
@@ -53,17 +58,17 @@ def _magnitude(matrix: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    """Whether all of a matrix's entries are, ``[..., 1, 1]``."""
+    """Whether all entries of each matrix are finite, ``[..., 1, 1]``."""
     return torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
 def _uses_complement(short_side: int, k: int) -> bool:
-    """Whether the vectors span the other singular directions, which are fewer, and not the tail's."""
+    """Whether the vectors span the other singular directions, because those are fewer than the k smallest."""
     return 2 * k > short_side
 
 
 def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """``spectrum`` gives squared singular values, ascending, and the singular vectors of the shorter side."""
+    """The value, and the vectors that its gradient needs. ``spectrum`` is ``_by_gram`` or ``_by_qr``."""
     matrix = _short_side_first(_in_float64(input))
     finite = _finite(matrix)
     values, vectors = spectrum(torch.where(finite, matrix, 0))
@@ -75,6 +80,7 @@ def _tail(input: Tensor, k: int, spectrum: Callable[[Tensor], tuple[Tensor, Tens
 
 
 def _tail_part(input: Tensor, vectors: Tensor, k: int) -> Tensor:
+    """The projection of ``input`` on the singular subspace of the k smallest singular values."""
     short_side = vectors.size(-2)
     wide = short_side == input.size(-2)
     part = vectors @ (vectors.mT @ input) if wide else (input @ vectors) @ vectors.mT
@@ -90,16 +96,19 @@ def _forward_by_qr(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward(inputs: list[Tensor], k: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Values and vectors of several inputs: the implementation of the forward operator."""
     tails = [_forward_by_gram(input, its) for input, its in zip(inputs, k, strict=True)]
     return [value for value, _ in tails], [vectors for _, vectors in tails]
 
 
 def _gradient(grad: Tensor, input: Tensor, vectors: Tensor, k: int) -> Tensor:
+    """The gradient of one input, with its strides."""
     part = _tail_part(_in_float64(input), vectors, k)
     return torch.empty_like(input).copy_(part * (2 * grad.to(part)[..., None, None]))
 
 
 def _backward(grads: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], k: list[int]) -> list[Tensor]:
+    """The implementation of the backward operator."""
     return [_gradient(*arguments) for arguments in zip(grads, inputs, vectors, k, strict=True)]
 
 
@@ -128,11 +137,11 @@ _backward_op = define(
     _backward,
     _backward_fake,
 )
-# LAPACK's work on every device; no kernel of our own would be faster
+# by torch.linalg on every device; no kernel of our own would be faster
 _forward_by_qr_op = define(
     "spectral_tail_qr_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_qr, _tail_fake
 )
-# to these two the CUDA kernels leave what does not fit them
+# the CUDA kernels call these two for what they do not support
 define(
     "spectral_tail_linalg_forward(Tensor input, int k) -> (Tensor value, Tensor vectors)", _forward_by_gram, _tail_fake
 )
@@ -144,10 +153,10 @@ define(
 
 
 class _TailProjector(Function):
-    """The projector on the singular subspace of a matrix's k smallest singular values, on the shorter side, its rows'.
+    """The projector on the left singular subspace of a matrix's k smallest singular values.
 
-    Its derivative needs only the gaps between the chosen singular values and the others, so that ties among the chosen
-    ones do no harm, as they would in the derivative of the vectors themselves.
+    Its derivative divides only by gaps between these singular values and the others. So ties among the k smallest do no
+    harm, as they would in the derivative of the vectors themselves.
     """
 
     generate_vmap_rule = True
@@ -180,7 +189,7 @@ class _SpectralTail(Function):
 
     @staticmethod
     def forward(k: list[int], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Inputs of float64 alone, or without it."""
+        """Compute values and vectors. The inputs are either all of float64 or all of other dtypes."""
         if inputs[0].dtype == torch.float64:
             values, vectors = zip(*map(_forward_by_qr_op, inputs, k), strict=True)
         else:
@@ -197,7 +206,7 @@ class _SpectralTail(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.k)
-        grads = grads[:count]  # those of the vectors are nothing but zeros
+        grads = grads[:count]  # the vectors' gradients are zeros
         inputs, vectors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if torch.is_grad_enabled():
             return (None, *map(_differentiable_gradient, grads, inputs, ctx.k))
@@ -214,7 +223,7 @@ class _SpectralTail(Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], k: list[int], *inputs: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        """A mapped dimension is one more of the batch."""
+        """Treat a mapped dimension as one more batch dimension."""
         dims = in_dims[1:]
         batches = [input if dim is None else input.movedim(dim, 0) for input, dim in zip(inputs, dims, strict=True)]
         results = apply(_SpectralTail, k, *(batch.flatten(0, -3) if batch.dim() > 3 else batch for batch in batches))
@@ -226,10 +235,11 @@ class _SpectralTail(Function):
 
 
 def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
+    """The gradient of one input, in a form that can be differentiated once more."""
     matrix = _short_side_first(_in_float64(input))
     finite = _finite(matrix)
     decomposed = torch.where(finite, matrix, 0)
-    decomposed = decomposed / _magnitude(decomposed.detach())  # the projector is the same, and no square overflows
+    decomposed = decomposed / _magnitude(decomposed.detach())  # the same projector, and no square overflows
     projector = apply(_TailProjector, decomposed, k, input.dtype == torch.float64)[0]
     projection = torch.where(finite, projector, torch.nan) @ matrix
     if input.size(-2) > input.size(-1):
@@ -238,20 +248,20 @@ def _differentiable_gradient(grad: Tensor, input: Tensor, k: int) -> Tensor:
 
 
 def _without_derivative(order: int, tensor: Tensor) -> Tensor:
-    """Of zeros 0, with derivatives that are 0, too, below that order, and NaN from there on."""
+    """Maps 0 to 0, with derivatives of 0 below ``order``, and derivatives of NaN from ``order`` on."""
     return tensor.abs().pow(order - 0.5)
 
 
 def _by_formula(input: Tensor, k: int) -> Tensor:
-    """The value by PyTorch's operators, for what differentiates no others: see needs_pytorch_formula.
+    """The value by PyTorch's operators, where ``needs_pytorch_formula`` asks for them.
 
     With the k chosen singular vectors U, the others V and the squared singular values λ as constants, the value is::
 
         ‖UᵀF‖² + Σ_ij δ_ij²/(λ_i − λ_j)        δ = Uᵀ·F·Fᵀ·V
 
-    up to terms of third order in F's distance from where they were found. There δ is 0, so this has the value's first
-    and second derivatives, and no gap but those between chosen and other singular values is divided by. Derivatives
-    that it has not, the third ones and where a gap is 0 the second, are made NaN.
+    up to terms of third order in the change of F. δ is 0 for F itself, so the formula has the value's first and second
+    derivatives. It divides only by gaps between chosen and other singular values. Derivatives that it does not have are
+    made NaN: the third ones, and the second ones where a gap is 0.
     """
     matrix = _short_side_first(_in_float64(input))
     constant = matrix.detach()
@@ -262,7 +272,7 @@ def _by_formula(input: Tensor, k: int) -> Tensor:
     vectors = torch.where(finite, vectors, torch.nan)
     chosen, complement = (part.mT @ matrix for part in (vectors[..., :k], vectors[..., k:]))
     coupling = chosen @ (complement / scale).mT
-    coupling = coupling - coupling.detach()  # what rounding leaves of 0
+    coupling = coupling - coupling.detach()  # exactly 0, without rounding errors
     by_gap = 1 / (values[..., :k, None] - values[..., None, k:])
     tied = by_gap.isinf()
     at_second_order = coupling.square() * by_gap.masked_fill(tied, 0) + _without_derivative(3, coupling)
@@ -272,7 +282,7 @@ def _by_formula(input: Tensor, k: int) -> Tensor:
 
 
 def _checked(input: Tensor, k: Any, name: str) -> int:
-    """``k`` itself, if it suits the input."""
+    """Check an input and its ``k``, and return ``k`` as an int."""
     check_floats(input, name)
     check_integer(k, "k")
     if input.dim() < 2:
@@ -292,28 +302,40 @@ def spectral_tail(input: Sequence[Tensor], k: int | Sequence[int]) -> tuple[Tens
 def spectral_tail(input: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     """The sum of the ``k`` smallest squared singular values of each matrix.
 
-    Computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN and a
-    non-finite gradient. Differentiable twice, also in forward mode and under :func:`torch.func.functionalize`, which
-    make a third derivative NaN. Where σ_k = σ_(k+1), a tie of a chosen singular value and another, the gradient is one
-    of several subgradients, and the second derivative, which there is not, is NaN, without an error (or huge, where
-    rounding has parted the two). Under :func:`torch.vmap` a mapped dimension is one more of the batch.
+    It is computed in float64, so half precision and autocast are safe. A matrix with a non-finite entry gives NaN, and
+    a gradient that is not finite.
 
-    On a GPU float64 input, matrices with both sides longer than 256, and all in forward mode and under
-    ``functionalize``, are decomposed by ``torch.linalg``, which waits for the device; all others are served without,
-    and can be captured in a CUDA graph.
+    It is differentiable twice, also in forward mode and under :func:`torch.func.functionalize`, which both make a third
+    derivative NaN. If σ_k = σ_(k+1), the gradient is one of several subgradients and the second derivative does not
+    exist: it is NaN, without an error, or huge if rounding has separated the two values. :func:`torch.vmap` treats a
+    mapped dimension as one more batch dimension.
+
+    On a GPU, most inputs are served without a synchronisation and can be captured in a CUDA graph. ``torch.linalg``,
+    which waits for the device, serves float64 inputs, matrices with both sides longer than 256, and everything in
+    forward mode and under ``functionalize``.
 
     Args:
-        input: ``[..., b, f]``, float16, bfloat16, float32 or float64, or several such tensors on one device, whose
-            shapes and dtypes may differ: they are served together.
-        k: how many singular values, 0 ≤ k ≤ min(b, f); for several tensors one number, or one for each.
+        input: ``[..., b, f]``, float16, bfloat16, float32 or float64. Or several such tensors on one device, of any
+            shapes and dtypes, which are served together.
+        k: how many singular values, 0 ≤ k ≤ min(b, f). For several tensors one number, or one for each.
 
     Returns:
-        ``[...]``, float32 (float64 for float64 input); for several tensors a tuple of them.
+        ``[...]``, float32 (float64 for float64 input). For several tensors a tuple of them.
 
     Raises:
         TypeError: an input is not dense or not floating point, or ``k`` is not an integer.
-        ValueError: an input has fewer than two dimensions, or ``k`` is out of range, or there is not one for each
-            input, or the inputs are on several devices.
+        ValueError: an input has fewer than two dimensions, ``k`` is out of range, the number of ``k`` is not that of
+            the inputs, or the inputs are on several devices.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.ops import spectral_tail
+        >>> matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0]))  # its singular values are 3, 2 and 1
+        >>> round(spectral_tail(matrix, 2).item(), 4)
+        5.0
+        >>> spectral_tail(torch.randn(7, 4, 6), 1).shape
+        torch.Size([7])
     """
     if isinstance(input, Tensor):
         number = _checked(input, k, "input")

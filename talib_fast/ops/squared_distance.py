@@ -1,6 +1,6 @@
-"""Half squared distances over lists of tensors, as DELTA, L2 and L2-SP need them: Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖².
+"""Half squared distances over lists of tensors, for DELTA, L2 and L2-SP: Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖².
 
-The gradient is w·(t − s), in t alone: sources and weights are constants.
+The gradient w·(t − s) goes to t alone. Sources and weights are constants.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from .library import accumulation_dtype, apply, compiles_without_gradient, defin
 
 
 def _result_dtype(targets: Sequence[Tensor]) -> torch.dtype:
+    """float64 if a target is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in targets) else torch.float32
 
 
 def _difference(target: Tensor, source: Tensor | None) -> Tensor:
+    """Target minus source, in the dtype of sums."""
     target = target.to(accumulation_dtype(target))
     return target if source is None else target - source.to(target.dtype)
 
 
 def _per_channel(weight: Tensor, target: Tensor, channel_dim: int) -> Tensor:
+    """The weight with the number of dimensions of the target."""
     shape = [1] * target.dim()
     shape[channel_dim] = -1
     return weight.view(shape)
@@ -32,6 +35,7 @@ def _per_channel(weight: Tensor, target: Tensor, channel_dim: int) -> Tensor:
 def _forward(
     targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
 ) -> tuple[Tensor, Tensor]:
+    """The implementation of the forward operator: the total, and the term of each target."""
     dtype = _result_dtype(targets)
     terms = []
     for j, target in enumerate(targets):
@@ -39,14 +43,14 @@ def _forward(
         if weights:
             squares = squares * _per_channel(weights[j].to(squares.dtype), target, channel_dim)
         terms.append(squares.sum(dtype=dtype))
-    stacked = 0.5 * torch.stack(terms)  # the tangent of half a 0-dim tensor would be of float64
+    stacked = 0.5 * torch.stack(terms)  # not 0.5 * each term: the tangent of a 0-dim tensor would become float64
     return stacked.sum(), stacked
 
 
 def _by_formula(
     targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """What the autograd function returns, for any transform to differentiate."""
+    """The result of the autograd function in operators that any transform can differentiate."""
     total, terms = _forward(targets, sources, weights, channel_dim)
     return total, terms.detach()
 
@@ -54,6 +58,7 @@ def _by_formula(
 def _gradients(
     grad: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequence[Tensor], channel_dim: int
 ) -> list[Tensor]:
+    """The targets' gradients in operators that can be differentiated again."""
     gradients = []
     for j, target in enumerate(targets):
         difference = _difference(target, sources[j] if sources else None)
@@ -67,6 +72,7 @@ def _gradients(
 def _backward(
     grad: Tensor, targets: list[Tensor], sources: list[Tensor], weights: list[Tensor], channel_dim: int
 ) -> list[Tensor]:
+    """The implementation of the backward operator. Gradients have the targets' strides."""
     gradients = _gradients(grad, targets, sources, weights, channel_dim)
     return [torch.empty_like(target).copy_(gradient) for target, gradient in zip(targets, gradients, strict=True)]
 
@@ -97,17 +103,19 @@ _backward_op = define(
 def _split(
     tensors: Sequence[Tensor], num_targets: int, num_sources: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Targets, sources and weights."""
+    """Targets, sources and weights from one list."""
     sources = num_targets + num_sources
     return list(tensors[:num_targets]), list(tensors[num_targets:sources]), list(tensors[sources:])
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, none of them twice: torch.compile refuses an autograd function that gets one twice."""
+    """The same tensors, none of them twice, because torch.compile refuses an autograd function that gets one twice."""
     return [t.view_as(t) if any(t is other for other in tensors[:j]) else t for j, t in enumerate(tensors)]
 
 
 class _SquaredDistance(Function):
+    """The autograd function of the operation: the total, and the terms without gradient."""
+
     @staticmethod
     def forward(channel_dim: int, num_targets: int, num_sources: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return _forward_op(*_split(tensors, num_targets, num_sources), channel_dim)
@@ -117,7 +125,7 @@ class _SquaredDistance(Function):
         ctx.channel_dim, ctx.num_targets, ctx.num_sources, *tensors = inputs
         ctx.of_inference = {}
         if not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors)):
-            # which autograd refuses to save, for it would not see them change
+            # autograd refuses to save inference tensors, because it would not notice changes
             ctx.of_inference = {j: tensor for j, tensor in enumerate(tensors) if tensor.is_inference()}
             tensors = [None if j in ctx.of_inference else tensor for j, tensor in enumerate(tensors)]
         ctx.save_for_backward(*tensors)
@@ -162,35 +170,46 @@ def squared_distance(
     weights: Sequence[Tensor] | None = None,
     channel_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² over lists of tensors of any shapes, dtypes and layouts on one device.
+    """The half squared distance Σ_j ½ Σ_c w_jc ‖t_jc − s_jc‖² between lists of tensors on one device.
 
-    Sums are taken in float32 (float64 for float64 targets). Differentiable in ``targets``, also twice, in forward mode
-    and under :func:`torch.func.functionalize`; ``sources`` are detached and ``weights`` are constants, also those of
-    :func:`torch.inference_mode` (in compiled code clone these before, as PyTorch's error says). The compiled
-    kernels read every tensor once and store no difference; they copy a target that is not dense, and a source whose
-    order in memory differs from its target's by more than the exchange of two neighbouring groups of dimensions (NCHW
-    and NHWC differ by one). They read a source in its own dtype where that is the target's, or where one of the two is
-    float32 and the other float16 or bfloat16; any other they convert first. Under :func:`torch.vmap`, in forward mode
-    and under ``functionalize`` PyTorch's implementation serves.
+    The tensors may have any shapes, dtypes and layouts. Sums are taken in float32 (float64 for float64 targets). The
+    operation is differentiable in ``targets``, also twice, in forward mode and under :func:`torch.func.functionalize`.
+    ``sources`` are detached and ``weights`` are constants. They may come from :func:`torch.inference_mode`; in compiled
+    code clone such tensors first, as PyTorch's error says.
+
+    The compiled kernels read every tensor once and store no difference. They copy a target that is not dense. They copy
+    a source whose order in memory differs from its target's by more than the exchange of two neighbouring groups of
+    dimensions (NCHW and NHWC differ by one exchange). They read a source in its own dtype if that is the target's, or
+    if one of the two is float32 and the other float16 or bfloat16. Other sources are converted first. PyTorch's
+    implementation serves under :func:`torch.vmap`, in forward mode and under ``functionalize``.
 
     Args:
         targets: J tensors.
-        sources: J tensors of the targets' shapes, and of any floating-point dtype; None stands for zeros.
-        weights: J vectors, one value per channel; None stands for ones.
-        channel_dim: the targets' dimension that ``weights`` run along.
+        sources: J tensors of the targets' shapes and any floating-point dtype. None stands for zeros.
+        weights: J vectors with one value per channel. None stands for ones.
+        channel_dim: the dimension of the targets that ``weights`` belong to.
 
     Returns:
-        The total, a 0-dim tensor, and the J terms it is the sum of, which carry no gradient or tangent and are there
-        for logging.
+        The total, a 0-dim tensor, and the J terms that add up to it, ``[J]``. The terms carry no gradient or tangent
+        and are meant for logging.
 
     Raises:
-        TypeError: a tensor stands where a list should, is not dense, not floating point or a DTensor, or
+        TypeError: one tensor is given instead of a list, a tensor is not dense, not floating point or a DTensor, or
             ``channel_dim`` is not an integer.
         ValueError: lengths, shapes or devices do not fit, or a weight requires a gradient.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.ops import squared_distance
+        >>> targets, sources = [torch.ones(2, 3), torch.zeros(4)], [torch.zeros(2, 3), torch.zeros(4)]
+        >>> total, terms = squared_distance(targets, sources)
+        >>> total, terms
+        (tensor(3.), tensor([3., 0.]))
     """
     check_integer(channel_dim, "channel_dim")
     for name, tensors in (("targets", targets), ("sources", sources), ("weights", weights)):
-        if isinstance(tensors, Tensor):  # of which a list would make its rows
+        if isinstance(tensors, Tensor):  # list() would split it into rows
             raise TypeError(f"expected {name} to be a list of tensors, got one tensor")
     targets = list(targets)
     sources, weights = (None if tensors is None else list(tensors) for tensors in (sources, weights))
@@ -210,7 +229,7 @@ def squared_distance(
             if not is_ordinary(tensor):
                 check_floats(tensor, f"{name} {j}")
                 if is_dtensor(tensor):
-                    raise TypeError(f"expected {name} {j} to be a process's own, got a DTensor: take its to_local()")
+                    raise TypeError(f"expected {name} {j} to be an ordinary tensor, got a DTensor: use its to_local()")
             if tensor.device != device:
                 raise ValueError(f"expected {name} {j} on {device}, the first target's device, got {tensor.device}")
         if source is not None and source.shape != target.shape:

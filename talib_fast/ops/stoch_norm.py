@@ -1,4 +1,4 @@
-"""Stochastic normalisation: per channel either the batch's statistics or the running ones."""
+"""Stochastic normalisation: every channel uses either the batch's statistics or the running statistics."""
 
 import math
 import sys
@@ -15,23 +15,23 @@ from .stoch_norm_operators import functional_stoch_norm, with_statistics
 
 
 def check_channels(input: Tensor, channels: int) -> None:
-    """Raise TypeError unless ``input`` is of floating-point numbers, ValueError unless it has so many channels."""
+    """Raise TypeError unless ``input`` is floating point, and ValueError unless it has ``channels`` channels."""
     if not input.is_floating_point():
         raise TypeError(f"expected input to be a floating-point tensor, got {input.dtype}")
-    if not torch.jit.is_tracing() and input.size(1) != channels:  # sizes are tensors while it traces
+    if not torch.jit.is_tracing() and input.size(1) != channels:  # a trace has tensors for sizes
         raise ValueError(f"expected {channels} channels at dimension 1, got input of shape {list(input.shape)}")
 
 
 def check_training(input: Tensor, channels: int, eps: float) -> None:
-    """As :func:`check_channels`, and raise ValueError unless ``eps`` is positive."""
+    """Raise as ``check_channels`` does, and ValueError unless ``eps`` is positive."""
     check_channels(input, channels)
     if eps <= 0:
         raise ValueError(f"expected eps to be positive during training, got {eps}")
 
 
 def check_count(input: Tensor) -> None:
-    """Raise ValueError if a channel has only one value, which has no variance."""
-    if not torch.jit.is_tracing() and input.numel() == input.size(1) != 0:  # sizes are tensors while it traces
+    """Raise ValueError if a channel has only one value, and so no variance."""
+    if not torch.jit.is_tracing() and input.numel() == input.size(1) != 0:  # a trace has tensors for sizes
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {list(input.shape)}"
         )
@@ -50,40 +50,57 @@ def stoch_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """Normalise each channel with the batch's statistics where ``mask`` holds, else with the running statistics.
+    """Normalise each channel with the batch's statistics where ``mask`` is True, else with the running statistics.
 
-    Then a residual is added and an activation applied, act(norm(input) + residual), where they are asked for. Beside
-    the input nothing of its size is kept for the backward pass, but with both of them one bit an element.
+    With a residual and an activation the output is act(norm(input) + residual). The backward pass keeps nothing of the
+    input's size but the input, and with a residual before an activation one bit per element.
 
-    The running statistics are read as they are before the call and then updated, for every channel, by ``momentum``
-    towards the batch's mean and unbiased variance, in place. An input without elements leaves them alone. Statistics
-    are taken in float32 (float64 for float64 input). Differentiable, also twice, in ``input``, ``weight``, ``bias`` and
-    ``residual``. Under :func:`torch.vmap` every member needs running statistics of its own.
+    The running statistics are read as they are before the call. Then those of all channels are updated in place, by
+    ``momentum`` towards the batch's mean and unbiased variance. An input without elements leaves them unchanged.
+    Statistics are computed in float32 (float64 for float64 input). The operation is differentiable in ``input``,
+    ``weight``, ``bias`` and ``residual``, also twice. Under :func:`torch.vmap` every member needs running statistics of
+    its own.
 
-    Stochastic Normalization, NeurIPS 2020 (https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html).
+    Paper: Kou, You, Long and Wang, `Stochastic Normalization (NeurIPS 2020)
+    <https://proceedings.neurips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html>`__.
 
     Args:
         input: ``[N, C, *]``, float16, bfloat16, float32 or float64.
-        running_mean, running_var: ``[C]``, updated in place.
-        mask: ``[C]``, bool; True takes the batch's statistics.
-        weight, bias: ``[C]`` or None.
-        momentum: share of the batch in the new running statistics, in [0, 1]; of 1 they are the batch's, whatever they
-            were.
+        running_mean: ``[C]``, updated in place.
+        running_var: ``[C]``, updated in place.
+        mask: ``[C]``, bool. True uses the batch's statistics.
+        weight: ``[C]``, or None for ones.
+        bias: ``[C]``, or None for zeros.
+        momentum: share of the batch in the new running statistics, in [0, 1]. With 1 they become the batch's.
         eps: added to the variance, finite and at least 0.
-        activation: a piecewise linear one, "none", "relu", "relu6" or "leaky_relu", or a smooth one, "silu",
-            "hardswish" or "gelu" (the exact one, by erf).
-        negative_slope: of "leaky_relu", finite.
-        residual: of the input's shape, dtype and device, or None; not with a smooth activation.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (piecewise linear), ``"silu"``,
+            ``"hardswish"`` or ``"gelu"`` (smooth; GELU is the exact one, by erf).
+        negative_slope: slope of ``"leaky_relu"`` below 0, finite.
+        residual: of the input's shape, dtype and device, or None. Not with a smooth activation.
 
     Returns:
-        The output, of the input's shape and dtype, and the ``(mean, rstd)`` it was normalised with, each ``[C]``.
+        The output, of the input's shape and dtype, and the ``(mean, rstd)`` that it was normalised with, each ``[C]``;
+        rstd is 1/√(variance + eps).
 
     Raises:
         TypeError: an operand is not a dense tensor of floats, ``mask`` is not bool, the residual has another dtype than
             the input, ``activation`` is no string, or ``momentum``, ``eps`` or ``negative_slope`` is no number.
         ValueError: a shape or device does not fit, ``momentum``, ``eps`` or ``negative_slope`` is out of range, the
-            activation is unknown or takes no residual, a channel has only one value, channels share their running
-            statistics' memory, or running statistics are not mapped over where other operands are.
+            activation is unknown or takes no residual, a channel has only one value, channels share the memory of their
+            running statistics, or running statistics are not mapped over where other operands are.
+
+    Example:
+
+        >>> import torch
+        >>> from talib_fast.ops import stoch_norm
+        >>> input = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # two samples, two channels
+        >>> mean, variance = torch.zeros(2), torch.ones(2)
+        >>> output, _ = stoch_norm(input, mean, variance, torch.tensor([True, False]), momentum=0.5, eps=0.0)
+        >>> output  # the first channel by the batch's statistics, the second by the running ones
+        tensor([[-1., 10.],
+                [ 1., 30.]])
+        >>> mean  # updated for both
+        tensor([ 1., 10.])
     """
     check_floats(input, "input")
     if input.dim() < 2:
@@ -117,9 +134,9 @@ def stoch_norm(
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running.size(0) > 1 and running.stride(0) == 0:
             raise ValueError(f"expected memory of its own for every channel of {name}, got a stride of 0")
-        # which PyTorch can't hand to an operator that writes, and compiled code not even ask for
+        # PyTorch can't give such a view to an operator that writes, and compiled code can't ask whether it is one
         if not torch.compiler.is_compiling() and running.is_neg():
-            raise ValueError(f"expected {name} as it is in memory, got the view of a negation: resolve_neg() it")
+            raise ValueError(f"expected {name} as it is in memory, got a negated view: use its resolve_neg()")
     check_count(input)
     operands = weight, bias
     if needs_pytorch_formula():
@@ -140,6 +157,7 @@ def stoch_norm(
 
 
 def _checked_activation(name: Any, negative_slope: Any) -> Activation:
+    """Check name and slope, and return the activation."""
     if not isinstance(name, str):
         raise TypeError(f"expected activation to be a string, got {type(name).__name__}")
     if name not in NAMES:
@@ -152,6 +170,7 @@ def _checked_activation(name: Any, negative_slope: Any) -> Activation:
 
 
 def _check_residual(residual: Any, input: Tensor, name: str, activation: Activation) -> None:
+    """Raise TypeError or ValueError unless ``residual`` fits the input and the activation."""
     check_floats(residual, "residual")
     if not activation.takes_residual():
         raise ValueError(f"expected no residual with {name}: only none, relu, relu6 and leaky_relu take one")

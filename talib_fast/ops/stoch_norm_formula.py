@@ -1,14 +1,14 @@
 """The mathematics of stochastic normalisation, in PyTorch's operators alone.
 
-With mask s, batch mean and biased variance (μ, v) and running statistics (m, q) as they were before this step, and if
-wanted a residual u and an activation φ behind the norm::
+s is the mask. (μ, v) are the batch's mean and biased variance. (m, q) are the running mean and variance from before
+this step. u is a residual and φ an activation, if there are any::
 
     r = 1/√(s·v + (1−s)·q + eps)        x̂ = (x − (s·μ + (1−s)·m))·r        z = γ·x̂ + β + u        y = φ(z)
 
     dz = dy·φ'(z) = du        dβ = Σ dz        dγ = Σ dz·x̂        dx = γ·r·(dz − s·(dβ + x̂·dγ)/n)
 
-A channel with s = 0 differentiates through no statistic: its dx needs no reduction. The backward pass is left x, from
-which it computes z once more; with a residual, which it is not left, a bit for each element says where φ' is 1.
+A channel with s = 0 does not differentiate through statistics, and its dx needs no reduction. The backward pass has x
+and computes z again. It does not have a residual: in that case one bit per element says where φ' is 1.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,12 @@ Statistics = tuple[Tensor, Tensor]
 
 
 def _reduced_dims(input: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
     return [0, *range(2, input.dim())]
 
 
 def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    """The vector ``[C]`` in a shape that broadcasts to the input."""
     return vector.view(-1, *[1] * (input.dim() - 2))
 
 
@@ -49,7 +51,7 @@ def _affine(input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bi
 
 
 def followed(output: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
-    """What a residual and an activation make of a norm's output, which is overwritten, by PyTorch's operators."""
+    """Add a residual to a norm's output, in place, and apply an activation, by PyTorch's operators."""
     return activation.forward(output if residual is None else output.add_(residual))
 
 
@@ -63,6 +65,7 @@ def gradients(
     signs: Tensor | None,
     activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, weight, bias and residual, by the formulas above."""
     mean, rstd = statistics
     dtype, dims = mean.dtype, _reduced_dims(input)
     dz = grad_output.to(dtype)
@@ -81,10 +84,10 @@ def gradients(
 
 
 def updated(running: Tensor, batch: Tensor, share: float | Tensor) -> Tensor:
-    """A running statistic, updated by that share towards the batch's; by 1 all the way, whatever it was."""
+    """A running statistic after an update by ``share`` towards the batch's. A share of 1 makes it the batch's."""
     if not isinstance(share, Tensor) and share == 1:
         return batch.to(running.dtype)
-    # the batch's may be too large for the running statistic's dtype, but not that share of it
+    # the batch's statistic may overflow the running statistic's dtype, although its share does not
     wide = torch.promote_types(running.dtype, batch.dtype)
     old, new = running.to(wide), batch.to(wide)
     if isinstance(share, Tensor):
@@ -103,10 +106,10 @@ def normalized(
     activation: Activation,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Statistics, Statistics]:
-    """In PyTorch's operators alone, so that anything can differentiate it.
+    """Normalise in PyTorch's operators alone, so that any transform can differentiate it.
 
     Returns:
-        The output, what the activation was given, the mean and rstd that it was normalised with, and the batch's mean
+        The output, the activation's input, the mean and rstd that the input was normalised with, and the batch's mean
         and biased variance.
     """
     mask = chosen(mask, p)
@@ -134,7 +137,7 @@ def with_batch(
     activation: Activation,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`normalized`, but all statistics are ``[2, C]``, and the batch's unbiased."""
+    """``normalized`` with all statistics as ``[2, C]``, and the batch's variance unbiased."""
     output, z, statistics, (batch_mean, batch_var) = normalized(
         input, weight, bias, running.unbind(), mask, eps, p, activation, residual
     )
@@ -156,7 +159,7 @@ def differentiable_gradients(
     activation: int,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the backward operator computes, for ``create_graph``: the statistics are seen as functions of the input."""
+    """The gradients for ``create_graph``: here the statistics are functions of the input."""
     batch_mean, batch_variance = _batch_statistics(input)
     mask = chosen(mask, p)
     mean = torch.where(mask, batch_mean, statistics[0])
@@ -178,17 +181,18 @@ def stoch_norm_by_formula(
     activation: Activation = NO_ACTIVATION,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """:func:`stoch_norm_in_place` by PyTorch's operators, where nothing else can be differentiated."""
+    """Normalise and update the running statistics by PyTorch's operators, where an autograd function can't serve."""
     running = running_mean, running_var
     output, _, (mean, rstd), (batch_mean, _) = normalized(
         input, weight, bias, running, mask, eps, p, activation, residual
     )
     values = input.detach()
-    if momentum and torch.jit.is_tracing():  # which drops a batch norm of which nothing but the statistics is used
+    if momentum and torch.jit.is_tracing():  # a trace would drop a batch norm whose output is not used
         unbiased = values.to(mean.dtype).var(_reduced_dims(input))
         batch = batch_mean.detach(), unbiased
         assign([*running], [updated(old, new, momentum) for old, new in zip(running, batch, strict=True)])
     elif momentum and input.numel():
-        # Every transform lets a batch norm move its running statistics, and only that where they are not an argument.
+        # Every transform lets a batch norm update its running statistics. Where these are no argument of the
+        # transformed function, it is the only operator that may.
         F.batch_norm(values.to(running_mean.dtype), running_mean, running_var, None, None, True, momentum)
     return output, (mean.detach(), rstd.detach())

@@ -1,6 +1,6 @@
-"""The operators of stochastic normalisation, and what differentiates them.
+"""The operators of stochastic normalisation and their autograd functions.
 
-stoch_norm_formula.py has the mathematics; compiled libraries register kernels over the implementations here.
+stoch_norm_formula.py has the mathematics. Compiled libraries register kernels over the implementations here.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,11 @@ def _functional(
     activation: int = 0,
     negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of ``stoch_norm_functional``, which changes none of its arguments."""
     function = activation_by_arguments(activation, negative_slope)
     output, z, statistics, batch = with_batch(input, weight, bias, running, mask, eps, p, function, residual)
     signs = input.new_empty(0, dtype=torch.int32)
-    if residual is not None:  # of other strides, it decides those of a sum
+    if residual is not None:  # a residual with other strides decides the strides of the sum
         output = torch.empty_like(input).copy_(output)
         if activation:
             signs = pack_signs(torch.empty_like(input, dtype=torch.bool).copy_(function.passes(z)))
@@ -54,6 +55,7 @@ def _forward(
     activation: int = 0,
     negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The implementation of ``stoch_norm_forward``, which updates the running statistics in place."""
     running = torch.stack((running_mean, running_var))
     *results, batch = _functional(input, weight, bias, running, mask, eps, p, residual, activation, negative_slope)
     if input.numel():
@@ -76,6 +78,7 @@ def _backward(
     activation: int = 0,
     negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of ``stoch_norm_backward``."""
     mean, rstd = statistics.unbind()
     function = activation_by_arguments(activation, negative_slope)
     results = gradients(grad_output, input, (mean, rstd), weight, bias, chosen(mask, p), signs, function)
@@ -112,7 +115,7 @@ _forward_op = define(
     _forward,
     _forward_fake,
 )
-# for compiled code: it changes nothing, so that a backward pass may call it again
+# for compiled code: it changes no argument, so that a backward pass may call it again
 _functional_op = define(
     "stoch_norm_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor running, Tensor mask, float eps, "
     "float p=1.0, Tensor? residual=None, int activation=0, float negative_slope=0.0) "
@@ -141,7 +144,7 @@ def _keep(
     constants: tuple[float, float, int, float],
     results: Sequence[Tensor],
 ) -> None:
-    """What the backward pass needs; ``constants`` are p, eps, and the activation as operators take it."""
+    """Save what the backward pass needs. ``constants`` are p, eps and the activation's two arguments."""
     ctx.constants = constants
     if not constants[2]:
         ctx.save_for_backward(input, weight, mask, results[1])
@@ -153,14 +156,14 @@ def _keep(
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight, bias and residual, which autograd brings into their dtypes."""
+    """The gradients of input, weight, bias and residual. Autograd casts them to the right dtypes."""
     constants, bias, signs = ctx.constants, None, None
     if constants[2]:
         input, weight, mask, statistics, bias, signs = ctx.saved_tensors
     else:
         input, weight, mask, statistics = ctx.saved_tensors
     if signs is not None and input.stride() != ctx.strides:
-        # they are in the output's order, and hooks of what autograd saves may have changed that of the input
+        # the bits are in the output's order in memory; hooks of saved tensors may have changed the input's
         input = torch.empty_strided(input.shape, ctx.strides, dtype=input.dtype, device=input.device).copy_(input)
     if torch.is_grad_enabled():
         gradients = differentiable_gradients(grad_output, input, weight, mask, statistics, bias, signs, *constants)
@@ -169,7 +172,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         p, _, activation, slope = constants
         if activation:
             gradients = backward(grad_output, input, statistics, weight, mask, p, bias, signs, activation, slope)
-        else:  # what is left out takes no time
+        else:  # every argument that is left out saves time
             gradients = backward(grad_output, input, statistics, weight, mask, p)
     dx, dweight, dbias, dresidual = gradients
     of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
@@ -182,7 +185,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _InPlace(Function):
-    """The operator in place, outside of transforms of torch.func: every argument and result takes its time."""
+    """The operator in place, outside of transforms of torch.func. It has few arguments and one result, to save time."""
 
     @staticmethod
     def forward(
@@ -204,15 +207,15 @@ class _InPlace(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad_output) + (None, None)  # noqa: RUF005, which is slower
+        return _differentiate(ctx, grad_output) + (None, None)  # noqa: RUF005  unpacking is slower
 
 
-# past Function's own apply, which asks for functions that are transformed
+# not through Function.apply, which looks for transforms on every call
 apply_in_place = super(Function, _InPlace).apply
 
 
 class _StochNormFunction(Function):
-    """The operator in place, or with ``running`` the functional one, with all of their results."""
+    """The operator in place, or with ``running`` the functional operator, with all results."""
 
     @staticmethod
     def forward(
@@ -243,7 +246,7 @@ class _StochNormFunction(Function):
         constants = args.p, args.eps, args.activation, args.negative_slope
         _keep(ctx, args.input, args.weight, args.bias, args.residual, args.mask, constants, output)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # of the statistics, which have none
+        ctx.set_materialize_grads(False)  # the statistics have no gradients
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -252,7 +255,7 @@ class _StochNormFunction(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """Members of a mapped dimension are so many more channels."""
+        """Treat the members of a mapped dimension as additional channels."""
         args, dims, members = _Arguments(*inputs), _Arguments(*in_dims), info.batch_size
         statistics = {name: getattr(args, name) for name in ("running", "running_mean", "running_var")}
         if any(value is not None and getattr(dims, name) is None for name, value in statistics.items()):
@@ -268,10 +271,10 @@ class _StochNormFunction(Function):
         operands = _Arguments(*map(joined, args._replace(num_batches_tracked=None), dims))
         output, statistics_used, signs, *batch = apply(_StochNormFunction, *operands)
         if args.running is None:
-            for name in ("running_mean", "running_var"):  # which flatten may have copied
+            for name in ("running_mean", "running_var"):  # flatten may have copied them
                 updated_ones = getattr(operands, name).view(members, -1)
                 statistics[name].movedim(getattr(dims, name), 0).copy_(updated_ones)
-            if counter is not None and args.input.numel():  # here, or a counter for all members would not do
+            if counter is not None and args.input.numel():  # here, because all members share one counter
                 counter.add_(1)
         mapped = (output, statistics_used, *batch)
         output, statistics_used, *batch = (result.unflatten(1, (members, -1)) for result in mapped)
@@ -295,10 +298,10 @@ def stoch_norm_in_place(
     activation: Activation = NO_ACTIVATION,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The output of :func:`~talib_fast.ops.stoch_norm` for a layer, whose vectors fit: nothing is checked.
+    """The output of :func:`~talib_fast.ops.stoch_norm` for a layer, whose vectors fit. Nothing is checked.
 
-    ``mask`` may be the float32 numbers that it drew, of which those below ``p`` stand for True, whatever their sign,
-    and ``num_batches_tracked``, one int64, is counted up unless the input is empty.
+    ``mask`` may be the float32 numbers that ``draw`` returned: absolute values below ``p`` stand for True.
+    ``num_batches_tracked``, an int64 tensor, is increased by one unless the input is empty.
     """
     if may_be_in_function_transform():
         buffers = running_mean, running_var, momentum, num_batches_tracked
@@ -318,13 +321,22 @@ def functional_stoch_norm(
     activation: Activation = NO_ACTIVATION,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`stoch_norm_in_place` for compiled code: it changes nothing, so that a backward pass may repeat it.
+    """``stoch_norm_in_place`` for compiled code. It changes no argument, so that a backward pass may repeat it.
 
     Args:
+        input: ``[N, C, *]``.
         running: the running mean and variance, ``[2, C]``.
+        mask: bool, or the numbers that ``draw`` returned, ``[C]``.
+        weight: ``[C]`` or None.
+        bias: ``[C]`` or None.
+        eps: added to the variance.
+        p: the numbers in ``mask`` below it stand for True.
+        activation: applied last.
+        residual: added before the activation, or None.
 
     Returns:
-        The output, the mean and rstd it was normalised with, and the batch's mean and unbiased variance, ``[2, C]``.
+        The output, the mean and rstd that it was normalised with, and the batch's mean and unbiased variance, the last
+        two as ``[2, C]`` each.
     """
     if needs_pytorch_formula():
         operands = input, weight, bias, running, mask, eps, p, activation, residual
@@ -346,9 +358,15 @@ def with_statistics(
     residual: Tensor | None,
     *state: Any,
 ) -> tuple[Tensor, ...]:
+    """Call the autograd function. ``state`` are its arguments from ``running`` to ``num_batches_tracked``.
+
+    Returns:
+        The output, the statistics that it was normalised with, and of the functional operator also the batch's
+        statistics.
+    """
     follows = activation.name != "none" or residual is not None
     if follows and not torch.compiler.is_compiling() and may_be_in_function_transform():
-        # a mapped input's signs have no order in memory that its members could share
+        # the bits of a mapped input have no order in memory that its members share
         output, *statistics = with_statistics(input, weight, bias, mask, eps, p, NO_ACTIVATION, None, *state)
         return activation.forward(output if residual is None else output + residual), *statistics
     output, statistics, _, *batch = apply(

@@ -1,6 +1,6 @@
-"""What a layer of stochastic normalisation does in training: it draws a mask, normalises, and counts and averages.
+"""What a StochNorm layer does in training: draw a mask, normalise, and update its running statistics.
 
-A layer hands down what it has, once, and gets its output.
+A layer passes on all it has in one call and gets its output.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +33,11 @@ def _quick_step(
     negative_slope: float,
     residual: Callable[[], Tensor] | None,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
-    """:func:`stoch_norm_step` in ordinary training, in as few calls as it takes.
+    """``stoch_norm_step`` for ordinary training, in as few calls as possible.
 
     Returns:
-        The output; with what ``residual`` gave, where the operation does not take that along; or None: something is not
-        as in ordinary training, and nothing has happened.
+        The output. If the operation can't add the residual, the output without it and the residual. None if this is not
+        ordinary training; nothing has happened then.
     """
     if not tracks or type(momentum) is not float or not eps > 0 or not only_autograd_looks_on():
         return None
@@ -69,23 +69,26 @@ def stoch_norm_step(
     activation: Activation = NO_ACTIVATION,
     residual: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """A layer's output in training, after which its running statistics are updated: act(norm(input) + residual()).
+    """Compute a layer's output in training, act(norm(input) + residual()), and update its running statistics.
 
     Args:
         input: ``[N, C, *]``, float16, bfloat16, float32 or float64.
         parameters: ``weight`` and ``bias``, ``[C]`` or None.
         buffers: ``running_mean`` and ``running_var``, ``[C]``, and ``num_batches_tracked``, a number or None.
-        momentum: share of the batch in the new running statistics; None averages over all batches.
+        momentum: share of the batch in the new running statistics. None averages over all batches.
         eps: added to the variance, above 0.
         p: probability of the batch's statistics.
-        tracks: whether the running statistics move.
-        residual: is called when all is drawn. What it returns may be one that the operation does not take along.
+        tracks: whether the running statistics are updated.
+        activation: applied last.
+        residual: called after the mask is drawn. It may return a tensor that the operation can't add.
+
+    Returns:
+        The output, of the input's shape and dtype.
 
     Raises:
         TypeError: the input is not floating point.
-        ValueError: its channels are not as many as the vectors have, a channel has only one value, or eps is not
-            positive.
-        RuntimeError: see :func:`~talib_fast.ops.draw.draw`.
+        ValueError: the number of channels does not fit, a channel has only one value, or eps is not positive.
+        RuntimeError: as ``draw`` raises it.
     """
     if not torch.compiler.is_compiling():
         place, slope = activation.arguments()
@@ -101,7 +104,7 @@ def stoch_norm_step(
     along: tuple[Activation, Tensor | None] = activation, added
     if added is not None and not _takes_along(added, input, activation.arguments()[0]):
         along = NO_ACTIVATION, None
-    countable = counter is None or counter.dtype == torch.int64  # the module's type() casts it, too
+    countable = counter is None or counter.dtype == torch.int64  # nn.Module.type() may have cast it
     formula = needs_pytorch_formula()
     if isinstance(running, Tensor) or not (formula or (tracks and momentum is not None and countable)):
         joined = running if isinstance(running, Tensor) else torch.stack(running)
@@ -112,13 +115,13 @@ def stoch_norm_step(
         share = _count_and_share(counter, momentum) if tracks and not repeats and not is_empty(input) else 0.0
         output, _ = stoch_norm_by_formula(input, *running, *operands, share, eps, p, *along)
     else:
-        counted = None if repeats else counter  # a repetition moves what it read, which nobody keeps
+        counted = None if repeats else counter  # a repetition updates the copies that it read, which are dropped
         output = stoch_norm_in_place(input, *running, *operands, cast("float", momentum), eps, p, counted, *along)
     return output if along[1] is added else followed(output, activation, added)
 
 
 def _takes_along(residual: Tensor, input: Tensor, activation: int) -> bool:
-    """Whether the operation adds that residual."""
+    """Whether the operation itself can add that residual."""
     return (
         activation < FIRST_SMOOTH
         and is_ordinary(residual)
@@ -129,7 +132,7 @@ def _takes_along(residual: Tensor, input: Tensor, activation: int) -> bool:
 
 
 def _count_and_share(counter: Tensor | None, momentum: float | None) -> float:
-    """Count a batch, and the share that it has in the running statistics, on the host."""
+    """Count a batch. Returns its share in the running statistics, as a number on the host."""
     if counter is not None:
         assign([counter], [counter + 1])
     if momentum is not None:
@@ -145,17 +148,17 @@ def move(
     momentum: float | None,
     counted: Tensor | None = None,
 ) -> None:
-    """Count a batch and move the running mean and variance towards the batch's, unless the pass repeats another.
+    """Count a batch and update the running mean and variance towards its own, unless the pass repeats another one.
 
     Args:
         read: the running mean and variance that the pass read.
         batch: the batch's mean and unbiased variance.
-        repeats: as :func:`~talib_fast.ops.draw.draw` gave it.
-        buffers: the layer's, which move.
-        momentum: see :func:`stoch_norm_step`.
-        counted: whether the batch counts as one, a bool tensor without dimensions; None: it does.
+        repeats: whether the pass repeats another one, as ``draw`` returned it.
+        buffers: the layer's buffers, which are updated.
+        momentum: share of the batch in the new running statistics. None averages over all batches.
+        counted: whether the batch counts, a 0-dim bool tensor. None: it counts.
     """
-    # A repetition calls what the first pass called, on what it read: selective checkpointing counts the calls.
+    # A repetition calls the same operators on the copies that it read: selective checkpointing counts the calls.
     targets = list(read) if repeats is True else [buffers["running_mean"], buffers["running_var"]]
     counter, share = buffers["num_batches_tracked"], cast("float | Tensor | None", momentum)
     if counter is not None:
@@ -163,7 +166,7 @@ def move(
         assign([counter], [counter + (counts if counted is None else counts * counted)])
     if share is None:
         if counter is None:
-            return  # there is nothing to average by; batch norms leave their statistics, too
+            return  # without a counter there is no average; batch norms keep their statistics, too
         share = counter.clamp_min(1).reciprocal()
     values = [updated(old, new, share) for old, new in zip(read, batch, strict=True)]
     if isinstance(repeats, Tensor):

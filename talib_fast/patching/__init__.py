@@ -1,4 +1,4 @@
-"""One line for a script of the Transfer-Learning-Library: its names give what talib_fast has under them."""
+"""Make a script of the Transfer-Learning-Library use talib_fast by one line."""
 
 from torch import nn
 
@@ -21,40 +21,60 @@ def patch(
     knowledge_distillation: bool = True,
     classifier: bool = True,
 ) -> dict[str, str]:
-    """Replace the Transfer-Learning-Library's fine-tuning methods by talib_fast's, or its layers in a model.
+    """Replace the Transfer-Learning-Library's fine-tuning methods by talib_fast's, or its StochNorm layers in a model.
 
-    ``patch()`` changes ``tllib`` and ``talib`` (not TA-Lib, which has the same name), as many as there are: in
-    ``tllib.regularization``, ``tllib.normalization``, ``tllib.modules.classifier`` and ``talib.finetune``, whatever
-    talib_fast has under the same name in the same module, and what their other modules have imported of it; classes
-    of theirs that derive from a replaced one derive from talib_fast's. Their ``convert_model`` also calls
-    :func:`~talib_fast.finetune.stochnorm.fuse_activations`. What can be imported is imported for that.
-    What can't, as before a script's own ``sys.path.append``, is changed when it is imported, by an import hook which
-    stays until :func:`unpatch`; so an empty result of the first call means that nothing is there yet. Nothing else is
-    touched. Call it before a script's ``from tllib... import ...``: names that were bound earlier keep upstream's
-    classes, and constructing one of those, or of subclasses defined earlier, may then fail.
+    ``patch()`` changes the packages ``tllib`` and ``talib``, as far as they are there. (TA-Lib, also called ``talib``,
+    is left alone.) It replaces:
 
-    ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's,
-    lets them take along the activations behind them, as :func:`~talib_fast.finetune.stochnorm.fuse_activations` does,
-    and changes nothing else. They stay the objects they are, so that parameters, statistics, ``training``,
-    ``requires_grad``, hooks, sharing and a running optimizer stay too; ``num_batches_tracked`` is added. p is what
-    upstream's ``convert_model`` was asked for, which it had lost. It also completes the StochNorm layers of a pickled
-    model that was loaded after ``patch()``. Subclasses are left alone, with a warning.
+    - everything that talib_fast has under the same name in the same module, in ``tllib.regularization``,
+      ``tllib.normalization``, ``tllib.modules.classifier`` and ``talib.finetune``;
+    - what other modules of these packages have imported of it;
+    - replaced base classes of other classes in these packages.
 
-    Calling it again is harmless: what has been replaced is left as it is. If anything fails, nothing is changed.
+    The library's ``convert_model`` then also calls :func:`~talib_fast.finetune.stochnorm.fuse_activations`. Modules
+    that can be imported are imported for this. Modules that can't, as before a script's own ``sys.path.append``, are
+    changed when they are imported, by an import hook which stays until :func:`~talib_fast.unpatch`. So an empty result
+    of the first call means that nothing is there yet. Nothing else is changed.
+
+    Call it before a script's ``from tllib... import ...``. Names that were imported earlier keep upstream's classes. To
+    construct one of these, or of subclasses defined earlier, may then fail.
+
+    ``patch(model)`` turns upstream's StochNorm layers in a model that was built without ``patch()`` into talib_fast's.
+    It fuses them with the activations after them, as :func:`~talib_fast.finetune.stochnorm.fuse_activations` does, and
+    changes nothing else. The layers stay the same objects and keep their parameters, statistics, ``training``,
+    ``requires_grad``, hooks and sharing; a running optimizer goes on. They get ``num_batches_tracked``, and the p that
+    was given to upstream's ``convert_model``, which loses it. ``patch(model)`` also completes the StochNorm layers of a
+    pickled model that was loaded after ``patch()``. Subclasses are left alone, and a warning lists them.
+
+    A repeated call leaves what is replaced already. If anything fails, nothing is changed.
 
     Args:
         model: a model to change instead of the library.
-        stochnorm, delta, bss, co_tuning, lwf, bi_tuning, knowledge_distillation, classifier: False leaves that module
-            as it is.
+        stochnorm: False leaves that module as it is.
+        delta: False leaves that module as it is.
+        bss: False leaves that module as it is.
+        co_tuning: False leaves that module as it is.
+        lwf: False leaves that module as it is.
+        bi_tuning: False leaves that module as it is.
+        knowledge_distillation: False leaves that module as it is.
+        classifier: False leaves that module as it is.
 
     Returns:
-        What this call has replaced by what, by the dotted names of the library's attributes or of the model's layers.
+        The dotted names of the library's attributes or of the model's layers that this call has replaced, mapped to
+        dotted names in talib_fast.
 
     Raises:
-        ImportError: one of the methods' modules is there, but fails to be imported.
+        ImportError: a module of a method is there, but its import fails.
         TypeError: ``model`` is no module, or a choice is not True or False.
-        ValueError: methods are chosen for a model; or LWF without Co-Tuning, which derives from it; or a layer's p is
+        ValueError: methods are chosen for a model, or LWF without Co-Tuning, which derives from it, or a layer's p is
             not in [0, 1].
+
+    Example:
+
+        >>> import talib_fast
+        >>> from torch import nn
+        >>> talib_fast.patch(nn.Sequential(nn.Linear(2, 2)))  # a model without upstream's layers
+        {}
     """
     choices = {
         "stochnorm": stochnorm,
@@ -80,13 +100,19 @@ def patch(
 
 
 def unpatch() -> list[str]:
-    """Give the Transfer-Learning-Library back what every ``patch()`` so far has replaced, and replace nothing more.
+    """Undo every ``patch()`` so far: the Transfer-Learning-Library gets its own classes and functions back.
 
-    Models stay as they are, those built since and those given to ``patch(model)``: their layers and losses go on
-    working. Attributes that someone else has set since are left alone. Harmless when nothing is patched.
+    Models stay as they are, both those built since and those given to ``patch(model)``. Their layers and losses go on
+    working. Attributes that someone else has set since are left alone. If nothing is patched, nothing happens.
 
     Returns:
-        The dotted names that were restored, whether replaced by ``patch()`` or as they were imported since; none if
-        the library never came.
+        The dotted names that were restored, whether ``patch()`` replaced them or later imports got them replaced. An
+        empty list if the library was never imported.
+
+    Example:
+
+        >>> import talib_fast
+        >>> _ = talib_fast.patch()
+        >>> _ = talib_fast.unpatch()
     """
     return unpatch_library()

@@ -1,4 +1,4 @@
-"""The library's names, replaced where they are defined, where they were imported, and when they will be imported."""
+"""Replace the library's names where they are defined, where they were imported, and in modules imported later."""
 
 import importlib
 import importlib.abc
@@ -16,7 +16,7 @@ from torch import nn
 from .. import finetune
 from ..finetune.fusion import fuse
 
-# The methods' modules by the package that holds them: tllib's three, and talib's, as the library was called before.
+# The methods' modules by package: three of tllib, and one of talib, the library's earlier name.
 _REGULARIZATION = ("delta", "bss", "co_tuning", "lwf", "bi_tuning", "knowledge_distillation")
 _PACKAGES = {
     "tllib.modules": ("classifier",),
@@ -29,19 +29,29 @@ STOCH_NORM_MODULES = [name for name, method in _METHODS.items() if method == "st
 
 
 def convert_model(module: nn.Module, p: float) -> nn.Module:
-    """Both in one, for scripts that know one of them: :func:`~talib_fast.finetune.stochnorm.convert_model` and
-    :func:`~talib_fast.finetune.stochnorm.fuse_activations`."""
+    """Convert a model's batch norms to stochastic norms and fuse them, for scripts that only call ``convert_model``.
+
+    It calls :func:`~talib_fast.finetune.stochnorm.convert_model`, then does what
+    :func:`~talib_fast.finetune.stochnorm.fuse_activations` does.
+
+    Args:
+        module: the model, or a single layer.
+        p: probability that a channel uses the statistics of the batch, in [0, 1].
+
+    Returns:
+        ``module``.
+    """
     finetune.stochnorm.convert_model(module, p)
     fuse(module)
     return module
 
 
-# What the library gets where it is more than what talib_fast has under the same name.
+# Names for which the library gets something other than what talib_fast has under the same name.
 _MORE = {"stochnorm": {"convert_model": convert_model}}
 
 
 class _Replacement(NamedTuple):
-    """An attribute of one of the library's modules, or the ``__bases__`` of one of its classes."""
+    """A replaced attribute of one of the library's modules, or the replaced ``__bases__`` of one of its classes."""
 
     holder: ModuleType | type
     name: str
@@ -55,18 +65,19 @@ class _Replacement(NamedTuple):
         return f"{module}{holder.__name__}.{self.name}"
 
 
-# Held while any of what follows changes, but never during an import, which has locks of its own.
+# Guards the two variables below. It is never held during an import, which has locks of its own.
 _lock = threading.RLock()
 _wanted: set[str] = set()
 _in_place: list[_Replacement] = []
 
 
 def _root(name: str) -> str:
+    """The top package of a module's name."""
     return name.partition(".")[0]
 
 
 def _exists(name: str) -> bool:
-    """Whether a module can be imported, without importing its parent: ``talib`` may be TA-Lib, which is left alone."""
+    """Whether a module can be imported, without importing its parent, because ``talib`` may be TA-Lib."""
     if name in sys.modules:
         return sys.modules[name] is not None
     parent = name.rpartition(".")[0]
@@ -82,6 +93,7 @@ def _exists(name: str) -> bool:
 
 
 def _import(name: str) -> ModuleType:
+    """Import a module. Raises ImportError for any failure."""
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -98,7 +110,7 @@ def _found(methods: set[str]) -> Iterator[ModuleType]:
 
 
 def _public(method: str) -> dict[str, Any]:
-    """What a method's module has, without ``torch``, ``nn`` and the like, which star imports take along."""
+    """The names that a method's module has, without ``torch``, ``nn`` and the like."""
     ours = getattr(finetune, method)
     defined = {name for name, value in vars(ours).items() if getattr(value, "__module__", None) == ours.__name__}
     public = {name: getattr(ours, name) for name in {*ours.__all__, *defined} if not name.startswith("_")}
@@ -110,7 +122,7 @@ def _public(method: str) -> dict[str, Any]:
 
 
 def _definitions() -> Iterator[list[_Replacement]]:
-    """What is replaced in the modules that define it, oldest first, for each library."""
+    """For each library, the replacements in the modules that define the names, oldest first."""
     for root in sorted({_root(package) for package in _PACKAGES}):
         definitions = [
             replacement
@@ -124,7 +136,7 @@ def _definitions() -> Iterator[list[_Replacement]]:
 
 
 def _places(definitions: list[_Replacement]) -> Iterator[tuple[ModuleType | type, str, Any]]:
-    """Where their library may use them: the attributes of its modules, and the bases of its classes."""
+    """Where the library may use these definitions: attributes of its modules, and bases of its classes."""
     root = _root(definitions[0].holder.__name__)
     for module_name, module in sys.modules.copy().items():
         if _root(module_name) == root and isinstance(module, ModuleType):
@@ -138,7 +150,7 @@ def _places(definitions: list[_Replacement]) -> Iterator[tuple[ModuleType | type
 
 
 def _uses(of: str, instead: str) -> Iterator[_Replacement]:
-    """Where the library uses the definitions' ``original`` or ``ours``, as a replacement by the other one."""
+    """Where the library uses the definitions' ``original`` (or ``ours``), each as a replacement by the other one."""
     for definitions in _definitions():
         by_id = {id(getattr(definition, of)): definition for definition in definitions}
         for holder, name, value in _places(definitions):
@@ -153,7 +165,7 @@ def _uses(of: str, instead: str) -> Iterator[_Replacement]:
 
 
 def _report(replacements: list[_Replacement]) -> dict[str, str]:
-    """The names that are replaced, and by what; a replaced class's own bases are nobody's business."""
+    """The replaced names and their replacements. Bases of classes that are replaced themselves are left out."""
     originals = {id(replacement.original) for replacement in replacements}
     return {
         str(replacement): replacement.label for replacement in replacements if id(replacement.holder) not in originals
@@ -161,14 +173,15 @@ def _report(replacements: list[_Replacement]) -> dict[str, str]:
 
 
 def _put(replacement: _Replacement) -> None:
+    """Make a replacement and record it."""
     setattr(replacement.holder, replacement.name, replacement.ours)
     _in_place.append(replacement)
 
 
 def _replace_uses() -> None:
-    """Replace what other modules have imported of the originals, and put the classes derived from them on ours.
+    """Replace what other modules have imported of the originals, and the originals among the bases of classes.
 
-    A class of upstream's reaches its base class by the base's name, which now is ours: only ours can be its base.
+    A class of upstream reaches its base class by the base's name. That name now is ours, so only ours can be the base.
     """
     originals = {id(replacement.original) for replacement in _in_place}
     for replacement in _uses("original", "ours"):
@@ -177,7 +190,7 @@ def _replace_uses() -> None:
 
 
 def _record_uses() -> None:
-    """Record what was imported of ours, or derived from it, since: it gets the originals back with the rest."""
+    """Record where the library has imported or derived from ours since, so that this is restored, too."""
     recorded = {(id(replacement.holder), replacement.name) for replacement in _in_place}
     for replacement in _uses("ours", "original"):
         if (id(replacement.holder), replacement.name) not in recorded:
@@ -185,13 +198,13 @@ def _record_uses() -> None:
 
 
 def _restore(since: int) -> list[_Replacement]:
-    """Undo the replacements from the given one on, and return those that were still in place."""
+    """Undo the replacements from number ``since`` on. Returns those that were still in place."""
     _record_uses()
     undone = _in_place[since:]
     del _in_place[since:]
     restored = []
     for replacement in reversed(undone):
-        # What was replaced by someone else since is theirs.
+        # an attribute that someone else has replaced since stays
         if getattr(replacement.holder, replacement.name, None) is replacement.ours:
             setattr(replacement.holder, replacement.name, replacement.original)
             restored.append(replacement)
@@ -200,7 +213,7 @@ def _restore(since: int) -> list[_Replacement]:
 
 
 def _replace_in(modules: dict[str, ModuleType]) -> None:
-    """Replace the names in the methods' modules, which are given by theirs, as far as they are wanted."""
+    """Replace the wanted names in these modules of methods, given by name."""
     with _lock:
         since = len(_in_place)
         wanted = [(name, _METHODS[name]) for name in modules if _METHODS[name] in _wanted]
@@ -219,7 +232,7 @@ def _replace_in(modules: dict[str, ModuleType]) -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """A method's module as its own loader makes it, with the names replaced before anyone imports them."""
+    """Loads a method's module by its own loader, and replaces the names before anyone can import them."""
 
     def __init__(self, loader: Any, name: str, reloads: bool) -> None:
         self.loader, self.name, self.reloads = loader, name, reloads
@@ -237,7 +250,7 @@ class _Loader(importlib.abc.Loader):
         try:
             self.loader.exec_module(module)
         except BaseException:
-            # a first import that fails leaves no module, but a failed reload one with some of the originals again
+            # a failed first import leaves no module, but a failed reload leaves one with some originals again
             if self.reloads:
                 _replace_in({self.name: module})
             raise
@@ -245,7 +258,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find the methods' modules, wherever ``sys.path`` leads by then."""
+    """Finds the methods' modules by the other finders, wherever ``sys.path`` leads at that time."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         finders = sys.meta_path.copy()
@@ -264,9 +277,9 @@ _finder = _Finder()
 
 
 def _want(methods: set[str]) -> None:
-    """Make these the methods whose modules are changed when they are imported."""
+    """Set the methods whose modules are changed when they are imported."""
     _wanted.update(methods)
-    _wanted.intersection_update(methods)  # other threads import meanwhile: none that stays is missing for a moment
+    _wanted.intersection_update(methods)  # in two steps: other threads must always see the methods that stay
     if _wanted and _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     if not _wanted and _finder in sys.meta_path:
@@ -274,11 +287,11 @@ def _want(methods: set[str]) -> None:
 
 
 def patch_library(methods: set[str]) -> dict[str, str]:
-    """Replace the names of ``methods`` in the library's modules, or in those to come: see :func:`talib_fast.patch`."""
+    """Replace the names of ``methods`` in the library's modules, now or at their import. See ``talib_fast.patch``."""
     if "lwf" in methods and "co_tuning" not in methods:
         raise ValueError(
             "expected talib.finetune.co_tuning.Classifier to be replaced along with talib.finetune.lwf.Classifier, "
-            "from which it derives: leave out lwf, too"
+            "from which it derives: leave lwf out, too"
         )
     with _lock:
         _record_uses()
@@ -297,7 +310,7 @@ def patch_library(methods: set[str]) -> dict[str, str]:
 
 
 def unpatch_library() -> list[str]:
-    """Give back all that is replaced, and want nothing more: see :func:`talib_fast.unpatch`."""
+    """Undo all replacements, also of modules imported later. See ``talib_fast.unpatch``."""
     with _lock:
         _want(set())
         return sorted(_report(_restore(0)))

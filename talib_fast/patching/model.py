@@ -1,4 +1,4 @@
-"""The layers of the library's StochNorm in a model that was built by it, turned into talib_fast's."""
+"""Turn upstream's StochNorm layers in a model into talib_fast's."""
 
 import warnings
 from typing import Any
@@ -15,14 +15,15 @@ _STOCH_NORMS = {layer.__name__: layer for layer in (StochNorm1d, StochNorm2d, St
 
 
 def _is_upstream(kind: type) -> bool:
+    """Whether a class is one of upstream's StochNorm layers."""
     return kind.__module__ in STOCH_NORM_MODULES and kind.__name__ in _STOCH_NORMS
 
 
 def _missing_state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attributes and buffers by which one of upstream's layers becomes ours."""
+    """The attributes and buffers that an upstream layer lacks."""
     mean = layer.running_mean
     p: Any = layer.p
-    # Upstream's convert_model hands p over as track_running_stats, and leaves the layer's p at 0.5.
+    # Upstream's convert_model passes p as track_running_stats, and the layer's p stays 0.5.
     if not isinstance(layer.track_running_stats, bool):
         p = layer.track_running_stats
     buffers: dict[str, Any] = {"running_mean": mean, "running_var": layer.running_var, "num_batches_tracked": None}
@@ -33,11 +34,11 @@ def _missing_state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def patch_model(model: nn.Module) -> dict[str, str]:
-    """Turn the layers into talib_fast's in place: see :func:`talib_fast.patch`."""
+    """Turn the layers into talib_fast's in place. See ``talib_fast.patch``."""
     plan, left = [], []
     for name, layer in model.named_modules():
         kind = type(layer)
-        # A pickled layer of upstream's that was loaded while its class was replaced is ours, but not complete.
+        # An upstream layer that was unpickled while its class was replaced has our class, but not all buffers.
         unfinished = kind in _STOCH_NORMS.values() and "num_batches_tracked" not in layer._buffers
         if unfinished or _is_upstream(kind):
             plan.append((name, layer, kind, _STOCH_NORMS[kind.__name__], *_missing_state(layer)))
