@@ -1,10 +1,23 @@
 """Write files so that no half-written file is ever seen."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+# how file systems on networks and in user space say that they have no such operation
+UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+def synchronize(descriptor: int) -> None:
+    """Have the disk hold an open file or folder, where the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
@@ -23,7 +36,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
         with temporary.open("xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            synchronize(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

@@ -602,6 +602,42 @@ def test_buffers_of_the_key_encoder(key_buffers):
     assert norm_k.num_batches_tracked.item() == tracked + 1
 
 
+@pytest.mark.parametrize("key_buffers", ["own", "average"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fault_half_precision_rounded_the_momentum_away(dtype, key_buffers, device):
+    model = make(norm=True, m=0.999, key_buffers=key_buffers).to(device, dtype)
+
+    def pairs():
+        found = zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True)
+        norm_k, norm_q = model.encoder_k.backbone.norm, model.encoder_q.backbone.norm
+        return [*found, (norm_k.running_mean, norm_q.running_mean)] if key_buffers == "average" else [*found]
+
+    def moved(steps):
+        return [k.double() + (1 - 0.999**steps) * (q.double() - k.double()) for k, q in pairs()]
+
+    for _, q in pairs():
+        q.data += 0.05 * torch.rand_like(q)
+    for k in (None, 1):  # and from values that came in between, as from a checkpoint
+        for tensor, _ in pairs() if k else ():
+            tensor.data.fill_(k)
+        expected = moved(100)
+        for _ in range(100):
+            model._momentum_update_key_encoder()
+        for (tensor, _), right in zip(pairs(), expected, strict=True):
+            torch.testing.assert_close(tensor.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_key_encoder_in_float32_follows_a_query_encoder_in_half_precision():
+    model = make(m=0.75)
+    model.encoder_q.bfloat16()
+    with torch.no_grad():
+        for k in model.encoder_k.parameters():
+            k.fill_(1)
+    model._momentum_update_key_encoder()
+    for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(k, 0.75 + 0.25 * q.float())
+
+
 def test_fault_eval_crashed(device):
     model = make(norm=True).to(device)
     im_q, im_k, labels = step_inputs(device=device)

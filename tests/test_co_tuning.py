@@ -1298,6 +1298,24 @@ def test_calibration_with_bad_logits():
         calibrate_temperature([[1.0]], torch.tensor([0]))
 
 
+def test_calibration_leaves_masked_classes_out():
+    logits, labels = torch.randn(100, 4, dtype=torch.float64) * 3, torch.randint(4, (100,))
+    masked = torch.cat([logits, torch.full((100, 2), -math.inf)], 1)
+    assert calibrate_temperature(masked, labels) == pytest.approx(calibrate_temperature(logits, labels))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_calibration_with_logits_that_are_not_finite(value):
+    with pytest.raises(ValueError, match=r"logits that are finite, or -inf for a class that is left out"):
+        calibrate_temperature(torch.tensor([[0.0, value], [1.0, 0.0]]), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("label, smoothing", [(1, 0.0), (0, 0.1)])
+def test_calibration_with_labels_of_a_masked_class(label, smoothing):
+    with pytest.raises(ValueError, match=r"labels of classes that are not left out by a logit of -inf"):
+        calibrate_temperature(torch.tensor([[0.0, -math.inf, 1.0]]), torch.tensor([label]), smoothing)
+
+
 def test_calibration_with_bad_labels():
     with pytest.raises(ValueError, match=r"labels in \[0, 3\), got labels from 0 to 3"):
         calibrate_temperature(torch.zeros(2, 3), torch.tensor([0, 3]))

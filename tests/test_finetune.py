@@ -1,6 +1,8 @@
 """The main job from end to end: what it accepts, keeps, refuses and says."""
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from training_support import Tiny, arguments, make_images, tiny_network
 import talib_fast
 from talib_fast import __main__ as cli
 from talib_fast import networks
+from talib_fast.errors import UserError
 from talib_fast.networks import Network
 from talib_fast.networks.pretrained import WEIGHTS_PACKAGE
 from talib_fast.training import keeping, options, trainer
@@ -475,6 +478,15 @@ def test_a_second_command_says_who_is_at_work(run, tmp_path):
         r"out is in use by process \d+ on .+ since .+: wait until it has ended, or choose", err
     )
     assert run("--method", "plain")[0] == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, os.strerror(code))))
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+ on"), locked(tmp_path):
+            pass
 
 
 def models(tmp_path):

@@ -4,7 +4,9 @@ import gzip
 import importlib.util
 import os
 import pickle
+import struct
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from network_support import library
-from PIL import Image
+from PIL import Image, ImageOps
 from training_support import make_images
 
 from talib_fast.errors import UsageError, UserError, listing
@@ -125,6 +127,31 @@ def test_flat_folders_have_the_classes_of_torchvision(tmp_path, torchvision):
     files = labelled(folder)
     assert list(files.classes) == theirs.classes
     assert list(zip(map(str, files.paths), files.labels.tolist(), strict=True)) == theirs.samples
+
+
+def test_every_suffix_of_torchvision_is_an_images(tmp_path, torchvision):
+    suffixes = [*torchvision.datasets.folder.IMG_EXTENSIONS, ".JFIF", ".avif", ".gif"]
+    for suffix in suffixes:
+        noise = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            image = Image.fromarray(noise).convert("L" if suffix == ".pgm" else "RGB")
+            image.save(tmp_path / name / f"image{suffix}", "JPEG" if suffix == ".JFIF" else None)
+    files = labelled(tmp_path)
+    assert not files.ignored and len(files.paths) == 2 * len(suffixes)
+    assert all(checked.damage is None for checked in check_files(files.paths, 0, False))
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_class_has_one_name_however_a_file_system_spells_it(tmp_path, forms):
+    trained, tested = (unicodedata.normalize(form, "Crème brûlée") for form in forms)
+    place(tmp_path / "train" / trained / "1.png", tmp_path / "train/Éclair/1.png", tmp_path / "test" / tested / "1.png")
+    train = labelled(tmp_path / "train")
+    assert train.classes == ("Crème brûlée", "Éclair")
+    assert labelled(tmp_path / "test", least=1).labelled_as(train.classes).labels.tolist() == [0]
+    assert labelled(tmp_path / "test", least=1).labelled_as((trained, "Éclair")).classes == (trained, "Éclair")
+    place(tmp_path / "train" / tested / "2.png")  # copied together from two computers
+    assert labelled(tmp_path / "train").labels.tolist() == [0, 0, 1]
 
 
 def test_nested_classes_are_paths(tmp_path):
@@ -294,6 +321,47 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     turned = read(tmp_path / "turned.png")
     assert turned.size == (20, 30) and turned.getpixel((19, 0)) == (255, 0, 0)
+
+
+def exif(*entries, data=b""):
+    """EXIF as bytes from (tag, type, count, four bytes of value) and what lies behind these."""
+    written = b"".join(struct.pack("<HHL4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)) + written + bytes(4) + data
+
+
+LYING = (0x0112, 3, 1, b"\6\0\0\0")  # taken upright
+
+
+@pytest.mark.parametrize(
+    "suffix, metadata, turned",
+    [
+        ("jpg", exif(LYING, (0x9201, 10, 1, struct.pack("<L", 38)), data=bytes(8)), True),  # a shutter speed of 0 / 0
+        ("jpg", exif(LYING, (0x8769, 4, 1, struct.pack("<L", 99_999))), True),  # an entry beyond the end
+        ("jpg", b"Exif\0\0" + exif(LYING), True),  # its head twice
+        ("png", b"Exif\0\0II*\0", False),
+        ("webp", b"Exif\0\0abcdef", False),
+        ("jpg", b"Exif\0\0abcdefgh", False),
+        ("jpg", exif((0x0112, 3, 1, b"\x63\0\0\0")), False),  # no orientation is 99
+    ],
+)
+def test_damaged_metadata_damage_no_image(tmp_path, suffix, metadata, turned):
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (30, 20), "white").save(path, exif=metadata)
+    image = read(path)
+    assert image.size == ((20, 30) if turned else (30, 20)) and min(image.getpixel((0, 0))) > 250
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, suffix, orientation):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8))
+    metadata = noise.getexif()
+    metadata[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    noise.save(path, exif=metadata, **({"lossless": True} if suffix == "webp" else {}))
+    with Image.open(path) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    assert (np.asarray(read(path)) == expected).all()
 
 
 def test_large_images_are_read_without_warnings_and_larger_ones_refused(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import shutil
+import stat
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -120,6 +122,18 @@ class TestSave:
             make_model(kept, method="delta")
         assert model.load(kept).config["method"] == "bss"
         assert [path.name for path in kept.parent.iterdir()] == ["kept"]
+
+    def test_a_file_system_that_cannot_synchronize_folders(self, tmp_path, monkeypatch):
+        fsync = os.fsync
+
+        def refuse(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        make_model(tmp_path / "kept")
+        assert model.load(tmp_path / "kept").classes == CLASSES
 
     def test_a_place_that_is_no_folder(self, tmp_path):
         (tmp_path / "file").touch()

@@ -1,3 +1,4 @@
+import errno
 import io
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,6 +90,20 @@ def test_content_is_on_disk_before_it_takes_the_targets_place(tmp_path, monkeypa
         monkeypatch.setattr(holder, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
     write_atomically(tmp_path / "table", content(b"x"))
     assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_cannot_synchronize(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(code, os.strerror(code))))
+    write_atomically(tmp_path / "table", content(b"x"))
+    assert (tmp_path / "table").read_bytes() == b"x"
+
+
+def test_a_disk_that_fails_to_synchronize(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        write_atomically(tmp_path / "table", content(b"x"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_target_that_is_a_folder_stays(tmp_path):

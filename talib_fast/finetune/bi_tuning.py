@@ -4,7 +4,7 @@ Paper: Zhong, Wang, Kou, Wang and Long, `Bi-tuning of Pre-trained Representation
 <https://arxiv.org/abs/2011.06182>`__.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +175,7 @@ class BiTuning(nn.Module):
     queue_h: Tensor
     queue_z: Tensor
     queue_ptr: Tensor
+    _averages: Sequence[Tensor] = ()  # in float32, of what the key encoder has in half precision
 
     def __init__(
         self,
@@ -235,17 +236,35 @@ class BiTuning(nn.Module):
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
         """Move the key encoder's parameters towards the query encoder's, and its buffers as ``key_buffers`` says."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
-        if self.key_buffers == "own":
-            return
-        averaged: list[tuple[Tensor, Tensor]] = []
+        followed: list[tuple[Tensor, Tensor]] = []
+        followed += zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
         copied: list[tuple[Tensor, Tensor]] = []
-        for pair in zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True):
-            (averaged if self.key_buffers == "average" and pair[0].is_floating_point() else copied).append(pair)
-        if averaged:
-            torch._foreach_lerp_([k for k, _ in averaged], [q for _, q in averaged], 1 - self.m)
+        if self.key_buffers != "own":
+            for pair in zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True):
+                averaged = self.key_buffers == "average" and pair[0].is_floating_point()
+                (followed if averaged else copied).append(pair)
+        self._follow([pair for pair in followed if pair[0].itemsize >= 4])
+        self._follow_in_float32([pair for pair in followed if pair[0].itemsize < 4])
         if copied:
             torch._foreach_copy_([k for k, _ in copied], [q for _, q in copied])
+
+    def _follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Move the first tensor of each pair by momentum towards the second."""
+        if pairs:
+            torch._foreach_lerp_([k for k, _ in pairs], [q.to(k.dtype) for k, q in pairs], 1 - self.m)
+
+    def _follow_in_float32(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """The same for half precision, in which a step of a thousandth would be rounded away.
+
+        The averages are kept in float32, and start anew where a tensor is no more what its average is rounded.
+        """
+        if [(average.shape, average.device) for average in self._averages] != [(k.shape, k.device) for k, _ in pairs]:
+            self._averages = [k.float() for k, _ in pairs]
+        for average, (k, _) in zip(self._averages, pairs, strict=True):
+            average.copy_(torch.where(average.to(k.dtype) == k, average, k))  # in place, as CUDA graphs need it
+        self._follow([(average, q) for average, (_, q) in zip(self._averages, pairs, strict=True)])
+        if pairs:
+            torch._foreach_copy_([k for k, _ in pairs], list(self._averages))
 
     def _own_class_first(self, labels: Tensor) -> Tensor:
         """The indices ``[b, C·K]`` of a queue's keys in each sample's order: its own class, then the others."""

@@ -19,7 +19,7 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
     <https://arxiv.org/abs/1706.04599>`__.
 
     Args:
-        logits: ``[N, N_p]``, the source classifier's on held-out source data.
+        logits: ``[N, N_p]``, the source classifier's on held-out source data. A logit of −inf leaves a class out.
         labels: ``[N]``, their source classes.
         label_smoothing: share of each label that is spread over all classes, in [0, 1), as in
             :func:`torch.nn.functional.cross_entropy`. A value above 0 keeps T away from 0 where every label is
@@ -30,7 +30,8 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
 
     Raises:
         TypeError: the logits are no floating-point tensor, or the labels no integers.
-        ValueError: the shapes do not fit, or a label or ``label_smoothing`` is out of range.
+        ValueError: the shapes do not fit, ``label_smoothing`` is out of range, a label is out of range or of a class
+            that is left out, or a logit is NaN or +inf.
 
     Example:
 
@@ -49,12 +50,19 @@ def calibrate_temperature(logits: Tensor, labels: Tensor, label_smoothing: float
         raise ValueError(f"expected a label_smoothing in [0, 1), got {label_smoothing}")
     logits = logits.detach().cpu().double()
     check_range(labels, logits.size(1))
-    own = (1 - label_smoothing) * logits.gather(1, labels[:, None]).mean() + label_smoothing * logits.mean()
-    # the loss is convex in 1/T and its slope is the mean of E[z] - z_y: bisect log T for the slope's root
+    masked = logits == -math.inf  # classes without probability, at any temperature
+    if not torch.isfinite(logits.masked_fill(masked, 0)).all():
+        raise ValueError("expected logits that are finite, or -inf for a class that is left out, got NaN or inf")
+    if masked.gather(1, labels[:, None]).any() or (label_smoothing and masked.any()):
+        raise ValueError("expected labels of classes that are not left out by a logit of -inf")
+    own = (1 - label_smoothing) * logits.gather(1, labels[:, None]).mean()
+    if label_smoothing:
+        own += label_smoothing * logits.mean()
+    # the loss is convex in 1/T, and its slope has the sign of the mean of z_y - E[z]: bisect log T for its change
     low, high = -7.0, 7.0
     for _ in range(60):
         middle = (low + high) / 2
-        expected = (F.softmax(logits / np.exp(middle), dim=1) * logits).sum(1).mean()
+        expected = (F.softmax(logits / np.exp(middle), dim=1) * logits.masked_fill(masked, 0)).sum(1).mean()
         low, high = (low, middle) if own > expected else (middle, high)
     return float(np.exp((low + high) / 2))
 

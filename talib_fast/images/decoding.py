@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageError"]
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# torchvision's, GIF, and under which browsers save JPEGs and AVIF
+SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 BACKGROUND = (255, 255, 255)  # what is seen behind transparent images
 
 
@@ -63,10 +66,10 @@ def read(source: str | PathLike | IO[bytes] | bytes, at_least: int | None = None
 def to_rgb(image: "Image") -> "Image":
     """An opened image of Pillow's as 8-bit RGB; raises ValueError where bits would be lost that matter."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     kind = image.format
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "I" and kind in ("PNG", "PPM"):  # how Pillow gives their 16-bit greys, or gave them
@@ -79,3 +82,28 @@ def to_rgb(image: "Image") -> "Image":
         image = Image.new("RGBA", layers.size, (*BACKGROUND, 255))
         image.alpha_composite(layers)
     return image.convert("RGB")
+
+
+def upright(image: "Image") -> "Image":
+    """An opened image of Pillow's the way up that its camera says, or as it lies where that can't be read.
+
+    Pillow's ``exif_transpose`` rewrites all metadata as well, and fails where any of them is damaged.
+    """
+    from PIL import ExifTags, Image
+
+    image.load()  # damaged pixels are an error, damaged metadata none
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # each kind of damage has its own
+        orientation = None
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,15 @@ class ImageFiles:
 
     def labelled_as(self, classes: Sequence[str]) -> "ImageFiles":
         """The same images with labels into other classes, which must contain all of theirs."""
+        places_of = {composed(name): place for place, name in enumerate(classes)}
         for name in self.classes:
-            if name not in classes:
+            if composed(name) not in places_of:
                 near = ", ".join(difflib.get_close_matches(name, classes, n=3) or classes[:3])
                 raise UsageError(
                     f"{printable(self.folder)} has a class {name}, which is none of the {len(classes)} known classes: "
                     f"rename or remove that folder; the nearest are {near}"
                 )
-        places = torch.tensor([classes.index(name) for name in self.classes])
+        places = torch.tensor([places_of[composed(name)] for name in self.classes])
         return ImageFiles(self.folder, tuple(classes), self.paths, places[self.labels], self.ignored)
 
 
@@ -50,11 +52,11 @@ def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> Imag
     ignored: list[Path] = []
     for path, is_image in walk(folder):
         if is_image and path.parent != folder:
-            members.setdefault(printable(path.parent.relative_to(folder)), []).append(path)
+            members.setdefault(class_name(path.parent, folder), []).append(path)
         else:
             ignored.append(path)
     for child in subfolders(folder) if least > 1 else ():
-        name = printable(child.relative_to(folder))
+        name = class_name(child, folder)
         if not any(held == name or held.startswith(f"{name}/") for held in members):
             suffixes = ", ".join(sorted(SUFFIXES))
             raise UsageError(f"{printable(child)} holds no image: add some ({suffixes}) or remove it")
@@ -67,6 +69,16 @@ def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> Imag
     labels = torch.tensor([label for label, name in enumerate(classes) for _ in members[name]])
     paths = tuple(path for name in classes for path in members[name])
     return ImageFiles(folder, tuple(classes), paths, labels, tuple(ignored))
+
+
+def class_name(child: Path, folder: Path) -> str:
+    """What the class of the images in a folder below another is called."""
+    return composed(printable(child.relative_to(folder)))
+
+
+def composed(name: str) -> str:
+    """The one spelling of a name in Unicode: file systems keep é as one letter, or as an e and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:

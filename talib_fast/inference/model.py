@@ -21,7 +21,7 @@ from ..errors import UsageError, UserError, first_line, printable
 from ..images.decoding import read, to_rgb
 from ..images.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing, as_floats
 from ..libraries import import_library, needed
-from ..storage import write_atomically
+from ..storage import synchronize, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,9 +60,9 @@ def save(folder: str | PathLike[str], state: Mapping[str, Tensor], config: Mappi
         temporary.mkdir(parents=True)
         for name in contents:
             write_atomically(temporary / name, lambda file, name=name: file.write(contents[name]))  # type: ignore[misc]
-        synchronize(temporary)
+        synchronize_folder(temporary)
         put_in_place(temporary, folder)
-        synchronize(folder.parent)
+        synchronize_folder(folder.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
@@ -87,11 +87,11 @@ def put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def synchronize(folder: Path) -> None:
+def synchronize_folder(folder: Path) -> None:
     """Have the disk hold the names of what was written to a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        synchronize(descriptor)
     finally:
         os.close(descriptor)
 

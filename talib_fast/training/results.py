@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ..errors import UserError, printable
-from ..storage import write_atomically
+from ..storage import UNSUPPORTED, write_atomically
 from . import parallel
 from .recipes import canonical
 
@@ -23,9 +23,8 @@ LOCK, HOLDER = ".lock", ".holder"
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within it no other process writes into the folder; raises UserError, with who does, if one does already."""
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = acquired(folder)
     except Timeout as error:
         raise UserError(
             f"{printable(folder)} is in use by {holder(folder)}: wait until it has ended, or choose another --out"
@@ -36,6 +35,24 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def acquired(folder: Path) -> BaseFileLock:
+    """The folder's lock, held; raises Timeout where another process holds it.
+
+    File systems on networks may have no locks. A file that only one process can make serves there.
+    """
+    lock: BaseFileLock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise
+    except (NotImplementedError, OSError) as error:  # the former is filelock's own word for it
+        if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+            raise
+        lock = SoftFileLock(folder / f"{LOCK}.made")
+        lock.acquire(timeout=0)
+    return lock
 
 
 def myself() -> dict[str, Any]:
