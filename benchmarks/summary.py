@@ -5,8 +5,8 @@ outcomes.
 
     python benchmarks/summary.py [FOLDER]
 
-reads ``FOLDER/<name>/results.json`` (``results/cpu`` beside this file unless said) and writes ``summary.md`` and
-``summary.png`` there. From ``results/cpu`` it also writes the aims into docs/benchmarks.md.
+reads ``FOLDER/<name>/results.json`` (``results/cpu`` beside this file unless said) and writes ``summary.md``,
+``steps.png`` and ``parts.png`` there. From ``results/cpu`` it also writes the aims into docs/benchmarks.md.
 """
 
 import json
@@ -176,17 +176,19 @@ def linked(name: str, folder: str | None) -> str:
 
 
 def draw_steps(axes: Any, cases: Sequence[Case]) -> None:
-    """Two bars per network and precision: ours and upstream's."""
+    """Two bars per network and precision, ours and upstream's, and a mark at the limit."""
     for number, (name, (colour, _)) in enumerate(zip((step.OURS, step.UPSTREAM), LOOKS, strict=False)):
         spreads = [step.over_plain(case, name) for case in cases]
         places = [row + 0.38 * (number - 0.5) for row in range(len(cases))]
         bars = error_bars(spreads)
         axes.barh(places, [s.median for s in spreads], xerr=bars, color=colour, height=0.36, label=name)
         label_bars(axes, spreads, places, digits=2)
+    limits = [step.limit(case) for case in cases]
+    axes.plot(limits, range(len(cases)), "|", color="black", ms=18, mew=2, label="limit (convolutions, memory)")
     report.label_rows(axes, [f"{case['network']}, {case['dtype']}" for case in cases])
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25 / len(cases)))
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.4 / len(cases)))
     axes.set_title("A training step with StochNorm: time over plain's, less is better", fontsize=11)
 
 
@@ -213,21 +215,14 @@ def label_bars(axes: Any, spreads: Sequence[Spread], places: Sequence[float], di
         axes.annotate(text, (spread.upper, place), (5, 0), textcoords="offset points", va="center")
 
 
-def draw(cases: Sequence[Case], rows: Sequence[tuple[str, Row]], device: str) -> Any:
-    """The figure: whole steps above, single parts below."""
+def draw(draw_rows: Callable[[Any, Any], None], rows: Sequence[Any], height: float, device: str) -> Any:
+    """A figure of what ``draw_rows`` makes of some rows, each ``height`` inches high."""
     from matplotlib.figure import Figure
 
-    panels: list[tuple[Callable[[Any, Any], None], Sequence[Any], float]] = [
-        (draw_steps, cases, 0.5 * len(cases) + 1.1),
-        (draw_parts, rows, 0.3 * len(rows) + 0.8),
-    ]
-    panels = [panel for panel in panels if panel[1]]  # of a folder without steps, the parts alone
-    heights = [height for *_, height in panels]
-    figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
-    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, (draw_panel, content, _) in zip(grid.flat, panels, strict=True):
-        axes.grid(visible=False, axis="y")
-        draw_panel(axes, content)
+    figure = Figure(figsize=(9.6, 1.3 + height * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(visible=False, axis="y")
+    draw_rows(axes, rows)
     figure.suptitle(device, fontsize=11)
     return figure
 
@@ -274,7 +269,9 @@ def main(folder: Path = RESULTS / "cpu") -> None:
         f"{device}.",
     ]
     write_atomically(folder / "summary.md", lambda file: file.write(("\n\n".join(page) + "\n").encode()))
-    report.write_plot(folder / "summary.png", partial(draw, cases, rows, device))
+    if cases:
+        report.write_plot(folder / "steps.png", partial(draw, draw_steps, cases, 0.5, device))
+    report.write_plot(folder / "parts.png", partial(draw, draw_parts, rows, 0.3, device))
     if folder == RESULTS / "cpu":
         text = with_aims(PAGE.read_text(), found)
         write_atomically(PAGE, lambda file: file.write(text.encode()))

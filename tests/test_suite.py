@@ -158,7 +158,8 @@ class TestSummary:
         said = capsys.readouterr().out
         assert "StochNorm, all 53 blocks of ResNet-50, contiguous" in said and "mobilenet_v2, float32 " in said
         pytest.importorskip("matplotlib")
-        assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("steps.png", "parts.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
     def test_the_committed_summary_is_that_of_the_committed_results(self):
         found, page = summary.read(command.RESULTS / "cpu"), (command.RESULTS / "cpu" / "summary.md").read_text()
