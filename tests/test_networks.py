@@ -1,7 +1,9 @@
 import argparse
+import collections
 import copy
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -390,6 +392,17 @@ WRAPPED = {
     "ema": lambda state: {"model": {}, "model_ema": state},
     "parallel": lambda state: {"model_state": {f"module.{name}": value for name, value in state.items()}},
     "compiled": lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+    "lightning with a loss": lambda state: {
+        "state_dict": {**{f"net.{name}": value for name, value in state.items()}, "criterion.weight": torch.ones(7)},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "with numbers of NumPy": lambda state: {
+        "state_dict": state,
+        "best": [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)],
+        "history": np.zeros(3),
+        "folder": Path("runs"),
+        "losses": collections.defaultdict(list),
+    },
     "averaged": lambda state: {"n_averaged": torch.ones(()), **{f"module.{name}": v for name, v in state.items()}},
 }
 
@@ -402,6 +415,17 @@ def test_weights_are_found_in_checkpoints(wrapped, timm, tmp_path):
     network = networks.build("timm:pooled", 16, tmp_path / "checkpoint.pth")
     assert network.head.weight.equal(trained.fc.weight) and network.notes == ()
     assert network.backbone.pool[2].weight.equal(trained.pool[2].weight)
+
+
+def test_weights_of_two_networks_are_not_guessed_at(timm, tmp_path):
+    state = Pooled().state_dict()
+    names = [*(f"student.{name}" for name in state), *(f"teacher.module.{name}" for name in state)]
+    torch.save(dict(zip(names, [*state.values()] * 2, strict=True)), tmp_path / "checkpoint.pth")
+    timm.models["pooled"] = Pooled()
+    with pytest.raises(
+        UserError, match=r"of several networks \(student\..*, teacher\.module\..*\): save the state_dict"
+    ):
+        networks.build("timm:pooled", 16, tmp_path / "checkpoint.pth")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -1,11 +1,14 @@
 """State dicts from files, fitted to a network whose head may be another one's or missing."""
 
 import argparse
+import collections
+import pathlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,8 +19,13 @@ NEW_HEAD = "talib_fast_head"  # what a head is called in the state dict of a net
 REMEDY = "give another --weights file"
 # under which names training scripts keep a state dict in their checkpoints, an averaged one first, as timm does
 STATES = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model")
-WRAPPERS = ("_orig_mod.", "module.", "model.")  # what torch.compile, DistributedDataParallel and Lightning put before
 SHOWN = 3  # names in an error
+# what training scripts keep beside: arguments, paths, and NumPy's numbers and arrays, such as the best accuracy
+HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, collections.defaultdict, list, dict, np.dtype, np.ndarray]
+HARMLESS += {type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")}
+for core in ("core", "_core"):  # of NumPy 1 and 2
+    HARMLESS.append((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar"))
+    HARMLESS.append((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct"))
 
 
 def load_weights(
@@ -64,7 +72,7 @@ def read_state(path: Path, remedy: str = REMEDY) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in which many keep their arguments
+            with torch.serialization.safe_globals(HARMLESS):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, torch and safetensors each have their own errors for a broken file
         raise UserError(f"{path} cannot be read as a state dict ({reason(path, error)}): {remedy}") from error
@@ -90,16 +98,30 @@ def reason(path: Path, error: Exception) -> str:
 
 def plain_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state by the model's own names, without what was around it in training, or is switched off in it."""
+    around = prefix(state, model.state_dict())
+    state = {name.removeprefix(around): value for name, value in state.items() if name.startswith(around)}
     state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     state = {name: value for name, value in state.items() if not name.startswith(f"{NEW_HEAD}.")}
-    state = {name: value for name, value in state.items() if getattr(model, name.partition(".")[0], model) is not None}
-    own = model.state_dict().keys()
-    while state and not own & state.keys():
-        around = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in state)), None)
-        if around is None:
-            break
-        state = {name.removeprefix(around): value for name, value in state.items()}
-    return state
+    return {name: value for name, value in state.items() if getattr(model, name.partition(".")[0], model) is not None}
+
+
+def prefix(names: Iterable[str], own: Iterable[str]) -> str:
+    """What torch.compile, DistributedDataParallel, Lightning and others put before the model's own names in others.
+
+    Names of other things, as of Lightning's losses and metrics, have not got it. Raises UserError where the names are
+    those of several models.
+    """
+    names, own = set(names), list(own)
+    if not own or names & set(own):
+        return ""
+    before = {name.removesuffix(own[0]) for name in names if name.endswith(f".{own[0]}")}
+    fitting = sorted(start for start in before if sum(start + name in names for name in own) > len(own) / 2)
+    if len(fitting) > 1:
+        raise UserError(
+            f"the weights are of several networks ({listing([start + own[0] for start in fitting], SHOWN)}): save the "
+            "state_dict() of one of them"
+        )
+    return fitting[0] if fitting else ""
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], source: str, remedy: str) -> None:
