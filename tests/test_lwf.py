@@ -2,6 +2,7 @@ import contextlib
 import copy
 import inspect
 import sys
+import warnings
 from collections import UserDict
 
 import pytest
@@ -16,7 +17,15 @@ from classifier_support import (
 )
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from talib_fast.finetune.co_tuning import Relationship
 from talib_fast.finetune.knowledge_distillation import KnowledgeDistillationLoss
@@ -385,6 +394,21 @@ class Counting:
         return iter(self.batches)
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda data: {"shuffle": True},
+        lambda data: {"sampler": SubsetRandomSampler([3, 1, 2])},
+        lambda data: {"sampler": WeightedRandomSampler([1.0] * 6, 6)},
+        lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 2, False)},
+    ],
+)
+def test_a_random_order_of_labels_is_told(order):
+    data = TensorDataset(torch.randn(6, 3))
+    with pytest.warns(UserWarning, match=r"in the loader's order, which is drawn anew every time: .* shuffle=False"):
+        collect_pretrain_labels(DataLoader(data, **order(data)), nn.Linear(3, 2), "cpu", progress=False)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("shown", [True, False])
 def test_fault_a_loader_was_begun_twice(shown, terminal, monkeypatch):
@@ -393,6 +417,7 @@ def test_fault_a_loader_was_begun_twice(shown, terminal, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     x, labels = images(6)[..., :2, :2], torch.arange(6) % 3
     counting = Counting([(x, labels)])
+    warnings.filterwarnings("ignore", message="the logits of collect_pretrain_labels come in the loader's order")
     loader = DataLoader(TensorDataset(x, labels), 4, shuffle=True)
     torch.manual_seed(1)
     for _ in loader:

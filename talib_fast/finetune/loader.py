@@ -136,6 +136,17 @@ def warn_of_share(data_loader: Iterable, what: str, joins: bool = False) -> None
         )
 
 
+def warn_of_order(data_loader: Iterable, what: str) -> None:
+    """Warn that nothing tells which sample is which in ``what``, where the loader draws another order every time."""
+    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, _accelerate("SeedableRandomSampler"))
+    if isinstance(data_loader, DataLoader) and isinstance(_distributed(_plain(data_loader)[0]), random):
+        warnings.warn(
+            f"{what} come in the loader's order, which is drawn anew every time: take a loader with shuffle=False, "
+            "whose order is the data set's",
+            stacklevel=3,
+        )
+
+
 def _warn_of_repeats(data_loader: Any) -> None:
     """Warn of accelerate's loaders that fill batches with repeated samples which can't be recognised."""
     loader, _ = _plain(data_loader)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check_module
 from .classifier import ClassifierBase, ParameterGroup, Part, check_linear
-from .loader import share_of, warn_of_share
+from .loader import share_of, warn_of_order, warn_of_share
 from .prediction import OnHost, counted, joined_over_ranks, predictions
 from .ranks import check_group, together
 
@@ -39,7 +39,7 @@ def collect_pretrain_labels(
 
     Args:
         data_loader: batches ``x`` or ``(x, ...)``. x is a tensor or has a method ``to(device)``. It must not shuffle,
-            or the order is lost.
+            or the order is lost, and a warning says so.
         classifier: returns logits ``[b, N_p]``, or maps ``[b, ...]``, in evaluation mode.
         device: the device of the classifier.
         progress: show a progress bar.
@@ -71,6 +71,7 @@ def collect_pretrain_labels(
     together(lambda: check_module(classifier, "classifier"), process_group)
     if process_group is None:
         warn_of_share(data_loader, "collect_pretrain_labels", joins=True)
+    warn_of_order(data_loader, "the logits of collect_pretrain_labels")
     share, collected = share_of(data_loader, process_group), OnHost()
 
     def collect() -> None:
