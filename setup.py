@@ -1,8 +1,7 @@
-"""Builds the compiled libraries with whatever compilers are there; without one the package is pure Python.
+"""Build the compiled libraries with the installed compilers; without a compiler the package is pure Python.
 
-`_C` has the kernels, for every torch and Python; `_autograd` has autograd nodes, for those that it is built with.
-
-What is built, and why a part is not, is decided in tools/build_parts.py.
+`_C` has the kernels, for every torch and Python. `_autograd` has autograd nodes, only for the torch and the Python that
+it is built with. tools/build_parts.py decides what is built, and gives the reason if a part is left out.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
-        "talib_fast builds against the torch that is installed, and found none: "
-        "pip install torch setuptools ninja, and then talib_fast again with --no-build-isolation"
+        "talib_fast builds against the installed torch, but torch is not installed: "
+        "pip install torch setuptools ninja, then install talib_fast again with --no-build-isolation"
     )
 
 ROOT = Path(__file__).resolve().parent
@@ -47,23 +46,24 @@ NODES = CppExtension(
     define_macros=[build_parts.autograd_macro(torch.__version__)],
     extra_compile_args=list(build_parts.AUTOGRAD_FLAGS),
 )
-BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"}  # of all that setuptools runs this for
+BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"}  # the commands that build something
 
 
 def say(sentence: str) -> None:
+    """Print a sentence on stderr, if this command builds something."""
     if BUILDING & set(sys.argv):
         print(f"talib_fast: {sentence}", file=sys.stderr)
 
 
 def visible_gpus() -> Iterator[str]:
-    with contextlib.suppress(RuntimeError):  # a driver that does not answer is no GPU
+    with contextlib.suppress(RuntimeError):  # without a working driver there is no GPU
         for index in range(torch.cuda.device_count()):
             yield "{}.{}".format(*torch.cuda.get_device_capability(index))
 
 
 @contextlib.contextmanager
 def overheard() -> Iterator[list[str]]:
-    """Everything that this process and its compilers print goes on to where it went before, and into a list."""
+    """A context in which all output of this process and its compilers also goes into a list."""
     lines: list[str] = []
     threads = []
     sys.stdout.flush()
@@ -96,7 +96,7 @@ def overheard() -> Iterator[list[str]]:
 
 
 class Build(BuildExtension):
-    """Builds the kernels; if the CUDA part fails, the CPU part alone; if that fails, nothing. Then the nodes."""
+    """Builds the kernels, or only the CPU part if the CUDA part fails, or nothing if that fails too. Then the nodes."""
 
     def run(self) -> None:
         self.options, built = dict(vars(self)), []
@@ -105,7 +105,7 @@ class Build(BuildExtension):
             failure = plan.without_autograd or self.attempt(NODES)
             if failure:
                 say(build_parts.autograd_failed(failure))
-                # one of an earlier build may ask the kernels for what they no longer do, and would go into the wheel
+                # a library of an earlier build may not fit the new kernels, but would get into the wheel
                 Path(self.get_ext_fullpath(NODES.name)).unlink(missing_ok=True)
             else:
                 built.append(NODES)
@@ -127,8 +127,8 @@ class Build(BuildExtension):
         return not failure
 
     def plan_kernels(self, without_cuda: str) -> None:
-        """Give the kernels their sources and flags."""
-        cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's own flags ask for debug information, most of the library
+        """Set the sources and flags of the kernels."""
+        cxx = [*build_parts.CXX_FLAGS, "-g0"]  # Python's flags ask for debug information, most of the library's size
         nvcc = [*build_parts.NVCC_FLAGS]
         link = [f"-Wl,--defsym={build_parts.sources_symbol(ROOT / 'csrc')}=0"]
         link += ["-Wl,--push-state,--no-as-needed", "-ltorch", "-lc10", "-Wl,--pop-state", "-ldl"]
@@ -144,7 +144,7 @@ class Build(BuildExtension):
             threads = build_parts.nvcc_threads(os.environ, os.cpu_count() or 1, len(CUDA_SOURCES))
             nvcc.append(f"--threads={threads}")
             for source in (*COMMON_CUDA_SOURCES, *CUDA_SOURCES):
-                # under a torch without CUDA ninja is not told which headers they depend on
+                # with a torch without CUDA, ninja does not know the headers that these files depend on
                 Path(self.build_temp, source).with_suffix(".o").unlink(missing_ok=True)
             link += [f"-L{path}" for path in toolkit.library_dirs]
             link += ["-lcudart_static", "-lrt", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a"]
@@ -155,16 +155,16 @@ class Build(BuildExtension):
         KERNELS.extra_link_args = link
 
     def attempt(self, extension: Extension) -> str:
-        """Build the extension, and say what failed, if anything did."""
+        """Build the extension; returns the first error, empty if there is none."""
         self.extensions = [extension]
         with overheard() as lines:
             try:
                 super().run()
                 return ""
-            except Exception as error:  # whatever a compiler or its absence raises
+            except Exception as error:  # a compiler, or its absence, can raise any error
                 failure = f"{type(error).__name__}: {error}".partition("\n")[0]
             finally:
-                vars(self).update(self.options)  # a run changes some, and one that fails does not change them back
+                vars(self).update(self.options)  # a run changes some options, and does not restore them if it fails
         return build_parts.first_error(lines, ROOT) or failure
 
 

@@ -1,14 +1,14 @@
-"""Times Bi-Tuning's training step, without its networks, against upstream's loop over samples.
+"""Time Bi-Tuning's training step without its networks, compared with upstream's loop over samples.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_bi_tuning.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-Both encoders are a head and a projector on 2048 given features. A step is their forward passes, the update of the key
-encoder and of the queues, both contrastive losses, and the backward pass to the features and the projector. Sizes vary
-in one of C, b and K at a time, about CUB-200's C = 200 with b = 48 and K = 40.
+Both encoders are a head and a projector on 2048 given features. A step consists of their forward passes, the updates of
+the key encoder and of the queues, both contrastive losses, and the backward pass to the features and the projector. The
+cases vary one of C, b and K at a time around CUB-200's C = 200 with b = 48 and K = 40.
 """
 
 import argparse

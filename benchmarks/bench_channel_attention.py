@@ -1,14 +1,14 @@
-"""Counts and times DELTA's channel attention against running the whole network once for every channel.
+"""Count and time DELTA's channel attention, compared with running the whole network once for every channel.
 
 One command writes ``results.json`` (raw samples), ``table.md`` and ``plot.png``::
 
     python benchmarks/bench_channel_attention.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-Operations are counted with ``torch.utils.flop_counter``, on ResNet-50 and on a quarter of its width, while the public
-function runs; what they are compared with is a forward pass per channel and one for the whole network. Times are those
-of the smaller network, trained for a moment on made-up classes so that its channels matter. All is for one batch.
+Operations are counted with ``torch.utils.flop_counter`` while the public function runs, on ResNet-50 and on a quarter
+of its width. They are compared with a forward pass per channel and one for the whole network. Times are those of the
+smaller network, trained for a moment on artificial classes so that its channels matter. Everything is for one batch.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Times what Co-Tuning and LWF add to a training step, and their preparation, against upstream's.
+"""Time the losses that Co-Tuning and LWF add to a training step, and their preparation, compared with upstream's.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_co_tuning.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-The losses take logits of 48 images, or 256, over ImageNet's 1000 classes, or ImageNet-21k's 21,843. Rows of the
-relationship are those of 48 labels among 200 classes. The preparation is a pass over 4800 samples whose source logits
-are given, so that the network's time does not hide its own.
+The losses take logits of 48 or 256 images over ImageNet's 1000 classes or ImageNet-21k's 21,843 classes. The
+relationship has the rows of 48 labels among 200 classes. The preparation is a pass over 4800 samples with given source
+logits, so that the network's time does not hide the preparation's.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Times the pretrained network, which never changes: DELTA's forward pass of it, and what LWF and Co-Tuning collect.
+"""Time the frozen pretrained network: DELTA's forward pass, and the preparation of LWF and Co-Tuning.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_frozen.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-The networks are torchvision's ResNet-50 and the main job's MobileNetV2, with random weights, on images of 128 pixels in
-channels_last. A pass gives the maps that DELTA compares; evaluation is what a script of the Transfer-Learning-Library
-does, the network in evaluation mode without gradients. "No norms" is that without batch norms and activations: what is
-left is mostly convolutions, which no folding makes faster. LWF's labels and Co-Tuning's relationship are those of
-twenty batches; there evaluation is upstream's loop.
+The networks are torchvision's ResNet-50 and the MobileNetV2 of ``finetune``, with random weights, on images of 128
+pixels in channels_last. A pass gives the feature maps that DELTA compares. "Evaluation" is the network in evaluation
+mode without gradients, as scripts of the Transfer-Learning-Library use it. "No norms" is the same without batch norms
+and activations: the rest is mostly convolutions, which no folding makes faster. LWF's labels and Co-Tuning's
+relationship are those of twenty batches, and there "evaluation" is upstream's loop.
 """
 
 import argparse

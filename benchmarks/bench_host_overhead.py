@@ -1,13 +1,13 @@
-"""Times StochNorm on tiny maps, where nothing but the host's own work counts, against BatchNorm.
+"""Time StochNorm on tiny maps, where only the host's work counts, compared with BatchNorm.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_host_overhead.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``. On a GPU the host's clock decides.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``. On a GPU the host's clock is read.
 
-A layer alone, in a chain of 53 as in a ResNet-50, and, where timm is installed, with its activation, as timm has them.
-Where the library of autograd nodes is loaded, what Python does without it is timed beside it.
+The cases are one layer, a chain of 53 layers as in a ResNet-50, and, if timm is installed, timm's layer with its
+activation. If the library of autograd nodes is loaded, the Python code that replaces it is timed too.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Times training steps whose photographs come from files, beside steps whose photographs lie in memory.
+"""Time training steps with photographs from files, compared with steps with photographs in memory.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_images.py [--device cuda] [--quick] [--data DIR] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-A step is the main job's: plain fine-tuning of MobileNetV2 at 224 pixels, in batches of 24, standard augmentation. In
-memory the photographs are decoded already, and the training process cuts and recolours them; from files worker
-processes do all of it. "Ready" steps get batches that are made before. Without ``--data`` the photographs are JPEG
-files of 500 × 375 pixels made for it. Memory is that of a process that trains a few steps on few and on many files,
-its worker included.
+A step is a step of ``finetune``: plain fine-tuning of MobileNetV2 at 224 pixels, in batches of 24, with standard
+augmentation. In memory, the photographs are decoded already, and the training process augments them. From files, worker
+processes do everything. "Ready" steps get batches that were prepared before. Without ``--data`` the photographs are
+artificial JPEG files of 500 × 375 pixels. Memory is that of a process, its worker included, that trains a few steps on
+few and on many files.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Times the tail of the spectrum, as BSS needs it, against what it replaces, and measures its accuracy.
+"""Time the tail of the spectrum, as BSS needs it, compared with the code that it replaces, and measure its accuracy.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_spectral_tail.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-Features ``[b, f]`` vary in one of b, f and k at a time, about BSS's 48 × 2048 with k = 1. Errors are those of float32
-features with a geometric spectrum, against float64's SVD of the same features.
+The cases vary one of b, f and k of features ``[b, f]`` at a time around BSS's 48 × 2048 with k = 1. Errors are those of
+float32 features with a geometric spectrum, compared with a float64 SVD of the same features.
 """
 
 import argparse

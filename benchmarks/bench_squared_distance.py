@@ -1,13 +1,14 @@
-"""Times DELTA, L2 and L2-SP on ResNet-50 against what they replace, and against the memory floor.
+"""Time DELTA, L2 and L2-SP on ResNet-50, compared with the code that they replace and with the memory floor.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_squared_distance.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-Speed-ups are medians of the single rounds' ratios, with quartiles. Floor bytes, with N those of all targets: with
-sources 2N forward and 3N backward, with bfloat16 ones beside float32 1.5N and 2.5N, without any N and 2N.
+Speed-ups are medians of the single rounds' ratios, with quartiles. The memory floor, forward and backward, with N the
+bytes of all targets: 2N and 3N with sources, 1.5N and 2.5N with bfloat16 sources for float32 targets, N and 2N without
+sources.
 """
 
 import argparse

@@ -1,20 +1,23 @@
-"""Times whole training steps, forward, backward and SGD: every method against plain fine-tuning and against upstream's.
+"""Time whole training steps (forward, backward, SGD): every method compared with plain fine-tuning and with upstream's.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_step.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-The networks are torchvision's ResNet-50 at 224 pixels and, on a CPU, at 128 pixels the main job's MobileNetV2 and
-timm's EfficientNet-B0, and at 32 pixels MobileNetV2 again, where what the host does for a layer counts; with random
-weights, in channels_last unless other layouts are asked for. All methods train in float32, StochNorm alone and with BSS
-in bfloat16 too, EfficientNet with these two only; DELTA also with its pretrained network in bfloat16, and together with
-StochNorm. A method's step is the main job's;
-upstream's is the same with its parts composed as the Transfer-Learning-Library does. Beside StochNorm a plain step
-without batch norms and activations is timed: what it takes is out of StochNorm's reach. ``--compile`` adds plain
-fine-tuning compiled by inductor. Peak memory is what a step takes beyond weights, gradients and optimizer state; kept
-is what autograd saves between the passes, but for parameters, buffers and images.
+The networks have random weights and are in channels_last by default:
+
+- torchvision's ResNet-50 at 224 pixels;
+- on a CPU also, at 128 pixels, the MobileNetV2 of ``finetune`` and timm's EfficientNet-B0;
+- on a CPU also MobileNetV2 at 32 pixels, where the host's work for a layer counts.
+
+All methods train in float32. StochNorm, alone and with BSS, also trains in bfloat16; EfficientNet is trained with these
+two only. DELTA also runs with its pretrained network in bfloat16, and together with StochNorm. A method's step is that
+of ``finetune``. Upstream's step is the same, composed as the Transfer-Learning-Library does it. With StochNorm, a plain
+step without batch norms and activations is timed too, since no norm can make that part faster. ``--compile`` adds plain
+fine-tuning compiled by inductor. Peak memory is the memory of a step beyond weights, gradients and optimizer state.
+"Kept" is what autograd saves between the passes, except parameters, buffers and images.
 """
 
 import argparse

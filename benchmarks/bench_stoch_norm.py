@@ -1,18 +1,20 @@
-"""Times stochastic normalisation at ResNet-50's shapes against what it replaces, and against the memory floor.
+"""Time stochastic normalisation at ResNet-50's shapes, compared with what it replaces and with the memory floor.
 
-Alone, and in the network's blocks: with the relu, or the residual's addition and the relu, that ours takes along and
-the others have behind them, in place. There plain BatchNorm is compiled by inductor too, in a full run on a CPU.
+The norm is timed alone and in the network's blocks, with a relu, or with a residual's addition and a relu. Ours fuses
+these; the others run them behind the norm, in place. In a full run on a CPU, the blocks are also timed with plain
+BatchNorm compiled by inductor.
 
 One command measures all candidates interleaved and writes ``results.json`` (raw samples), ``table.md``, ``plot.png``::
 
     python benchmarks/bench_stoch_norm.py [--device cuda] [--quick] [--out DIR]
 
-``--from-json DIR`` writes the table and the plot anew from ``DIR/results.json``.
+``--from-json DIR`` writes the table and the plot again from ``DIR/results.json``.
 
-Speed-ups are medians of the single rounds' ratios, with quartiles. Floor bytes, with N those of the map: forward 2N
-for a channel with running statistics, 3N for one with the batch's, or 2N where the channel fits on chip; backward 3N
-and 5N, or 3N where input and gradient fit. A relu costs none. A residual is read forward, its gradient written
-backward: N more, and a bit an element, each time.
+Speed-ups are medians of the single rounds' ratios, with quartiles. The memory floor, with N the bytes of the map:
+
+- forward: 2N for a channel with running statistics; 3N for a channel with batch statistics, or 2N if it fits on chip;
+- backward: 3N for a channel with running statistics; 5N with batch statistics, or 3N if input and gradient fit on chip;
+- a relu adds nothing; a residual adds N and one bit per element forward, and the same backward.
 """
 
 import argparse

@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# Tests, checks and measures the CUDA kernels on a machine that is there for a quarter of an hour, its start included,
-# and may not come back. Two commands, each of which ends by itself:
+# Tests, checks and measures the CUDA kernels on a machine that may be available for only a quarter of an hour. There
+# are two commands, and each ends within its time limit:
 #
 #   bash benchmarks/gpu.sh first     # 240 s: library, smoke test, CUDA tests, each kernel's figures, stoch_norm
 #   bash benchmarks/gpu.sh second    # 400 s: compute-sanitizer, then the other benchmarks
 #
-# Both take the compiled library in talib_fast/ if it is of these sources and for this GPU, and else build it, which
-# takes a minute or two of theirs. On another machine with nvcc, beforehand, for compute capability 9.0:
+# Both use the compiled library in talib_fast/ if it was built from these sources and for this GPU. Otherwise they build
+# it, which takes a minute or two of their time. To build it beforehand on another machine with nvcc, for compute
+# capability 9.0:
 #
 #   FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace
 #
-# They end at once if PyTorch serves any operation in place of a kernel. Otherwise every step runs, within its limit and
-# whatever became of the one before, and any failure makes the exit status 1. What there is so far is in place every few
-# seconds, benchmarks write after every case: a run that is stopped from outside leaves it behind.
+# They end at once if PyTorch serves an operation in place of a kernel. Otherwise every step runs within its limit, also
+# if an earlier step failed. The exit status is 1 if any step fails. Results are written every few seconds, and
+# benchmarks write after every case, so a run that is stopped from outside leaves its results behind.
 #
-# They need a GPU and a python3 with torch >= 2.10 for CUDA, numpy, safetensors and pytest; to build, nvcc, setuptools >=
-# 77 and ninja; `second` compute-sanitizer, and torchvision for whole steps. With pytest-xdist the tests take all cores,
-# with pytest-timeout a test that hangs takes no other with it, with matplotlib there are plots. Nothing is fetched or
-# installed.
+# Needed: a GPU, and a python3 with torch >= 2.10 for CUDA, numpy, safetensors and pytest. To build: nvcc,
+# setuptools >= 77 and ninja. For `second`: compute-sanitizer, and torchvision for whole steps. Optional: pytest-xdist
+# (the tests use all cores), pytest-timeout (a hanging test does not stop the others), matplotlib (plots). Nothing is
+# downloaded or installed.
 #
-#   PYTHON   the interpreter, python3
-#   OUT      a folder for three files a command: gpu-first.json, which holds all results, gpu-first.txt, which says what
-#            became of each step, and gpu-first.tar.gz, which holds logs, tables and plots; without it these are in
-#            benchmarks/results, and results in benchmarks/results/cuda too
-#   COMMIT   what the results name as their commit where this is no git checkout
+#   PYTHON   the interpreter; default: python3
+#   OUT      a folder for three files per command: gpu-first.json has all results, gpu-first.txt the outcome of each
+#            step, and gpu-first.tar.gz logs, tables and plots; default: benchmarks/results, with the results also in
+#            benchmarks/results/cuda
+#   COMMIT   the commit to name in the results, if this is no git checkout
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -46,7 +47,7 @@ case $half in
 esac
 
 command -v "$python" >/dev/null || fail "there is no $python: set PYTHON to an interpreter that has torch"
-"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch: set PYTHON to an interpreter that has it"
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch: set PYTHON to an interpreter that has torch"
 arch=$("$python" -c '
 import torch
 print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None
@@ -66,11 +67,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTW
 export TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
-place() {  # FILE NAME: at once, so that nobody finds half of it
+place() {  # FILE NAME: put a file in place by a rename, so that it is never there in part
   cp "$1" "$out/.$2" && mv "$out/.$2" "$out/$2"
 }
 
-# Puts in place what there is so far.
+# Writes all results so far.
 collect() {
   local name packed=(logs)
   {
@@ -85,7 +86,7 @@ collect() {
   place "$work/summary" "gpu-$half.txt"
 }
 
-# step NAME SECONDS TOOL COMMAND...: run it with its own log, under its limit; TOOL is the program that it needs
+# step NAME SECONDS TOOL COMMAND...: run a command with its own log, within its limit; TOOL is the program that it needs
 step() {
   local name=$1 limit=$2 tool=$3 begun=$SECONDS left=$((whole_run - SECONDS)) status job
   shift 3
@@ -95,7 +96,8 @@ step() {
   elif ((limit < 5)); then
     status="FAIL, no time was left"
   else
-    # Interrupted, pytest says what failed so far; what a background job would ignore. What hangs is killed.
+    # At the limit SIGINT lets pytest report what failed so far; a background job would ignore it without
+    # --default-signal. A command that still runs after that is killed.
     timeout --signal=INT --kill-after=5 "$limit" env --default-signal=INT "$@" >"$logs/$name.log" 2>&1 &
     job=$!
     while sleep 3 & wait -n "$job" $!; kill -0 "$job" 2>/dev/null; do
@@ -115,7 +117,7 @@ step() {
   [[ $status == pass ]]
 }
 
-# Ends with how everything came out.
+# Prints the outcome of all steps and exits.
 finish() {
   echo
   cat "$out/gpu-$half.txt"
@@ -132,9 +134,9 @@ export -f library
 export python
 
 step library 150 "$python" bash -c library || finish
-export TALIB_FAST_BACKEND=compiled  # without the library there is nothing to test and to measure
+export TALIB_FAST_BACKEND=compiled  # without the library there is nothing to test or to measure
 
-# Warnings of versions that this machine happens to have are no errors here, as they are elsewhere.
+# Here, unlike elsewhere, warnings are no errors: this machine may have any versions.
 run_tests=("$python" -m pytest -p no:cacheprovider -W default)
 
 measure() {  # NAME SECONDS OPTIONS...
@@ -150,12 +152,12 @@ if [[ $half == first ]]; then
   host_only+=(cli finetune images inference_commands inference_metrics networks training_data training_recipes)
   host_only+=(training_report)
   others=("${host_only[@]/#/--ignore=tests/test_}")
-  others=("${others[@]/%/.py}" --ignore=tests/test_every_kernel.py)  # which has just run
+  others=("${others[@]/%/.py}" --ignore=tests/test_every_kernel.py)  # the step smoke has run it
   parallel=()
   if "$python" -c 'import xdist' 2>/dev/null; then
     parallel=(-n "$(nproc)" --dist worksteal -p no:benchmark)
     if "$python" -c 'import pytest_timeout' 2>/dev/null; then
-      parallel+=(--timeout 40 --timeout-method thread)  # which ends the process, and xdist starts another
+      parallel+=(--timeout 40 --timeout-method thread)  # this ends the process, and xdist starts another one
     fi
   fi
   step smoke 20 "$python" "${run_tests[@]}" tests/test_every_kernel.py -k cuda -q
@@ -168,14 +170,14 @@ fi
 
 for tool in "${sanitizers[@]}"; do
   settings=() options=(--kernel-regex kns=talib_fast)
-  case $tool in  # torch's allocator hands out parts of larger blocks, which would hide what these two look for
+  case $tool in  # torch's allocator returns parts of larger blocks, which would hide faults from these two tools
     memcheck | initcheck) settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1) ;;
   esac
-  [[ $tool != initcheck ]] || options=()  # it has to see what torch's kernels initialise
+  [[ $tool != initcheck ]] || options=()  # initcheck must also see the memory that torch's kernels initialise
   step "$tool" 45 compute-sanitizer env "${settings[@]}" \
     compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 \
     "${run_tests[@]}" tests/test_every_kernel.py -q \
-    -k "cuda and not torch.float16 and not torch.float64"  # bfloat16 and float32 take the same ways
+    -k "cuda and not torch.float16 and not torch.float64"  # bfloat16 and float32 run the same code
 done
 measure squared_distance 40 --rounds 7
 measure spectral_tail 30 --rounds 5

@@ -12,10 +12,10 @@ from .errors import UsageError, UserError, told
 
 COMMANDS = {
     "finetune": "fine-tune a pretrained network with one method or several, compare them, and keep the best model",
-    "predict": "say what is on images, with a model that finetune kept",
-    "evaluate": "measure a model on a folder of labelled images",
+    "predict": "predict the classes of images with a model that finetune kept",
+    "evaluate": "measure the accuracy of a model on a folder of labelled images",
     "export": "write a model as ONNX or as a torch.export program",
-    "info": "versions, devices, and which backend serves each operation",
+    "info": "show versions, devices, and the backend that serves each operation",
 }
 
 
@@ -29,15 +29,17 @@ def build_parser() -> Parser:
     from .training import options
 
     parser = Parser(
-        prog="python -m talib_fast", description="Fine-tuning methods of the Transfer-Learning-Library, fused."
+        prog="python -m talib_fast",
+        description="Fine-tuning methods of the Transfer-Learning-Library with fused kernels.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     made = {name: commands.add_parser(name, help=words, description=words) for name, words in COMMANDS.items()}
     finetune = made["finetune"]
     finetune.description = (
-        "Fine-tune a pretrained network on labelled images, with each method and seed, compare them, and keep the\n"
-        "best model. The same command continues after an interrupt. torchrun --nproc-per-node N -m talib_fast\n"
-        "finetune ... shares every batch out among N processes, on a GPU each or on the CPU."
+        "Fine-tune a pretrained network on labelled images with each method and seed, compare them, and keep the\n"
+        "best model. After an interrupt, the same command continues where it stopped. With several GPUs,\n"
+        "torchrun --nproc-per-node N -m talib_fast finetune ... divides every batch among N processes, each with a\n"
+        "GPU of its own or all on the CPU."
     )
     finetune.epilog = options.describe_methods()
     finetune.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -50,25 +52,25 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status.
 
-    That is 0, or after a sentence on stderr 2 where the command is wrong, 1 where it failed, 130 after an interrupt.
-    Of torchrun's processes rank 0 tells the errors that all have, and fails for all: if the others did so too,
-    torchrun might end it before it has spoken.
+    The status is 0 on success, 2 if the command is wrong, 1 if it failed, and 130 after an interrupt. Each error prints
+    one sentence on stderr. Under torchrun, only rank 0 prints an error that all ranks have, and only rank 0 fails with
+    it: a failure of another rank could make torchrun end rank 0 before it has printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave_at_once)
-    from .training import parallel  # which imports torch: no traceback before
+    from .training import parallel  # imports torch; an interrupt during the import must not print a traceback
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack what names of files and classes have
+            stream.reconfigure(errors="backslashreplace")  # names of files and classes may not fit the encoding
     first = parallel.rank() == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         with parallel.joined():
             return run(arguments)
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
@@ -83,18 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not first:
             return 0
         finetunes = arguments[:1] == ["finetune"]
-        more = "; the same command continues where this one stopped" if finetunes else ""
+        more = "; the same command continues where it stopped" if finetunes else ""
         print(f"talib_fast: interrupted{more}", file=sys.stderr)
         return 130
 
 
 def leave_at_once(number: int, frame: Any) -> NoReturn:
-    """While torch is imported nothing is lost, and an exception would come out of its midst."""
+    """A signal handler for the time of torch's import: exit without an exception, since there is nothing to save."""
     os.write(2, b"talib_fast: interrupted\n")
     os._exit(130)
 
 
 def run(arguments: list[str]) -> int:
+    """Parse the words of a command line and run its command; returns the exit status."""
     parsed = build_parser().parse_args(arguments)
     if parsed.command == "finetune":
         from .training import command, options

@@ -1,4 +1,4 @@
-"""Builds of the package in a copy of its tree."""
+"""Build the package in a copy of its tree."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ NODES = f"talib_fast/_autograd{EXTENSION_SUFFIXES[0]}"
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """A copy below ``folder``, to build in and to break."""
+    """A copy of the tree below ``folder``, which a test may build in and break."""
     for package, oldest in (("pip", 21), ("setuptools", 77)):
         try:
             found = importlib.metadata.version(package)
@@ -32,9 +32,9 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def build_wheel(source: Path, **settings: str) -> tuple[list[str], str]:
-    """The names in the wheel built from ``source``, which lies beside it then, and what the build said.
+    """Build the wheel of ``source`` into its parent folder; returns the names in the wheel, and the build's output.
 
-    The library of autograd nodes, which takes long, is left out unless ``TALIB_FAST_NO_AUTOGRAD="0"`` is given.
+    The library of autograd nodes takes long, so it is left out unless ``TALIB_FAST_NO_AUTOGRAD="0"`` is given.
     """
     wheel, said = packages.build_wheel(source, source.parent, **{"TALIB_FAST_NO_AUTOGRAD": "1", **settings})
     return zipfile.ZipFile(wheel).namelist(), said
@@ -46,7 +46,7 @@ def wheel_of(source: Path) -> Path:
 
 
 def info(source: Path, **settings: str) -> str:
-    """What ``python -m talib_fast info`` prints with the wheel built from ``source``."""
+    """The output of ``python -m talib_fast info`` with the wheel built from ``source``."""
     unpacked = source.parent / "unpacked"
     zipfile.ZipFile(wheel_of(source)).extractall(unpacked)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Small parts that the classifiers' tests share."""
+"""Small modules and checks that the classifiers' tests share."""
 
 import copy
 
@@ -21,7 +21,7 @@ class Backbone(nn.Module):
 
 
 class Vectors(nn.Module):
-    """A backbone whose maps are its inputs."""
+    """A backbone whose feature maps are its inputs."""
 
     out_features = 3
 
@@ -40,13 +40,13 @@ def bottleneck():
 def with_workers(test):
     """Let a test use a data loader with worker processes."""
     test = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")(test)
-    return pytest.mark.filterwarnings("ignore:No data was collected")(test)  # by coverage in a worker without our code
+    return pytest.mark.filterwarnings("ignore:No data was collected")(test)  # coverage in a worker that runs none of it
 
 
 def assert_trains_alike_in_low_precision(model, device, columns, loss_of):
-    """Two epochs with a loader of two workers, channels_last and bfloat16 autocast follow those in plain float32.
+    """Check two epochs in bfloat16 autocast and channels_last, with two workers, against two epochs in float32.
 
-    ``loss_of(model, *batch)`` is the loss, of ``columns`` in batches.
+    ``loss_of(model, *batch)`` is the loss of a batch of ``columns``.
     """
     losses = []
     for low in (False, True):

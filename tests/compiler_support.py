@@ -1,4 +1,4 @@
-"""Marks for tests that need a compiler: an installed wheel is tested where there is none."""
+"""Marks for tests that need a compiler; the tests of an installed wheel run without one."""
 
 import os
 import shlex
@@ -8,10 +8,10 @@ import pytest
 
 
 def needs(default: str) -> pytest.MarkDecorator:
-    """Skip without the C++ compiler that ``CXX`` names, or else the ``default``."""
+    """A mark that skips without the C++ compiler that ``CXX`` names; without ``CXX``, without the ``default``."""
     compiler = shlex.split(os.environ.get("CXX") or default)[0]
     return pytest.mark.skipif(shutil.which(compiler) is None, reason=f"no C++ compiler {compiler}")
 
 
-needs_compiler = needs("c++")  # as setup.py looks for one
-needs_inductor = needs("g++")  # as torch's inductor does
+needs_compiler = needs("c++")  # the default of setup.py
+needs_inductor = needs("g++")  # the default of torch's inductor

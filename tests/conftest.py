@@ -9,15 +9,15 @@ from process_support import handlers_kept
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--library", help="serve the operators from this compiled library, not from the package's own")
+    parser.addoption("--library", help="run the operators of this compiled library instead of the package's own")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "no_cover: disable coverage for this test.")  # without pytest-cov too
+    config.addinivalue_line("markers", "no_cover: disable coverage for this test.")  # pytest-cov may be missing
     library = config.getoption("--library")
     if library is not None:
         if os.environ.get("TALIB_FAST_BACKEND") != "pytorch":
-            raise pytest.UsageError("--library needs TALIB_FAST_BACKEND=pytorch: one library serves an operator")
+            raise pytest.UsageError("--library needs TALIB_FAST_BACKEND=pytorch: one library serves each operator")
         importlib.import_module("talib_fast")
         torch.ops.load_library(library)
 
@@ -31,7 +31,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _seed_and_one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are small; several threads only wait for each other
+    torch.set_num_threads(1)  # the tensors are small, so more threads would only wait for each other
     torch.manual_seed(0)
 
 

@@ -1,4 +1,4 @@
-"""What tests of kernels on a GPU share."""
+"""Helpers for tests of kernels on a GPU."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Waiting for the device is an error."""
+    """A context in which a synchronisation with the device is an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -18,7 +18,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of ``step`` and what it fills, captured after a step on a side stream."""
+    """A CUDA graph of ``step`` and its static output, captured after a step on a side stream."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()
@@ -30,7 +30,7 @@ def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def kernels(step: Callable[[], Any], operation: str) -> list[str]:
-    """The names of that operation's kernels that ``step`` launches, the second time."""
+    """The names of the operation's kernels that ``step`` launches in its second call."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()

@@ -1,12 +1,12 @@
-"""What the random calls of the operations share: tensors of every shape, dtype and layout, and what a result may be.
+"""Random calls of the operations: tensors of every shape, dtype and layout, and the interval of each right result.
 
-A call either equals a float64 oracle, within what the dtypes allow, or is refused with a ValueError or TypeError that
-says what was expected and what came.
+A legal call must equal a float64 oracle, within the rounding errors of the dtypes. An illegal call must raise a
+ValueError or TypeError that says what was expected and what came.
 
-    TALIB_FAST_FUZZ_EXAMPLES=10000 pytest tests/test_fuzz_*.py     # as many new calls of each operation, `make fuzz`
+    TALIB_FAST_FUZZ_EXAMPLES=10000 pytest tests/test_fuzz_*.py     # so many new calls of each operation (`make fuzz`)
 
-Without the variable, or with a number up to 300, the calls are the same every time. With --library the CUDA kernels run
-on the host (test_kernels_on_host.py), each call with block sizes and an order of threads of its own.
+Without the variable, or with a number up to 300, the calls are the same every time. With --library, the CUDA kernels
+run on the host (test_kernels_on_host.py), and each call has its own block size and its own order of threads.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ SHARED_BYTES = [49152, 101376, 232448]
 
 @contextlib.contextmanager
 def harness_settings(data, on_host_harness, threads=THREADS, shared_bytes=SHARED_BYTES):
-    """Let the host harness run the kernels of this example in blocks and an order that are drawn for it."""
+    """Let the host harness run the kernels of this example with random block sizes and a random order of threads."""
     if not on_host_harness:
         yield
         return
@@ -67,7 +67,7 @@ def harness_settings(data, on_host_harness, threads=THREADS, shared_bytes=SHARED
         yield
 
 
-# ---- Tensors of every shape, dtype and layout.
+# ---- Tensors of every shape, dtype and layout
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SCALES = {
@@ -81,26 +81,34 @@ EXPANDED, SLIDING = 0, -1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a tensor."""
+    """The description of a random tensor.
+
+    Attributes:
+        order: the order of the dimensions in memory, the slowest first.
+        steps: for each dimension 1 (dense), more (gaps), EXPANDED, or SLIDING (overlapping, by one element).
+        offset: number of elements in memory before the first one.
+        negated: whether the tensor has the negative bit.
+        specials: indices and their special values, such as NaN.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    order: tuple[int, ...]  # of the dimensions in memory, slowest first
-    steps: tuple[int, ...]  # per dimension: 1 dense, more with gaps, EXPANDED, or SLIDING by one element, overlapping
-    offset: int  # elements in front of the first
-    negated: bool  # lazily, by the negative bit
+    order: tuple[int, ...]
+    steps: tuple[int, ...]
+    offset: int
+    negated: bool
     values: str
     scale: float
     shift: float
-    specials: tuple[tuple[int, float], ...]  # places and what stands there
+    specials: tuple[tuple[int, float], ...]
     seed: int
 
     def plain(self):
-        """Whether its values are of moderate size, where nothing can overflow or vanish."""
+        """Whether all values are of moderate size, so that nothing can overflow or underflow."""
         return self.scale == 1 and not self.specials
 
 
-# made once: hypothesis takes longer to make a strategy than to draw from it
+# created once, since hypothesis takes longer to create a strategy than to draw from it
 COIN, SEED, SPACING, ONE_IN_FIVE = st.booleans(), st.integers(0, 2**31), st.integers(1, 3), st.integers(0, 4)
 USUAL_SIZE = st.one_of(st.integers(1, 4), st.integers(0, 9))
 SIZE = st.one_of(USUAL_SIZE, USUAL_SIZE, USUAL_SIZE, st.sampled_from([16, 31, 33, 64, 65, 130, 257, 600]))
@@ -130,7 +138,7 @@ PERMUTATIONS = {dims: st.permutations(range(dims)) for dims in range(6)}
 
 
 def draw_shape(draw, ranks, limit):
-    """Of that many dimensions, from and to, and of up to `limit` elements, also if no size were 0."""
+    """A shape with `ranks` (least, most) dimensions and at most `limit` elements; sizes of 0 count as 1."""
     shape = draw(SHAPES[ranks])
     while math.prod(size or 1 for size in shape) > limit:
         longest = shape.index(max(shape))
@@ -139,7 +147,7 @@ def draw_shape(draw, ranks, limit):
 
 
 def draw_recipe(draw, shape, dtypes=ANY_FLOAT, values=ANY_VALUES, running=False):
-    """Of a tensor of that shape; a `running` one can be written to."""
+    """A recipe for a tensor of that shape; a `running` tensor has a layout that can be written to."""
     dims, dtype, layout = len(shape), draw(dtypes), draw(RUNNING_LAYOUT if running else LAYOUT)
     order, steps, offset, negated = tuple(range(dims)), (1,) * dims, 0, False
     if layout == "channels_last" and dims > 2:
@@ -172,7 +180,7 @@ def _values(recipe, shape):
         normal = normal.abs() + 0.1
     elif len(shape) >= 2:
         *_, b, f = shape
-        if recipe.values == "orthogonal" and normal.numel():  # singular values of 1 and 2 alone
+        if recipe.values == "orthogonal" and normal.numel():  # all singular values are 1 or 2
             left, _, right = torch.linalg.svd(normal, full_matrices=False)
             normal = left * (torch.arange(min(b, f)) % 2 + 1.0) @ right
         elif recipe.values == "low rank":
@@ -186,7 +194,7 @@ def _values(recipe, shape):
 
 
 class Operand:
-    """A tensor made by a recipe, and the memory around it, which holds nothing but NaN."""
+    """A tensor made by a recipe, and the memory around it, which is full of NaN."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         shape, strides, elements = recipe.shape, [0] * len(recipe.shape), 1
@@ -214,14 +222,14 @@ class Operand:
         self.before = self.memory.clone()
 
     def exact(self) -> Tensor:
-        """Its values in float64, as they were."""
+        """The tensor's values in float64, exactly."""
         return self.tensor.detach().cpu().double().clone()
 
     def check_unchanged(self) -> None:
         assert same_bits(self.memory, self.before)
 
     def check_unchanged_around(self) -> None:
-        """The memory that is not the tensor's is as it was."""
+        """Check that the memory around the tensor has not changed."""
         self.tensor.detach().copy_(torch.zeros(()))
         after, self.memory[:] = self.memory.clone(), self.before
         self.tensor.detach().copy_(torch.zeros(()))
@@ -232,18 +240,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-# ---- What a result may be.
+# ---- The interval of a right result
 
-# No implementation adds up more numbers one by one in the accumulation dtype: they take them in blocks or lanes.
+# The longest sequential sum in the accumulation dtype: all implementations add in blocks or lanes.
 LONGEST_CHAIN = 128
 
 
 class Ball:
-    """Numbers in float64, and how far from each the same number may lie when it is computed in ``dtype``.
+    """Numbers in float64, each with the largest error that it may have when it is computed in ``dtype`` (its radius).
 
-    Every operation adds its own rounding to what its operands bring along. Where an intermediate result may overflow,
-    the radius is infinite, and anything may come out. A value that is not finite, of a finite radius, has to come out
-    not finite.
+    Every operation adds its own rounding error to the radii of its operands. If an intermediate result may overflow,
+    the radius is infinite, and every result is right. If a value is not finite and its radius is finite, the result
+    must not be finite.
     """
 
     def __init__(self, value: Tensor, dtype: torch.dtype, radius: Tensor | None = None) -> None:
@@ -251,7 +259,7 @@ class Ball:
         self.radius = torch.zeros_like(value) if radius is None else radius
 
     def _result(self, value, radius, magnitude, *others: "Ball", rounding=1.0) -> "Ball":
-        """`magnitude`: of what is rounded, the largest on the way to the result."""
+        """The ball of a result; `magnitude` is the largest absolute value that is rounded on the way to it."""
         kind = torch.finfo(self.dtype)
         radius = torch.nan_to_num(radius + rounding * kind.eps * magnitude + kind.tiny, nan=math.inf, posinf=math.inf)
         radius = torch.where(magnitude + radius > kind.max, math.inf, radius)
@@ -281,7 +289,7 @@ class Ball:
         return self._result(self.value / number, self.radius / number, self.value.abs() / number)
 
     def sum(self) -> "Ball":
-        """Over the last dimension, which stays."""
+        """The sum over the last dimension, which is kept."""
         size, count = self.value.abs().sum(-1, keepdim=True), self.value.size(-1)
         finite, determined = self.value.isfinite().all(-1, True), self.radius.isfinite().all(-1, True)
         like_all = Ball(torch.where(finite, 0.0, math.nan), self.dtype, torch.where(determined, 0.0, math.inf))
@@ -293,7 +301,7 @@ class Ball:
         value = self.value.rsqrt()
         radius = torch.where(low > 0, low.rsqrt() - value, math.inf)
         result = self._result(value, radius, value.abs())
-        result.radius = torch.where(high < 0, 0.0, result.radius)  # surely the root of a negative number
+        result.radius = torch.where(high < 0, 0.0, result.radius)  # certainly negative: the result is NaN
         return result
 
     def where(self, mask: Tensor, otherwise: "Ball") -> "Ball":
@@ -301,7 +309,7 @@ class Ball:
         return Ball(value, self.dtype, torch.where(mask, self.radius, otherwise.radius))
 
     def to(self, dtype: torch.dtype) -> "Ball":
-        """Rounded once."""
+        """The result of one rounding to ``dtype``."""
         if dtype == torch.float64:
             return Ball(self.value, dtype, self.radius)
         kind = torch.finfo(dtype)
@@ -315,11 +323,11 @@ class Ball:
         return Ball(value, dtype, torch.where(~value.isfinite() & self.radius.isfinite(), 0.0, radius))
 
     def or_else(self, other: "Ball") -> "Ball":
-        """Computed in this order of operations or in that of ``other``."""
+        """The result of this order of operations or of that of ``other``."""
         return Ball(self.value, self.dtype, torch.maximum(self.radius, other.radius))
 
     def in_doubt_with(self, other: "Ball") -> "Ball":
-        """Undetermined where ``other``, an intermediate result, is."""
+        """The same, but undetermined (infinite radius) where the intermediate result ``other`` is."""
         return Ball(self.value, self.dtype, torch.where(other.radius.isinf(), math.inf, self.radius))
 
 
@@ -328,7 +336,7 @@ def constant(number: float, dtype: torch.dtype) -> Ball:
 
 
 def check(got: Tensor, expected: Ball, name: str, determined: bool = False) -> None:
-    """``determined``: nothing in the call excuses an undetermined result."""
+    """Check that a result lies within its ball; with ``determined``, no radius may be infinite."""
     expected = expected.to(got.dtype)
     found = got.detach().cpu().double()
     value = expected.value.expand(found.shape)
@@ -351,10 +359,10 @@ def accumulation(dtype):
 
 
 class Fault(NamedTuple):
-    """What makes a legal call an illegal one."""
+    """A change that makes a legal call illegal."""
 
     name: str
-    apply: Callable[[dict], object]  # to the arguments
+    apply: Callable[[dict], object]  # changes the arguments
     error: type[Exception]
 
     def __repr__(self):
@@ -369,7 +377,7 @@ def change(name, function):
 
 
 def change_one(name, function):
-    """One tensor of a list."""
+    """Change one tensor of a list."""
 
     def apply(arguments):
         arguments[name][-1] = function(arguments[name][-1])

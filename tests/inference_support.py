@@ -1,4 +1,4 @@
-"""Small trained classifiers in folders, and the images that they are shown."""
+"""Small classifiers in folders, and images for them."""
 
 from dataclasses import asdict
 
@@ -23,7 +23,7 @@ def make_network(name, classes):
 
 
 def make_model(folder, network=SMALL, classes=CLASSES, preprocessing=PREPROCESSING, **entries):
-    """Keep a network of random weights; its running statistics are those of random images."""
+    """Save a network with random weights and the running statistics of random images."""
     name, head = network
     net = make_network(name, len(classes)).train()
     with torch.no_grad():
@@ -46,13 +46,13 @@ def make_model(folder, network=SMALL, classes=CLASSES, preprocessing=PREPROCESSI
 
 
 def make_image(seed=0, width=90, height=70):
-    """A photograph's like: smooth in space, of some colour."""
+    """An artificial photograph, smooth in space, with a colour."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def make_images(folder, classes, each=3):
-    """Write ``class/number.png``, every one another image."""
+    """Write ``class/number.png``, all of them different images."""
     paths = []
     for place, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

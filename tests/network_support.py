@@ -1,4 +1,4 @@
-"""Networks of other packages, and small ones whose layers are looked at."""
+"""Networks of other packages, and small networks with unusual layers."""
 
 import importlib.util
 from collections import OrderedDict
@@ -26,7 +26,7 @@ def small_net(classes=4):
 
 
 class Branching(nn.Module):
-    """Runs its layers in another order than they are declared, one of them twice, one never."""
+    """Runs its layers in another order than that of their declaration, one of them twice and one never."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Branching(nn.Module):
 
 
 def library(name):
-    """A package that the tests can do without; those that look for torchvision fail where it lacks its operators."""
+    """A package that the tests can do without; if torchvision's operators are missing, packages that use them fail."""
     if importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec("torchvision"):
         import_library("torchvision")
     return pytest.importorskip(name)

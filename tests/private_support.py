@@ -1,8 +1,8 @@
-"""What tests of torch's private parts share."""
+"""A helper for tests of torch's private parts."""
 
 
 class Lacking:
-    """A module without one of the names in it, at a path."""
+    """A view of a module that lacks one name; ``path`` is that name, dotted if it is inside an attribute."""
 
     def __init__(self, module, path):
         self._module, (self._name, _, self._path) = module, path.partition(".")

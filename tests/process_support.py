@@ -1,15 +1,15 @@
-"""Child processes of tests, and the signals of this one."""
+"""Child processes of tests, and the signal handlers of this process."""
 
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE = 1800  # seconds until a child process counts as hung; a loaded machine takes many times what an idle one does
+PATIENCE = 1800  # seconds until a child process counts as hung; a loaded machine is many times slower than an idle one
 
 
 def finish(process):
-    """Exit code, output and errors of a process that must not hang."""
+    """The exit code, stdout and stderr of a process; fails if it hangs."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -20,7 +20,7 @@ def finish(process):
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Put back the signal handlers that the command line leaves."""
+    """A context that restores the signal handlers, which the command line changes."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

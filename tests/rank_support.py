@@ -1,4 +1,4 @@
-"""Running part of a test in several processes that are the ranks of a gloo group."""
+"""Run part of a test in several processes, the ranks of a gloo group."""
 
 import functools
 import gc
@@ -14,18 +14,18 @@ import torch.distributed as dist
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo backend")
 
-_MOST = 3  # ranks of a group
+_MOST = 3  # the most ranks of a group
 _groups = itertools.count()
 
 
 @functools.cache
 def _processes():
-    """They stay for the tests that follow, as it takes seconds to start one."""
+    """The processes of the ranks. They stay for later tests, since starting one takes seconds."""
     return ProcessPoolExecutor(_MOST, multiprocessing.get_context("spawn"), _end_with_the_tests)
 
 
 def _end_with_the_tests():
-    """Also where those are killed, and so can't say that this process has no more work."""
+    """Let a rank end with its parent, also if the parent is killed and cannot shut the pool down."""
 
     def wait_for_them():
         multiprocessing.parent_process().join()
@@ -35,17 +35,17 @@ def _end_with_the_tests():
 
 
 def end_processes():
-    """To be called while coverage still takes what they saw."""
+    """End the processes; to be called before coverage of this process ends, so that theirs is counted."""
     if _processes.cache_info().currsize:
         _processes().shutdown()
         _processes.cache_clear()
 
 
 def spawn_ranks(world_size, work, folder, *arguments):
-    """Run ``work(rank, folder, *arguments)``, a function of a module, on each of ``world_size`` ranks."""
+    """Run ``work(rank, folder, *arguments)``, a module-level function, on each of ``world_size`` ranks."""
     assert world_size <= _MOST
     group = {"init_method": f"file://{folder}/group-{next(_groups)}", "world_size": world_size}
-    # each rank waits for the others, so that no process takes two of them
+    # a rank waits for the others, so no process can take two ranks
     ranks = [_processes().submit(_as_rank, group, rank, work, str(folder), *arguments) for rank in range(world_size)]
     done, _ = wait(ranks, return_when=FIRST_EXCEPTION)
     if failed := [rank for rank in done if rank.exception()]:
@@ -56,13 +56,13 @@ def spawn_ranks(world_size, work, folder, *arguments):
 
 
 def in_group(work, *arguments, **group):
-    """Run ``work(*arguments)`` in the process group that ``group`` describes; it ends after all that ``work`` made."""
+    """Run ``work(*arguments)`` in the process group that ``group`` describes; the group is the last to be destroyed."""
     dist.init_process_group("gloo", **group)
     try:
         work(*arguments)
     finally:
-        # nothing else may hold the group: its threads have to end before the interpreter does, and not from a model's
-        # end, which waits for them with the GIL that they may want
+        # Drop all other references to the group, since its threads must end before the interpreter does. If a model's
+        # destructor ended them, it would wait for them while it holds the GIL, which they may need.
         gc.collect()
         dist.destroy_process_group()
 

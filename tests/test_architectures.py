@@ -38,7 +38,7 @@ def test_what_ptxas_says_is_read():
         "13      255     _Z1kPf",
         "                _Z6helperPf",
     ]
-    with pytest.raises(ValueError, match="expected 3 functions in what ptxas says, could read 2"):
+    with pytest.raises(ValueError, match="expected 3 functions in ptxas' report, could read 2"):
         architectures.read(REPORT.replace("properties for _Z6helperPf", "properties of _Z6helperPf"))
 
 
@@ -72,13 +72,13 @@ def test_a_file_without_kernels_is_a_fault(toolkit, tmp_path):
 def test_the_command_needs_a_toolkit(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     assert architectures.main([]) == 1
-    assert "the kernels are not compiled: CUDA_HOME is /nonexistent" in capsys.readouterr().err
+    assert "the kernels cannot be compiled: CUDA_HOME is /nonexistent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_no_kernel_spills(source, toolkit, tmp_path):
     if ARCHITECTURE not in toolkit.architectures:
-        pytest.skip(f"the nvcc found, {toolkit.nvcc}, does not know {ARCHITECTURE}")
+        pytest.skip(f"{toolkit.nvcc} does not know {ARCHITECTURE}")
     # kept, so that the code for the host is not compiled: that is the harness's
     functions, faults = architectures.check(str(source), toolkit, [ARCHITECTURE], keep=tmp_path)
     assert functions and not faults, "\n".join(faults)

@@ -50,7 +50,7 @@ def test_a_failing_compiler_is_one_sentence(source):
 
 def test_nothing_is_compiled_on_request(source):
     names, said = build_wheel(source, TALIB_FAST_NO_EXT="1")
-    assert said.count("TALIB_FAST_NO_EXT=1, so nothing is compiled") == 1
+    assert said.count("TALIB_FAST_NO_EXT=1 is set, so nothing is compiled") == 1
     assert LIBRARY not in names
 
 
@@ -60,7 +60,7 @@ def test_cuda_kernels_asked_for_by_name_must_be_there(source):
     (source / "csrc" / "cuda" / "another.cu").touch()
     with pytest.raises(
         Failed,
-        match=r"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, which cannot be built: "
+        match=r"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but they cannot be built: "
         r"CUDA_HOME is /nonexistent, which holds no bin/nvcc: install the toolkit of CUDA \d+ ",
     ):
         build_wheel(source, FORCE_CUDA="1", CUDA_HOME="/nonexistent")
@@ -126,7 +126,7 @@ class TestCuda:
     def test_when_they_fail_the_rest_is_built(self, source):
         (source / "csrc" / "cuda" / "wrong.cu").write_text("__global__ void f(float* x) { x[0] = y; }\n")
         sentence = (
-            r'compiling them failed \(csrc/cuda/wrong\.cu\(1\): error: identifier "y" is undefined\); mend that or '
+            r'compiling them failed \(csrc/cuda/wrong\.cu\(1\): error: identifier "y" is undefined\); fix that or '
         )
         with pytest.raises(Failed, match=f"talib_fast: FORCE_CUDA=1 asks for CUDA kernels, but {sentence}"):
             build_wheel(source, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
@@ -163,7 +163,7 @@ class TestNodes:
         nodes.write_text(nodes.read_text().replace("torch/csrc/utils/pybind.h", "torch/csrc/utils/missing.h"))
         sentence = (
             r"^ *talib_fast: the library of autograd nodes is not built \(csrc/autograd/stoch_norm\.cpp:\d+:\d+: "
-            r"fatal error: .*missing\.h.*\); the package works without it, but takes longer over small maps$"
+            r"fatal error: .*missing\.h.*\); the package works without it, but is slower on small feature maps$"
         )
         (source / NODES).write_text("of an earlier build")
         done = subprocess.run(

@@ -28,13 +28,13 @@ def test_everything_is_built_where_everything_is_there():
 @pytest.mark.parametrize(
     ("environ", "changes", "reason"),
     [
-        ({"TALIB_FAST_NO_EXT": "1"}, {}, "TALIB_FAST_NO_EXT=1, so nothing is compiled"),
+        ({"TALIB_FAST_NO_EXT": "1"}, {}, "TALIB_FAST_NO_EXT=1 is set, so nothing is compiled"),
         ({"CXX": "clang++"}, {"compiler": None}, "is not built (there is no C++ compiler clang++); the package works"),
     ],
 )
 def test_no_library_for_a_reason(environ, changes, reason):
     assert reason in decide(environ, **changes).without_library
-    with pytest.raises(Impossible, match=r"FORCE_CUDA=1 asks for CUDA kernels, which cannot be built: "):
+    with pytest.raises(Impossible, match=r"FORCE_CUDA=1 asks for CUDA kernels, but they cannot be built: "):
         decide({**environ, "FORCE_CUDA": "1"}, **changes)
 
 
@@ -52,33 +52,33 @@ def test_no_library_for_a_reason(environ, changes, reason):
         ),
         (
             {"torch_cuda": "12.8"},
-            "torch is built with CUDA 12.8, but the nvcc found, /opt/cuda/bin/nvcc, is of CUDA 13.0: "
+            "torch is built with CUDA 12.8, but /opt/cuda/bin/nvcc is of CUDA 13.0: "
             "set CUDA_HOME to a toolkit of CUDA 12",
         ),
         (
             {**CPU_TORCH, "toolkit": Toolkit("/opt/cuda/bin/nvcc", "/opt/cuda", "11.8", ("9.0",), ())},
-            "C++20 needs CUDA 12 or later, but the nvcc found, /opt/cuda/bin/nvcc, is of CUDA 11.8",
+            "C++20 needs CUDA 12 or later, but /opt/cuda/bin/nvcc is of CUDA 11.8",
         ),
     ],
 )
 def test_no_cuda_kernels_for_a_reason(changes, reason):
     with pytest.raises(Impossible) as raised:
         decide({"FORCE_CUDA": "1"}, **changes)
-    assert f"which cannot be built: {reason}" in str(raised.value)
+    assert f"but they cannot be built: {reason}" in str(raised.value)
     if changes.get("torch_cuda", ...) is not None:
         plan = decide(**changes)
         assert plan.without_cuda.startswith(reason) and not plan.without_library
 
 
 def test_a_torch_without_cuda_gets_no_cuda_kernels_unasked():
-    reason = "torch 2.13.0+cpu is built without CUDA (FORCE_CUDA=1 builds them all the same)"
+    reason = "torch 2.13.0+cpu is built without CUDA (FORCE_CUDA=1 builds them anyway)"
     assert decide(**CPU_TORCH) == build_parts.Plan(without_cuda=reason)
 
 
 @pytest.mark.parametrize(
     ("environ", "changes", "reason"),
     [
-        ({"TALIB_FAST_NO_AUTOGRAD": "1"}, {}, "TALIB_FAST_NO_AUTOGRAD=1, so that any torch can load what is built"),
+        ({"TALIB_FAST_NO_AUTOGRAD": "1"}, {}, "TALIB_FAST_NO_AUTOGRAD=1 is set, so that any torch can load the build"),
         ({"TALIB_FAST_NO_AUTOGRAD": "0"}, {"autograd_sources": []}, "csrc/autograd holds no .cpp file"),
     ],
 )
@@ -87,7 +87,7 @@ def test_no_autograd_nodes_for_a_reason(environ, changes, reason):
     assert decide({**environ, "FORCE_CUDA": "1"}, **changes) == build_parts.Plan(without_autograd=reason)
     assert build_parts.autograd_failed(reason) == (
         f"the library of autograd nodes is not built ({reason}); the package works without it, "
-        "but takes longer over small maps"
+        "but is slower on small feature maps"
     )
 
 
@@ -123,9 +123,7 @@ class TestToolkit:
         elsewhere = {"PATH": str(folder / "bin"), "CUDA_HOME": "/nonexistent"}
         assert build_parts.find_toolkit(elsewhere) == "CUDA_HOME is /nonexistent, which holds no bin/nvcc"
         (folder / "bin" / "nvcc").write_text("#!/bin/sh\necho hello\n")
-        assert build_parts.find_toolkit({"CUDA_HOME": str(folder)}).endswith(
-            "/bin/nvcc does not answer as an nvcc does"
-        )
+        assert build_parts.find_toolkit({"CUDA_HOME": str(folder)}).endswith("/bin/nvcc does not behave like nvcc")
 
 
 # what the nvcc of 12.9 and of 13.0 list, from 7.5 on

@@ -34,4 +34,4 @@ def test_faults_are_found(tmp_path):
 
 def test_a_compiler_that_was_named_must_be_there(capsys):
     assert compilers.main(["no-such-compiler"]) == 1
-    assert capsys.readouterr().err == "no-such-compiler: is not there\n"
+    assert capsys.readouterr().err == "no-such-compiler: is not installed\n"

@@ -234,13 +234,13 @@ def test_two_processes_train_as_one(tiny, images, tmp_path, capfd):
     """Every method; rank 1 alone is interrupted first, which stops both, and the same command goes on."""
     code, _, err = tiny("signal.raise_signal(signal.SIGINT)", "--steps", "6")
     assert code != 0
-    assert told(err) == ["talib_fast: interrupted; the same command continues where this one stopped"]
+    assert told(err) == ["talib_fast: interrupted; the same command continues where it stopped"]
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert checkpoint.name == "l2-seed0.pt"
     assert len(torch.load(checkpoint, weights_only=True)["record"]["losses"]) == 3
     code, out, err = tiny("pass", "--steps", "6")
     assert code == 0, err
-    assert "shared out among 2 processes" in out and out.count("Finished already: 2 runs.") == 1
+    assert "divided among 2 processes" in out and out.count("Finished already: 2 runs.") == 1
     assert out.count("[9/9] bi_tuning, seed 0: ") == 1 and out.count("accuracy, %") == 1
     assert err.count("bi_tuning, seed 0: step 6/6") == 1 and "l2, seed 0: step 3/6" not in err
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
@@ -288,12 +288,12 @@ def test_two_processes_tune_as_one(tiny, images, tmp_path):
             "raise torch.OutOfMemoryError('no memory')",
             {
                 "talib_fast: rank 1: [1/1] l2, seed 0 does not fit into the memory of cpu: lower --batch-size",
-                "talib_fast: another process ended too early, and so all of them end; the same command continues",
+                "talib_fast: another process ended too early, so all processes end; the same command continues",
             },
         ),
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
-            {"talib_fast: another process ended too early, and so all of them end; the same command continues"},
+            {"talib_fast: another process ended too early, so all processes end; the same command continues"},
         ),
     ],
 )
@@ -328,7 +328,7 @@ def test_ctrl_c_and_the_same_command_again(images, tmp_path):
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert code != 0 and "accuracy, %" not in out
-    assert told(err) == ["talib_fast: interrupted; the same command continues where this one stopped"]
+    assert told(err) == ["talib_fast: interrupted; the same command continues where it stopped"]
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert 1 <= len(torch.load(checkpoint, weights_only=True)["record"]["losses"]) < 6
     code, out, err = finish(start(["-m", "talib_fast"], *words))
@@ -342,7 +342,7 @@ def test_shared_errors_are_told_once(images, tmp_path):
     code, _, err = finish(start(["-m", "talib_fast"], *words))
     assert code != 0 and not (tmp_path / "out").exists()
     assert told(err) == [
-        "talib_fast: --batch-size 7 cannot be shared out evenly among 2 processes: choose a multiple of their number"
+        "talib_fast: --batch-size 7 cannot be divided evenly among 2 processes: choose a multiple of 2"
     ]
 
 
@@ -386,7 +386,7 @@ with parallel.joined():
     with warnings.catch_warnings(record=True) as caught:
         parallel.synchronize(net, torch.device("cpu"))
     assert [str(warning.message) for warning in caught] == [
-        "each process normalises its share of a batch alone in 1 (Own)"
+        "each process normalises only its own share of a batch in 1 (Own), which cannot be synchronised"
     ][rank:]
     net(torch.tensor([[0.0], [1.0]]).expand(2, 3) + rank)
     assert net[0].running_mean.allclose(torch.full((3,), 0.1))

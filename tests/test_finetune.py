@@ -95,7 +95,7 @@ def test_finished_runs_are_kept(run, tmp_path, monkeypatch):
     assert results(tmp_path)["runs"][0] == first[0] and len(results(tmp_path)["runs"]) == 2
     monkeypatch.setattr(Method, "forward", lambda *args: pytest.fail("trained again"))
     code, out, _ = run("--method", "plain,l2")
-    assert code == 0 and "Everything is finished already" in out and "--restart" in out and "l2" in out
+    assert code == 0 and "Nothing to train: " in out and "--restart" in out and "l2" in out
 
 
 def test_restart_trains_finished_runs_again(run, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_restart_resumes_what_was_interrupted(run, tmp_path, monkeypatch):
         patch.setattr(Method, "forward", interrupted)
         code, _, err = run("--method", "plain,l2", "--restart")
     assert code == 130
-    assert err.endswith("talib_fast: interrupted; the same command continues where this one stopped\n")
+    assert err.endswith("talib_fast: interrupted; the same command continues where it stopped\n")
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["l2-seed0.pt"]
     steps = []
     monkeypatch.setattr(Method, "forward", lambda self, batch: (steps.append(1), forward(self, batch))[1])
@@ -157,7 +157,7 @@ def test_diverging_run_does_not_stop_the_others(run, tmp_path, monkeypatch):
     code, out, err = run("--method", "plain,l2,stochnorm", "--trade-off", "l2=1e30", "--lr", "1")
     assert code == 1 and "[3/3] stochnorm, seed 0" in out
     assert re.search(
-        r"^talib_fast: 1 of 3 runs failed: l2 with seed 0 diverged, its loss is (nan|inf) at step ", err, re.M
+        r"^talib_fast: 1 of 3 runs failed: l2 with seed 0 diverged with a loss of (nan|inf) at step ", err, re.M
     )
     assert [run["method"] for run in results(tmp_path)["runs"]] == ["plain", "stochnorm"]
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
@@ -180,14 +180,14 @@ def test_nothing_but_diverging_runs_makes_no_table(run, tmp_path):
         (["--lr", "0"], "argument --lr: 0 is not greater than 0"),
         (["--lr", "nan"], "argument --lr: nan is not a number of at least 0"),
         (["--lr", "fast"], "argument --lr: fast is not a number of at least 0"),
-        (["--seeds", "0"], "argument --seeds: at least one seed is needed"),
+        (["--seeds", "0"], "argument --seeds: 0 is less than one seed"),
         (["--seeds", "a,b"], "argument --seeds: a,b is neither a number of seeds nor a list like 0,3,7"),
         (["--seeds", ","], "argument --seeds: , is neither"),
-        (["--method", "magic"], "there is no method magic: --method knows all, plain, linear, l2, "),
+        (["--method", "magic"], "there is no method magic: choose from all, plain, linear, l2, "),
         (["--method", ","], "--method is empty"),
         (["--trade-off", "plain=1"], "plain=1 should be METHOD=VALUE with a method other than plain"),
         (["--trade-off", "delta"], " is not a number of at least 0"),
-        (["--trade-off", "stochnorm=2"], "stochnorm's p is a probability, 2 is greater than 1"),
+        (["--trade-off", "stochnorm=2"], "2 is greater than 1, but stochnorm's trade-off p is a probability"),
         (["--set", "bss.k=0"], "argument --set: 0 is not a whole number of at least 1"),
         (["--set", "bss.k=1.5"], "argument --set: 1.5 is not a whole number of at least 1"),
         (["--set", "bss.K=1"], "argument --set: bss.K=1 should be METHOD.NAME=VALUE with one of l2_sp.head_decay, "),
@@ -196,18 +196,18 @@ def test_nothing_but_diverging_runs_makes_no_table(run, tmp_path):
         (["--set", "lwf.temperature=0"], "argument --set: 0 is not greater than 0"),
         (["--set", "bi_tuning.temperature=cold"], "argument --set: cold is not a number of at least 0"),
         (["--set", "delta.head_decay=-1"], "argument --set: -1 is not a number of at least 0"),
-        (["--set", "bss.k=7"], "--set bss.k=7 is more than there are singular values in a batch of 6: lower it, or"),
+        (["--set", "bss.k=7"], "--set bss.k=7 is more than the number of singular values of a batch of 6: lower it"),
         (["--tune", "0"], "argument --tune: 0 is not a whole number of at least 1"),
         (["--tune", "few"], "argument --tune: few is not a whole number of at least 1"),
         (["--evaluations", "0"], "argument --evaluations: 0 is not a whole number of at least 1"),
         (["--folds", "1", "--tune", "2"], "argument --folds: 1 is not a whole number of at least 2"),
-        (["--folds", "3"], "--folds are for trials, and there are none: add --tune N or --method auto, or leave"),
+        (["--folds", "3"], "--folds has no effect without trials: add --tune N or --method auto, or leave it out"),
         (["--tune", "2", "--folds", "3", "--val-share", "0.5"], "are two ways to judge a trial: leave one of them out"),
-        (["--tune", "2", "--val-share", "0"], "trials have to be judged on some images: leave out --val-share 0"),
-        (["--method", "auto", "--val-share", "0"], "trials have to be judged on some images: leave out --val-share 0"),
+        (["--tune", "2", "--val-share", "0"], "trials need images that judge them: leave out --val-share 0"),
+        (["--method", "auto", "--val-share", "0"], "trials need images that judge them: leave out --val-share 0"),
         (["--tune", "2", "--labels-per-class", "1"], "raise --labels-per-class 1, or leave out --tune and auto"),
         (["--method", "auto", "--labels-per-class", "1"], "raise --labels-per-class 1, or leave out --tune and auto"),
-        (["--method", " , "], "--method is empty: it knows all, auto, plain, linear, "),
+        (["--method", " , "], "--method is empty: choose from all, auto, plain, linear, "),
         (["--method", "auto,magic"], "there is no method magic"),
         (["--augment", "rotate"], "argument --augment: invalid choice"),
         (["--device", "abacus"], "the device abacus cannot be used"),
@@ -215,12 +215,15 @@ def test_nothing_but_diverging_runs_makes_no_table(run, tmp_path):
         (["--network", "nothing"], "there is no network nothing"),
         (["--data", "nowhere"], "there is no folder nowhere"),
         (["--delta-layers", "block7"], "tiny has no module block7"),
-        (["--data", "nowhere", "--test", "nowhere"], "there is no folder nowhere: --data wants a folder"),
-        (["--test", "nowhere"], "there is no folder nowhere: --test wants a folder of images"),
+        (["--data", "nowhere", "--test", "nowhere"], "there is no folder nowhere: --data needs a folder"),
+        (["--test", "nowhere"], "there is no folder nowhere: --test needs a folder of images"),
         (["--val-share", "1"], "argument --val-share: 1 is not less than 1"),
         (["--steps", "3", "--epochs", "2"], "argument --epochs: not allowed with argument --steps"),
-        (["--method", "plain+bss"], "plain and bss can't be combined, since plain fine-tuning is what every method"),
-        (["--method", "lwf+co_tuning"], "co_tuning and lwf can't be combined, since each brings a classifier"),
+        (
+            ["--method", "plain+bss"],
+            "plain and bss cannot be combined, because every method includes plain fine-tuning",
+        ),
+        (["--method", "lwf+co_tuning"], "co_tuning and lwf cannot be combined, because each has a classifier"),
         (["--method", "bss+bss"], "bss+bss names bss twice: leave one out"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option; see python -m talib_fast"),
     ],
@@ -234,7 +237,7 @@ def test_user_errors_are_one_sentence(run, words, message):
 def test_out_must_be_a_folder(run, tmp_path):
     (tmp_path / "out").write_text("a file")
     code, _, err = run("--method", "plain")
-    assert code == 1 and re.search(r"the folder .*out cannot be made \(.+\): choose another --out", err)
+    assert code == 1 and re.search(r"the folder .*out cannot be created \(.+\): choose another --out", err)
 
 
 def test_full_memory_is_told(run, monkeypatch):
@@ -245,13 +248,13 @@ def test_full_memory_is_told(run, monkeypatch):
 
 def test_out_lies_elsewhere_than_the_images(run, images):
     code, _, err = run("--out", str(images / "class0" / ".." / "out"))
-    assert code == 2 and "where its plots would be taken for images: choose another --out" in err
+    assert code == 2 and "so its plots would be read as images: choose another --out" in err
     assert not (images / "out").exists()
 
 
 def test_too_few_images_are_told(run):
     code, _, err = run("--labels-per-class", "8")
-    assert code == 1 and "class class0 has 8 images, but 8 for training and at least one for testing are needed" in err
+    assert code == 1 and "class class0 has 8 images, but needs 8 for training and at least one for testing: " in err
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("7,", (7,)), ("0,3,7", (0, 3, 7)), ("4, 4,2", (4, 2))])
@@ -287,7 +290,7 @@ def test_options_of_trials():
 
 def test_more_folds_than_images_are_told(run):
     code, _, err = run("--method", "plain", "--tune", "1", "--folds", "13")
-    assert code == 1 and "--folds 13 is more than the 12 labelled images that classes of two or more have" in err
+    assert code == 1 and "--folds 13 is more than the 12 labelled images in classes of two or more, but each" in err
 
 
 def test_own_settings_and_evaluations_reach_the_runs(run, tmp_path):
@@ -393,16 +396,16 @@ def test_train_val_and_test_folders(run, parts, tmp_path):
     assert found["accuracies"][-1][1] == found["val_accuracy"]
     assert "Tested on 8 images." in (tmp_path / "out" / "table.md").read_text() and "Tested on 8 images." in out
     code, _, err = run("--data", str(parts), "--method", "plain", "--val-share", "0.5")
-    assert code == 2 and "--val-share has no use where" in err
+    assert code == 2 and "--val-share has no effect, because " in err
 
 
 def test_a_test_folder_of_its_own(run, images, parts, tmp_path):
     code, out, _ = run("--test", str(parts / "valid"), "--method", "plain")
     assert code == 0 and "12 images for training, 4 for testing." in out
-    assert "Files with the same content among training, validation and test: 4 (" in out
+    assert "Files with the same content in two of training, validation and test: 4 (" in out
     (parts / "valid" / "class1").rename(parts / "valid" / "Class1")
     code, _, err = run("--test", str(parts / "valid"), "--method", "plain", "--out", str(tmp_path / "other"))
-    assert code == 2 and "has a class Class1, which is none of the 3 known classes" in err and "class1" in err
+    assert code == 2 and "has a class Class1, which is not one of the 3 known classes" in err and "class1" in err
 
 
 def test_all_labels_are_shared_out(images, tmp_path, capsys):
@@ -426,8 +429,8 @@ def test_what_is_no_good_image_is_listed(run, images, tmp_path):
     assert "cut.png (" in err and err.endswith("or leave them out with --skip-damaged\n")
     code, out, _ = run("--method", "plain", "--skip-damaged")
     assert code == 0 and "12 images for training, 12 for testing." in out
-    assert re.search(r"suffix, or lie beside the class folders: 1 \(.*notes\.txt\)\.", out)
-    assert "Images that can't be read and are left out: 2 (" in out
+    assert re.search(r"Files without an image suffix, or beside the class folders: 1 \(.*notes\.txt\)\.", out)
+    assert "Images that cannot be read and are left out: 2 (" in out
     assert re.search(r"in different classes: 1 \(.*class0/0\.png = .*class1/other\.png\)\.", out)
     found = results(tmp_path)["data"]
     assert len(found["damaged"]) == 2 and len(found["contradicting"]) == len(found["ignored"]) == 1
@@ -439,7 +442,7 @@ def test_nested_folders_are_classes_by_their_paths(run, images, tmp_path):
         (images / name).rename(images / "deep" / name)
     code, out, _ = run("--method", "plain")
     assert code == 0 and results(tmp_path)["data"]["classes"] == ["class2", "deep/class0", "deep/class1"]
-    assert "A class is the whole path of the folder that holds its images: deep/class0, deep/class1." in out
+    assert "Class names are whole paths, since class folders are nested: deep/class0, deep/class1." in out
 
 
 def test_images_may_move_and_settings_of_speed_may_change(run, images, tmp_path):
@@ -465,7 +468,11 @@ def test_methods_that_cannot_run_are_refused_before_any_training(run, monkeypatc
     monkeypatch.setattr(Method, "forward", lambda *args: pytest.fail("trained"))
     code, _, err = run()
     assert code == 2 and err.count("\n") == 1
-    for sentence in ("tiny has no batch norm", "delta has no default of modules", "tiny has no pretrained head"):
+    for sentence in (
+        "tiny has no batch norm",
+        "tiny has no modules that delta compares by default",
+        "tiny has no pretrained head",
+    ):
         assert sentence in err
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -475,7 +482,7 @@ def test_a_second_command_says_who_is_at_work(run, tmp_path):
     with locked(tmp_path / "out"):
         code, _, err = run("--method", "plain")
     assert code == 1 and re.search(
-        r"out is in use by process \d+ on .+ since .+: wait until it has ended, or choose", err
+        r"out is in use by process \d+ on .+ since .+: wait until that process has ended, or choose", err
     )
     assert run("--method", "plain")[0] == 0
 
@@ -523,12 +530,12 @@ def test_test_images_choose_nothing(run, tmp_path, monkeypatch):
     with_accuracies(monkeypatch, plain=50.0, l2=1.0)
     code, out, _ = run("--method", "plain,l2", "--steps", "2", "--seeds", "2")
     assert code == 0 and models(tmp_path) == ["l2-seed0", "plain-seed0"]
-    assert "Nothing chose between the methods: --tune N or --method auto does, or images for validation." in out
+    assert "No best method was chosen: that needs --tune N, --method auto or images for validation." in out
     config = json.loads((tmp_path / "out/models/l2-seed0/config.json").read_text())
     assert config["chosen_by"] == "nothing: without validation images a model of each method is kept"
     with_accuracies(monkeypatch, plain=1.0)
     code, out, _ = run("--method", "plain", "--steps", "2", "--seeds", "2", "--out", str(tmp_path / "one"))
-    assert code == 0 and "Nothing chose" not in out
+    assert code == 0 and "No best method" not in out
     assert [path.name for path in (tmp_path / "one" / "models").iterdir()] == ["plain-seed0"]
 
 
@@ -556,7 +563,7 @@ def test_a_model_that_would_say_something_else_is_not_kept(run, tmp_path, monkey
         return state | {f"talib_fast_head.{name}": value.clone() for name, value in head.state_dict().items()}
 
     code, _, err = run("--method", "plain,l2", "--steps", "2")
-    assert code == 1 and "2 of 2 runs failed: tiny cannot be kept, since its own architecture" in err
+    assert code == 1 and "2 of 2 runs failed: tiny cannot be kept, because its own architecture" in err
     assert len(results(tmp_path)["runs"]) == 2 and models(tmp_path) == []
 
 

@@ -202,7 +202,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 def test_parts_without_train(tmp_path):
     place(tmp_path / "test/a/1.png", tmp_path / "val/b/1.png")
-    with pytest.raises(UsageError, match="has test and val, but no train: name the folder of images itself"):
+    with pytest.raises(UsageError, match="has test and val, but no folder train: name the folder of images itself"):
         parts(tmp_path)
 
 
@@ -210,12 +210,14 @@ def test_labels_by_other_images_classes(tmp_path):
     place(tmp_path / "a/1.png", tmp_path / "c/1.png")
     files = labelled(tmp_path).labelled_as(("a", "b", "c"))
     assert files.classes == ("a", "b", "c") and files.labels.tolist() == [0, 2]
-    with pytest.raises(UsageError, match=r"has a class c, which is none of the 2 known classes: .* nearest are .*cc"):
+    with pytest.raises(
+        UsageError, match=r"has a class c, which is not one of the 2 known classes: .*similar names: .*cc"
+    ):
         labelled(tmp_path).labelled_as(("a", "cc"))
 
 
 def test_wrong_folders_are_named(tmp_path):
-    with pytest.raises(UsageError, match=r"there is no folder .*nowhere: --data wants a folder of images"):
+    with pytest.raises(UsageError, match=r"there is no folder .*nowhere: --data needs a folder of images"):
         labelled(tmp_path / "nowhere")
     folder = make_images(tmp_path / "images", classes=1)
     with pytest.raises(UsageError, match=r"images has 1 class of images, but 2 or more are needed: put the images"):
@@ -293,7 +295,7 @@ def test_16_bit_greys_are_scaled(tmp_path, suffix):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_images_are_refused(tmp_path, dtype):
     Image.fromarray(np.full((16, 16), 70_000, dtype)).save(tmp_path / "deep.tiff")
-    with pytest.raises(ImageError, match=r"deep\.tiff .*it has 32 bits a pixel, convert it to 8 or 16"):
+    with pytest.raises(ImageError, match=r"deep\.tiff .*it has 32 bits per pixel, convert it to 8 or 16"):
         read(tmp_path / "deep.tiff")
 
 

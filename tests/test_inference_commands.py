@@ -96,7 +96,7 @@ class TestPredict:
         assert len(output.splitlines()) == 3 and len(read_csv(tmp_path / "out.csv")) == 4
         assert "1 of 4 images could not be read and is left out:" in errors
         assert f"  {images / 'x' / '0.png'}: " in errors
-        assert f"1 file ignored, by suffix no images: {images / 'x' / 'notes.txt'}" in errors
+        assert f"1 file without an image suffix ignored: {images / 'x' / 'notes.txt'}" in errors
 
     def test_decoding_processes_change_nothing(self, kept, images, capsys):
         parser = argparse.ArgumentParser()
@@ -115,7 +115,7 @@ class TestPredict:
             run(predict, kept, tmp_path / "empty")
         with pytest.raises(UsageError, match="there is no file or folder nowhere"):
             run(predict, kept, "nowhere")
-        with pytest.raises(UsageError, match="is a folder, and --csv wants a file"):
+        with pytest.raises(UsageError, match="is a folder, but --csv needs a file"):
             run(predict, kept, images, "--csv", tmp_path)
         with pytest.raises(UsageError, match="there is no folder nothing"):
             run(predict, "nothing", images)
@@ -176,13 +176,13 @@ class TestEvaluate:
             make_images(labelled / "split" / part, SIX[:3], each=1)
         assert run(evaluate, labelled / "out", labelled / "split") == 0
         output = capsys.readouterr().out
-        assert "split is built of " in output and ": its test part is evaluated.\n" in output
+        assert "split consists of " in output and ": its test part is evaluated.\n" in output
         assert (
             f"3 in {labelled / 'split' / 'test'}" in output and "timm:test_resnet.r160_in1k, trained by bss" in output
         )
         (labelled / "split" / "test").rename(labelled / "elsewhere")
         with pytest.raises(
-            UsageError, match=r"has train and val, but no test: name the folder of images itself, e.g. "
+            UsageError, match=r"has train and val, but no folder test: name the folder of images itself, e.g. "
         ):
             run(evaluate, labelled / "out", labelled / "split")
 
@@ -196,7 +196,8 @@ class TestEvaluate:
         (labelled / "data" / "a" / "notes.txt").touch()
         assert run(evaluate, labelled / "out", labelled / "data", "--out", labelled / "evaluation") == 1
         output, errors = capsys.readouterr()
-        assert "19 in" in output and "1 of 20 images could not be read" in errors and "1 file ignored" in errors
+        assert "19 in" in output and "1 of 20 images could not be read" in errors
+        assert "1 file without an image suffix ignored" in errors
         found = json.loads((labelled / "evaluation" / "evaluation.json").read_text())
         assert found["images"] == 19 and found["left_out"] == {"a/1.png": "it has no known format"}
         for path in (labelled / "data").glob("*/*.png"):
@@ -214,14 +215,14 @@ class TestEvaluate:
     def test_without_matplotlib(self, labelled, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert run(evaluate, labelled / "out", labelled / "data", "--out", labelled / "evaluation") == 0
-        assert "No plots: they need matplotlib (pip install matplotlib)" in capsys.readouterr().err
+        assert "No plots are written, because matplotlib is missing: pip install matplotlib" in capsys.readouterr().err
         assert sorted(path.name for path in (labelled / "evaluation").iterdir()) == sorted(evaluate.FILES[:3])
 
     def test_few_classes_have_no_top_five(self, kept, tmp_path, capsys):
         make_images(tmp_path / "data", CLASSES[:3], each=1)
         assert run(evaluate, kept, tmp_path / "data") == 0
         assert "top-5" not in capsys.readouterr().out
-        with pytest.raises(UsageError, match="is a file, and --out wants a folder"):
+        with pytest.raises(UsageError, match="is a file, but --out needs a folder"):
             run(evaluate, kept, tmp_path / "data", "--out", kept / "config.json")
 
 
@@ -317,8 +318,8 @@ class TestExport:
             run(export, kept, kept.parent / "model.onnx")
 
     def test_wrong_use(self, kept):
-        with pytest.raises(UsageError, match=r"model.pth ends in none of .onnx, .pt2: choose one of these formats"):
+        with pytest.raises(UsageError, match=r"model.pth does not end in .onnx or .pt2: choose one of these formats"):
             run(export, kept, "model.pth")
         (kept.parent / "folder.onnx").mkdir()
-        with pytest.raises(UsageError, match="is a folder, and FILE wants a file"):
+        with pytest.raises(UsageError, match="is a folder, but FILE needs a file"):
             run(export, kept, kept.parent / "folder.onnx")

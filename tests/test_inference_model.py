@@ -103,7 +103,7 @@ class TestSave:
     def test_leaves_what_is_no_model(self, tmp_path):
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "1.jpg").write_bytes(b"x")
-        with pytest.raises(UserError, match="photos is there already and holds no model"):
+        with pytest.raises(UserError, match="photos exists already and holds no model"):
             make_model(tmp_path / "photos")
         assert [path.name for path in tmp_path.rglob("*")] == ["photos", "1.jpg"]
 
@@ -158,7 +158,9 @@ class TestFind:
             model.find(tmp_path)
 
     def test_none(self, tmp_path):
-        with pytest.raises(UsageError, match=r"holds no model, which has a config.json: name the folder of a model"):
+        with pytest.raises(
+            UsageError, match=r"holds no model \(a folder with a config.json\): name the folder of a model"
+        ):
             model.find(tmp_path)
         with pytest.raises(UsageError, match="there is no folder nowhere: name"):
             model.find("nowhere")
@@ -168,12 +170,15 @@ class TestLoad:
     @pytest.mark.parametrize(
         ("entries", "message"),
         [
-            ({"format": 2}, r"config.json is of format 2, and this talib_fast reads up to 1: pip install --upgrade"),
+            (
+                {"format": 2},
+                r"config.json has format 2, but this talib_fast reads formats up to 1: pip install --upgrade",
+            ),
             ({"format": "x"}, r"is damaged \(format is wrong\)"),
             ({"network": None}, r"is damaged \(network is wrong\)"),
-            ({"classes": ["a", "a", "b", "c"]}, r"is damaged \(the classes are not different names\)"),
-            ({"classes": []}, r"is damaged \(the classes are not different names\)"),
-            ({"classes": ["a", "b"]}, r"is damaged \(it names 2 classes and says there are 4\)"),
+            ({"classes": ["a", "a", "b", "c"]}, r"is damaged \(the classes are not distinct names\)"),
+            ({"classes": []}, r"is damaged \(the classes are not distinct names\)"),
+            ({"classes": ["a", "b"]}, r"is damaged \(it names 2 classes, but num_classes is 4\)"),
             ({"classes": ["a", "b"], "num_classes": 2}, r"is damaged \(the head has 4 outputs for 2 classes\): copy"),
             ({"preprocessing": {}}, r"is damaged \(the preprocessing is missing or wrong\)"),
             ({"preprocessing": None}, r"is damaged \(the preprocessing is missing or wrong\)"),
@@ -212,7 +217,7 @@ class TestLoad:
     @pytest.mark.parametrize("content", ["[]", '{"model_type": "bert"}'])
     def test_somebody_elses_config(self, kept, content):
         (kept / model.CONFIG).write_text(content)
-        with pytest.raises(UserError, match="does not describe a model of talib_fast's"):
+        with pytest.raises(UserError, match="does not describe a model of talib_fast: name"):
             model.load(kept)
 
     def test_weights_that_are_missing_or_damaged(self, kept):
@@ -266,7 +271,7 @@ class TestPredict:
         assert [label for label, _ in prediction.top(9)] == [CLASSES[place] for place in right.argsort(descending=True)]
         assert prediction.top(2)[0] == (prediction.label, prediction.probability)
         assert len(prediction.top(2)) == 2
-        with pytest.raises(ValueError, match="at least 1 class, got 0"):
+        with pytest.raises(ValueError, match="expected k of at least 1, got 0"):
             prediction.top(0)
 
     def test_batches_of_any_size(self, classifier):
@@ -276,7 +281,7 @@ class TestPredict:
             found = classifier.predict(iter(images), batch_size=batch_size)
             torch.testing.assert_close(torch.stack([prediction.probabilities for prediction in found]), right)
         assert classifier.predict([]) == []
-        with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="expected a batch_size of at least 1, got 0"):
             classifier.predict(images, batch_size=0)
 
     def test_grey_and_transparent_images(self, classifier):
@@ -312,7 +317,7 @@ class TestPredict:
             (torch.zeros(3, 0, 8, dtype=torch.uint8), ValueError, r"got tensor \[3, 0, 8\]"),
             (np.zeros((8, 8, 3)), TypeError, r"got array \[8, 8, 3\] of float64"),
             (np.zeros((2, 8, 8, 3), np.uint8), ValueError, r"got array \[2, 8, 8, 3\] of uint8"),
-            (Image.new("F", (8, 8)), ValueError, "images: it has 32 bits a pixel"),
+            (Image.new("F", (8, 8)), ValueError, "images: it has 32 bits per pixel"),
         ],
         ids=lambda value: "" if not isinstance(value, str) else value[:20],
     )
@@ -328,7 +333,8 @@ class TestPredict:
     def test_logits_of_prepared_images(self, classifier):
         assert classifier.logits(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 4)
         assert classifier.logits(torch.zeros(0, 3, 64, 64, dtype=torch.uint8)).shape == (0, 4)
-        with pytest.raises(ValueError, match=r"wants uint8 \[B, 3, 64, 64\], got tensor \[1, 3, 32, 32\] of uint8"):
+        expected = r"expected uint8 images \[B, 3, 64, 64\], got tensor \[1, 3, 32, 32\] of uint8"
+        with pytest.raises(ValueError, match=expected):
             classifier.logits(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
     def test_on_any_device(self, kept, device):

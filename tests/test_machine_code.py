@@ -395,7 +395,7 @@ def test_a_record_is_read_as_it_was_written():
         (dataclasses.replace(KERNEL, registers=88), []),
         (dataclasses.replace(KERNEL, registers=71), ["71 registers, 80 are recorded"]),
         (dataclasses.replace(KERNEL, loops=()), ["0 hot loops, 1 are recorded"]),
-        (dataclasses.replace(KERNEL, name="k"), ["k: not recorded", "recorded, but not there"]),
+        (dataclasses.replace(KERNEL, name="k"), ["k: not recorded", "recorded, but does not exist"]),
     ],
 )
 def test_what_differs_from_the_record_is_told(found, sentences):
@@ -407,7 +407,7 @@ def test_what_differs_from_the_record_is_told(found, sentences):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_are_without_faults_and_as_recorded(source, toolkit, disassembler):
     if "9.0" not in toolkit.architectures:
-        pytest.skip(f"the nvcc found, {toolkit.nvcc}, does not know 9.0")
+        pytest.skip(f"{toolkit.nvcc} does not know 9.0")
     kernels, faults = machine_code.check(str(source), toolkit, "9.0")
     assert kernels and not faults, "\n".join(faults)
     if toolkit.version == RECORDED.cuda:  # another compiler's figures are others
@@ -463,7 +463,7 @@ def test_the_table_says_what_misses():
 def test_the_command_says_what_it_lacks(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     assert machine_code.main([]) == 1
-    assert "the kernels are not compiled: CUDA_HOME is /nonexistent" in capsys.readouterr().err
+    assert "the kernels cannot be compiled: CUDA_HOME is /nonexistent" in capsys.readouterr().err
 
 
 def test_the_command_needs_a_disassembler(toolkit, monkeypatch, capsys):
@@ -474,13 +474,13 @@ def test_the_command_needs_a_disassembler(toolkit, monkeypatch, capsys):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, **path: None if name == "nvdisasm" else which(name, **path))
     assert machine_code.main(["k.cu"]) == 1
-    assert "the machine code is not read: no nvdisasm is found" in capsys.readouterr().err
+    assert "the machine code cannot be read: nvdisasm is not installed" in capsys.readouterr().err
 
 
 def test_a_part_of_the_kernels_is_not_recorded(capsys):
     with pytest.raises(SystemExit):
         machine_code.main(["--write", "k.cu"])
-    assert "--write records all of csrc/cuda, so it takes no other list of sources" in capsys.readouterr().err
+    assert "--write records all of csrc/cuda, so it takes no list of sources" in capsys.readouterr().err
 
 
 def test_the_command_fails_on_a_fault(toolkit, disassembler, tmp_path, capsys):

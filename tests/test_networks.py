@@ -134,23 +134,23 @@ def test_mobilenet_from_a_file(tmp_path):
 
 def test_wrong_weights_are_named(tmp_path):
     path = tmp_path / "weights.pth"
-    with pytest.raises(UsageError, match=r"there is no file .*weights\.pth, .*: give another --weights file"):
+    with pytest.raises(UsageError, match=r"there is no file of weights .*weights\.pth: give another --weights file"):
         networks.build("mobilenet_v2", 64, path)
     path.write_bytes(b"no weights")
     with pytest.raises(
-        UserError, match=r"weights\.pth cannot be read as a state dict \(it is damaged, or no file of t"
+        UserError, match=r"weights\.pth cannot be read as a state dict \(it is damaged, or was not written by t"
     ):
         networks.build("mobilenet_v2", 64, path)
     save_mobilenet(path, extra=torch.zeros(1))
     with pytest.raises(
-        UserError, match=r"weights\.pth does not fit the network \(it has extra besides\): give another"
+        UserError, match=r"weights\.pth does not fit the network \(it has unknown entries extra\): give another"
     ):
         networks.build("mobilenet_v2", 64, path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"does not fit the network \(it holds a list, no state dict\)"):
+    with pytest.raises(UserError, match=r"weights\.pth holds a list instead of a state dict"):
         networks.build("mobilenet_v2", 64, path)
     torch.save(networks.MobileNetV2(), path)
-    with pytest.raises(UserError, match=r"holds .*MobileNetV2.*, which might run code: save the state_dict\(\) alone"):
+    with pytest.raises(UserError, match=r"holds .*MobileNetV2.*, which could run code; save only the state_dict\(\)"):
         networks.build("mobilenet_v2", 64, path)
     (tmp_path / "weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"weights\.safetensors cannot be read as a state dict"):
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named(timm, tmp_path):
         f"{path} does not fit the network (fc.weight is [7, 9] instead of [7, 12]){end}"
     )
     more = {f"more{number}": torch.zeros(1) for number in range(5)}
-    assert "(it has more0, more1, more2 and 2 more besides)" in message(**more)
+    assert "(it has unknown entries more0, more1, more2 and 2 more)" in message(**more)
 
 
 def test_missing_and_damaged_weights_package(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_missing_and_damaged_weights_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mobilenet", "timm:", "keras:resnet", ""])
 def test_unknown_network(name):
-    with pytest.raises(UsageError, match="knows mobilenet_v2, timm:NAME, torchvision:NAME"):
+    with pytest.raises(UsageError, match="choose from mobilenet_v2, timm:NAME, torchvision:NAME"):
         networks.build(name, 64)
 
 
@@ -374,7 +374,7 @@ def test_images_that_no_photograph_can_be(timm):
     with pytest.raises(UsageError, match="timm:pooled takes images of 1 channels instead of 3: choose another --netw"):
         networks.build("timm:pooled")
     timm.config["input_size"] = (3, 16, 24)
-    with pytest.raises(UsageError, match="takes images of 16 × 24 pixels: choose a square's --image-size"):
+    with pytest.raises(UsageError, match="takes images of 16 × 24 pixels: choose square images by --image-size"):
         networks.build("timm:pooled")
     assert networks.build("timm:pooled", 16).preprocessing.size == 16
 
@@ -446,7 +446,7 @@ def test_weights_without_a_head(timm, tmp_path):
     network = networks.build("timm:pooled", 16, path)
     assert network.head is None and network.head_name == "fc"
     assert network.backbone.pool[2].weight.equal(trained.pool[2].weight)
-    assert network.notes == (f"{path} has no weights for the head fc: the network has no pretrained classes.",)
+    assert network.notes == (f"{path} has no weights for the head fc, so the network has no pretrained classes.",)
 
 
 def test_weights_without_a_head_for_mobilenet(tmp_path):
@@ -700,7 +700,12 @@ def test_state_that_does_not_fit_is_refused(timm, monkeypatch):
     assert networks.restored("timm:pooled", "fc", 5, state).fc.out_features == 5
     for changed, head_name, num_classes, message in (
         (state, "fc", 6, r"timm:pooled does not fit the network \(fc.weight is \[5, 12\] instead of \[6, 12\]"),
-        ({**state, "extra": torch.zeros(1)}, "fc", 5, r"the state dict of timm:pooled .* \(it has extra besides\)"),
+        (
+            {**state, "extra": torch.zeros(1)},
+            "fc",
+            5,
+            r"the state dict of timm:pooled .* \(it has unknown entries extra\)",
+        ),
         (state, "head", 5, "the weights of timm:pooled have no head head: fine-tune"),
         (state, None, 5, "the weights of timm:pooled have no head talib_fast_head"),
         ({**state, "a.b.weight": torch.zeros(5, 12)}, "a.b", 5, "timm:pooled has no head a.b"),
@@ -708,7 +713,7 @@ def test_state_that_does_not_fit_is_refused(timm, monkeypatch):
         timm.models["pooled"] = Pooled()
         with pytest.raises(UserError, match=message):
             networks.restored("timm:pooled", head_name, num_classes, changed)
-    with pytest.raises(UserError, match="there is no network own here: update talib_fast"):
+    with pytest.raises(UserError, match="this talib_fast has no network own: update talib_fast"):
         networks.restored("own", "fc", 5, state)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="needs timm, which is not installed: pip install timm"):

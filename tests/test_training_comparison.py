@@ -67,7 +67,9 @@ def test_equal_differences_show_no_spread_though_they_are_rounded():
     (found,) = comparisons(runs(plain=[70.1, 68.3, 55.7], bss=[72.1, 70.3, 57.7]))  # 1.9999999999999858 among them
     assert found.mean == 2.0 and found.half_width == found.corrected_half_width == 0.0
     assert not found.beyond_chance
-    assert found.sentence() == "bss: +2.0 points beside plain at each of 3 seeds; no spread, so no interval."
+    assert found.sentence() == (
+        "bss: +2.0 points compared with plain, the same for all 3 seeds, so there is no interval."
+    )
 
 
 def test_no_number_below_one():
@@ -79,7 +81,7 @@ def test_no_number_below_one():
     ("differences", "number", "beyond", "sentence"),
     [
         ([], 1, False, "bss: no seed in common with plain, so nothing can be compared."),
-        ([4], 1, False, "bss: +4.0 points beside plain with one seed, which shows no difference."),
+        ([4], 1, False, "bss: +4.0 points compared with plain, with one seed, which shows no difference."),
         # mean ± 4.303 / √3 = 2.48 alone, ± 9.925 / √3 = 5.73 among five
         ([5, 6, 7], 1, True, "bss: better than plain, +6.0 points (+3.5 to +8.5) over 3 seeds, beyond chance."),
         (
@@ -88,12 +90,12 @@ def test_no_number_below_one():
         ),
         (
             *([2, 3, 4], 5, False),
-            "bss: +3.0 points beside plain over 3 seeds (+0.5 to +5.5), but among 5 comparisons that may be chance: "
-            "corrected, -2.7 to +8.7 fits.",
+            "bss: +3.0 points compared with plain over 3 seeds (+0.5 to +5.5), but this may be chance among 5 "
+            "comparisons: corrected, -2.7 to +8.7.",
         ),
         (
             *([-1, 0, 1], 1, False),
-            "bss: not told apart from plain, anything from -2.5 to +2.5 points fits these 3 seeds.",
+            "bss: no difference to plain is shown: -2.5 to +2.5 points over 3 seeds.",
         ),
     ],
 )

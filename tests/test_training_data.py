@@ -62,13 +62,13 @@ def test_images_of_their_own_validate_and_test():
 
 def test_split_says_what_is_missing():
     images = images_of([0] * 5 + [1] * 4)
-    with pytest.raises(UserError, match="class b has 4 images, but 4 for training and at least one for testing are"):
+    with pytest.raises(UserError, match="class b has 4 images, but needs 4 for training and at least one for testing"):
         split(images, None, None, Shares(4), 0)
-    with pytest.raises(UserError, match="class b has 4 images, but 5 for training are needed: add images or lower"):
+    with pytest.raises(UserError, match="class b has 4 images, but needs 5 for training: add images or lower"):
         split(images, None, images, Shares(5), 0)
-    with pytest.raises(UserError, match="class a has 1 image, but 1 for training and at least one for testing are"):
+    with pytest.raises(UserError, match="class a has 1 image, but needs 1 for training and at least one for testing"):
         split(images_of([0, 1, 1]), None, None, Shares(None), 0)
-    with pytest.raises(UserError, match="--test-images 1 is less than one for each of the 2 classes"):
+    with pytest.raises(UserError, match="--test-images 1 is less than one image for each of the 2 classes"):
         split(images, None, None, Shares(2, test_images=1), 0)
     with pytest.raises(UserError, match="no class has two labelled images, of which one could be held out"):
         split(images, None, None, Shares(1, val_share=0.5), 0)
@@ -116,7 +116,7 @@ def test_folds_say_what_is_missing():
         folded(images_of([0, 1, 2]), 2, seed=0)
     images = images_of([0, 0, 1, 1, 2])
     assert [counts(part.val) for part in folded(images, 4, seed=0)] == [[1, 0, 0]] * 2 + [[0, 1, 0]] * 2
-    message = "--folds 5 is more than the 4 labelled images that classes of two or more have, .*: lower it, or add"
+    message = "--folds 5 is more than the 4 labelled images in classes of two or more, .*: lower it, or add"
     with pytest.raises(UserError, match=message):
         folded(images, 5, seed=0)
 

@@ -143,7 +143,7 @@ def test_diverged_candidates_drop_out(tmp_path, monkeypatch):
 def test_nothing_but_diverged_candidates_is_told(tmp_path, monkeypatch):
     make_up_training(monkeypatch, lambda run: (50, 1.0), lambda run: True)
     compete, results = competing(tmp_path)
-    with pytest.raises(UserError, match="every candidate diverged: lower --lr, around which it is searched"):
+    with pytest.raises(UserError, match="every candidate diverged: lower --lr, the centre of the searched range"):
         compete(results)
     assert len(results.trials) == 6
 
@@ -178,7 +178,7 @@ def test_all_methods_compete(told):
     found = written(out)
     assert "1 run of the best" not in said and "2 runs of the best of 12 methods of 30 steps" in said
     assert (
-        "Before, 1 setting of each method compete, judged on 6 validation images: 12 of 15 steps, 6 of 30 steps. That "
+        "First, 1 setting of each method compete, judged by 6 validation images: 12 of 15 steps, 6 of 30 steps. This "
         "takes as long as 12 runs." in said
     )
     rungs = [[trial for trial in found["trials"] if trial["rung"] == rung] for rung in (0, 1)]
@@ -217,7 +217,7 @@ def test_what_is_finished_does_not_compete_again(images, out, monkeypatch, capsy
     before = written(out)
     monkeypatch.setattr(Run, "_step", lambda *args: pytest.fail("trained again"))
     assert cli.main(arguments(images, out, *AUTO)) == 0
-    assert "Everything is finished already" in capsys.readouterr().out and written(out) == before
+    assert "Nothing to train: " in capsys.readouterr().out and written(out) == before
 
 
 def test_another_seed_trains_the_winner_alone(images, out, monkeypatch):

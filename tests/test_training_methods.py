@@ -206,7 +206,7 @@ def test_stochnorm_refuses_a_network_without_batch_norms():
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
     network = networks.Network("grouped", backbone, None, None, ())
     for name in ("stochnorm", "bss+stochnorm"):
-        with pytest.raises(UsageError, match="grouped has no batch norm, whose place stochnorm takes: leave stochnorm"):
+        with pytest.raises(UsageError, match="grouped has no batch norm that stochnorm could replace: leave stochnorm"):
             check(name, network)
         with pytest.raises(UsageError, match="grouped has no batch norm"):
             Method(network, 3, name, {})
@@ -403,7 +403,7 @@ def test_every_method_starts_with_the_same_head(data):
 )
 def test_classifier_is_that_of_the_part_that_has_one(name, kind, data):
     if kind is None:
-        with pytest.raises(UsageError, match="plain and bss can't be combined"):
+        with pytest.raises(UsageError, match="plain and bss cannot be combined"):
             prepared(name, data)
     else:
         assert type(prepared(name, data).classifier) is kind.Classifier

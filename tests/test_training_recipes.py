@@ -26,7 +26,7 @@ def test_order_of_the_parts_does_not_matter(name, expected):
     [
         (
             "sgd",
-            r"there is no method sgd: --method knows all, plain, linear, l2,.* and combinations such as bss\+stoch",
+            r"there is no method sgd: choose from all, plain, linear, l2,.* and combinations such as bss\+stoch",
         ),
         ("bss+sgd", r"there is no method sgd in bss\+sgd"),
         ("bss+", r"there is no method \(empty\) in bss\+"),
@@ -56,7 +56,7 @@ def test_which_pairs_combine(first, second):
         if combines(first, second):
             assert set(parse(name)) >= {first, second}
         else:
-            with pytest.raises(UsageError, match=r"can't be combined, since .*: leave one of them out") as refused:
+            with pytest.raises(UsageError, match=r"cannot be combined, because .*: leave one of them out") as refused:
                 parse(name)
             assert "bss" in name or all(part in str(refused.value) for part in (first, second))
 

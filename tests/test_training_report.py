@@ -226,7 +226,10 @@ def chosen(results):
 def test_nothing_chooses_without_validation_images():
     heading, method, reason = chosen(make_results(["plain", "bss"], [0]))
     assert (heading, method) == ("The first run", "plain")
-    assert reason == "Nothing chose between the runs: no validation images (--tune or --method auto would choose)."
+    assert (
+        reason
+        == "There are no validation images that could choose the best run (--tune or --method auto would choose)."
+    )
 
 
 def test_a_single_run_is_no_choice():
@@ -237,15 +240,15 @@ def test_validation_images_choose():
     results = make_results(["plain", "bss", "l2"], [0])
     for run, accuracy in zip(results["runs"], (60.0, 80.0, 70.0), strict=True):
         run |= {"val_images": 1000, "val_accuracy": accuracy}
-    reason = "It was chosen for being right on 80.0 % of 1,000 validation images."
+    reason = "It was chosen because it reached 80.0 % of 1,000 validation images."
     assert chosen(results) == ("The best run", "bss", reason)
 
 
 def test_trials_choose():
     results = make_results(["plain", "bss", "l2"], [0])
     results["trials"] = [trial("plain", 0, 60), trial("bss", 0, 80), trial("l2", 0, 90, state="pruned")]
-    reason = "Trials chose its method and settings: 80.0 % of 100 validation images."
-    whole = " The model here was then trained on all labelled images."
+    reason = "Trials chose the method and the settings, which reached 80.0 % of 100 validation images."
+    whole = " The model was then trained on all labelled images."
     assert chosen(results) == ("The best run", "bss", reason + whole)
     for run in results["runs"]:
         run |= {"val_images": 10, "val_accuracy": 50.0}
@@ -256,7 +259,7 @@ def test_trials_choose():
 def test_the_chosen_methods_run_may_be_missing(methods, heading):
     results = make_results(methods, [0])
     results["trials"] = [trial("bss", 0, 80)]
-    assert chosen(results) == (heading, "plain", "Trials chose bss, of which no run is finished.")
+    assert chosen(results) == (heading, "plain", "Trials chose bss, but no run of it is finished.")
 
 
 def test_methods_have_colours_of_their_own():
@@ -300,11 +303,12 @@ def test_the_page_has_all_of_it_and_asks_for_nothing_else(tmp_path):
     text = " ".join(" ".join(shown.words).split())
     for words in (
         "The first run: plain, seed 0",
-        "70.0 % of 1,234 test images are right (95 % interval 4.6 to 69.9 %); the mean over the classes is 50.0 %",
+        "70.0 % of 1,234 test images are predicted right (95 % interval 4.6 to 69.9 %); "
+        "the mean over the classes (balanced accuracy) is 50.0 %",
         "models/plain-seed0",
         "<b>owl</b> 3 0.0 - 0.0",
         "tit 1 100.0 25.0 40.0",
-        "Files with the same content in one class: 1 x.png = <y>.png",
+        "Files with the same content in the same class: 1 x.png = <y>.png",
         "python -m talib_fast finetune",
     ):
         assert words in text
@@ -320,7 +324,7 @@ def test_the_page_without_predictions_or_of_other_images(tmp_path):
     write_csv(predictions_file(tmp_path, results["runs"][0]), ("file", "class", "predicted", "probability"), rows)
     shown = page(results, tmp_path, images)
     assert "Figures of each class" not in shown.words and shown.tags.count("img") == 2
-    assert "No file was left out, and no image is there twice." in shown.words
+    assert "No file was left out, and no image occurs twice." in shown.words
 
 
 def test_moving_average():

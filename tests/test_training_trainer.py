@@ -258,7 +258,7 @@ def test_a_loss_that_is_no_number_ends_the_run(method, data, checkpoint):
     remedy = f" or --trade-off l2={RECIPES['l2'].trade_off:g}," if method == "l2" else ""
     with pytest.raises(
         DivergedError,
-        match=f"^{method} with seed 0 diverged, its loss is nan at step 1 of 12: "
+        match=f"^{method} with seed 0 diverged with a loss of nan at step 1 of 12: "
         f"lower --lr 0.25,{remedy} or leave out --amp$",
     ):
         run.finish()
@@ -270,7 +270,7 @@ def test_wrong_checkpoints_are_named(data, checkpoint, monkeypatch):
     with pytest.raises(UserError, match=r"run\.pt was made with other settings \(steps was 1 and is now 12\): remove"):
         make_run("plain", data, checkpoint).finish()
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"run\.pt is damaged: remove it to start that run anew"):
+    with pytest.raises(UserError, match=r"run\.pt is damaged: remove it to start that run again"):
         make_run("plain", data, checkpoint).finish()
 
 

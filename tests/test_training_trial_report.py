@@ -79,8 +79,8 @@ def test_the_settings_found_for_each_method():
 def test_a_search_says_what_it_cost_and_what_judged_it():
     caption = trial_report.section(tuned()).caption
     assert caption.startswith(
-        "Settings tuned with 4 trials of 120 steps for every method, pruned where they fell behind: 7 trials in 88 s. "
-        "Judged on 100 validation images in 4 folds. "
+        "Each method had 4 trials of 120 steps, and trials that fell behind were pruned: 7 trials in 88 s. "
+        "Judged by 100 validation images in 4 folds. "
     )
 
 
@@ -105,13 +105,13 @@ def test_how_close_the_others_came():
         ("plain", "30", "30.0", "55.0", "-25.0 ± 9.8", "defaults"),
     ]
     assert section.findings == [
-        "Not told apart from bss by these images: delta.",
-        "Behind bss by more than chance, given the steps that they had: plain.",
-        "Whether those with fewer than 120 steps would have caught up was not tried.",
+        "These images show no difference to bss for delta.",
+        "Worse than bss beyond chance, after the same steps: plain.",
+        "Candidates with fewer than 120 steps might have caught up with more steps.",
     ]
     assert section.caption.startswith(
-        "3 methods with 2 settings each, and the better ones go on: 6 of 30 steps, 3 of 60 steps, 2 of 120 steps, in "
-        "2.29 min. Judged on 100 validation images. "
+        "3 methods with 2 settings each competed, and the better half of each rung went on: 6 of 30 steps, 3 of 60 "
+        "steps, 2 of 120 steps, in 2.29 min. Judged by 100 validation images. "
     )
 
 

@@ -146,13 +146,15 @@ def test_the_folder_for_validation_judges_where_its_images_are_labelled_ones(tmp
         parts = trials.judges(made(*words, val=val, tmp_path=tmp_path))
         assert not set(val.names) & {name for part in parts for name in (*part.train.names, *part.val.names)}
         assert sum(len(part.val) for part in parts) == (4 if "--val-share" in words else 16)
-    with pytest.raises(UsageError, match="--val-share has no use where made has a folder for validation: leave it out"):
+    with pytest.raises(
+        UsageError, match="--val-share has no effect, because made has a folder for validation: leave it out"
+    ):
         made("--val-share", "0.2", val=val, tmp_path=tmp_path)
 
 
 def test_how_trials_are_judged_is_told(tmp_path):
     share, folds = made(tmp_path=tmp_path), made("--labels-per-class", "5", tmp_path=tmp_path)
-    assert trials.in_words(trials.judges(share)) == "judged on 100 validation images"
+    assert trials.in_words(trials.judges(share)) == "judged by 100 validation images"
     assert trials.in_words(trials.judges(folds)) == "judged by cross-validation over 20 labelled images in 3 folds"
 
 
@@ -466,7 +468,7 @@ def test_diverged_trials_are_noted_and_never_chosen(tmp_path, monkeypatch):
     assert found == [("finished", [6]), ("pruned", []), ("finished", [6]), ("finished", [6]), ("pruned", [4])]
     assert tried[1]["diverged"] and tried[1]["accuracy"] == 0.0 and chosen["plain"] == {"lr": 0.02}
     assert trials.told(tried[1]).endswith(": diverged") and trials.told(tried[0]) == "lr 0.02: 60.0 %"
-    assert trials.told(tried[4]).endswith(": 2.0 % when it was given up")
+    assert trials.told(tried[4]).endswith(": 2.0 % when it was pruned")
 
 
 def test_a_method_whose_trials_all_diverge_is_left_out(tmp_path, monkeypatch):
@@ -475,7 +477,7 @@ def test_a_method_whose_trials_all_diverge_is_left_out(tmp_path, monkeypatch):
     results = results_of(experiment)
     assert list(tuning.tune(["l2", "plain"], experiment, results)) == ["plain"]
     assert Counter(trial["method"] for trial in results.trials) == {"l2": 2, "plain": 2}
-    with pytest.raises(UserError, match="every trial diverged: lower --lr, around which it is searched"):
+    with pytest.raises(UserError, match="every trial diverged: lower --lr, the centre of the searched range"):
         tuning.tune(["l2"], experiment, results)
 
 
@@ -591,7 +593,7 @@ def test_what_is_finished_is_not_tried_again(images, out, monkeypatch, capsys):
     before = written(out)
     monkeypatch.setattr(Run, "_step", lambda *args: pytest.fail("trained again"))
     assert cli.main(arguments(images, out, *TUNED)) == 0
-    assert "Everything is finished already" in capsys.readouterr().out and written(out) == before
+    assert "Nothing to train: " in capsys.readouterr().out and written(out) == before
 
 
 def test_an_interrupted_search_ends_as_an_uninterrupted_one(images, tuned, tmp_path, monkeypatch, capsys):
@@ -675,7 +677,7 @@ def test_methods_go_on_where_all_trials_of_one_diverge(images, tmp_path, monkeyp
     words = arguments(images, tmp_path / "none", *TUNED, "--method", "l2", "--tune", "2")
     assert cli.main(words) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "talib_fast: every trial diverged: lower --lr, around which it is searched"
+    assert last == "talib_fast: every trial diverged: lower --lr, the centre of the searched range"
 
 
 @pytest.fixture(scope="module")

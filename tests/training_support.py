@@ -1,4 +1,4 @@
-"""A network, images and options small enough that a whole run takes a fraction of a second."""
+"""A network, images and options so small that a whole run takes a fraction of a second."""
 
 import argparse
 import itertools
@@ -54,15 +54,15 @@ def tiny_network(weights: Path | None = None) -> Network:
 
 
 def register_tiny() -> None:
-    """Make the network known as ``--network tiny``."""
+    """Register the small network as ``--network tiny``."""
     networks.NETWORKS["tiny"] = tiny_network
 
 
 @contextmanager
 def tiny_command_line() -> Iterator[None]:
-    """Within it the command line knows ``--network tiny``, and what it does to signals ends with it.
+    """A context in which the command line has ``--network tiny``; afterwards the signal handlers are restored.
 
-    Garbage is not collected between runs, which would take most of the time.
+    Garbage is not collected between runs, since that would take most of the time.
     """
     with pytest.MonkeyPatch.context() as patch, handlers_kept():
         patch.setitem(networks.NETWORKS, "tiny", tiny_network)
@@ -71,13 +71,13 @@ def tiny_command_line() -> Iterator[None]:
 
 
 def hold_until_a_signal(method: str, step: int) -> None:
-    """Let this process stop in its ``step``-th step of a method until it has got a SIGINT or SIGTERM.
+    """Let this process wait in the ``step``-th step of a method until it gets SIGINT or SIGTERM.
 
-    However late that comes, the run has not ended before.
+    So the run cannot end before the signal, however late it comes.
     """
     got, tell = os.pipe()
     os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)  # each signal with a handler of Python's leaves a byte there
+    signal.set_wakeup_fd(tell)  # each signal with a Python handler writes a byte there
     forward, numbers = Method.forward, itertools.count(1)
 
     def held(self: Method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def make_images(folder: Path, classes: int = 3, images: int = 8, size: int = 20)
 
 
 def images_of(labels: list[int], names: str = "abcdefgh", origin: str = "") -> ImageSet:
-    """Images without content, called by their places, after where they are from."""
+    """Images without content, named after their origin and their index."""
     classes = tuple(names[label] for label in range(max(labels) + 1))
     places = tuple(f"{origin}{place}" for place in range(len(labels)))
     return ImageSet(classes, torch.tensor(labels), places, lambda index, size: None)
@@ -112,7 +112,7 @@ def counts(images: ImageSet) -> list[int]:
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    """The command line of a small job; ``more`` is appended and wins."""
+    """The command line of a small job; ``more`` is appended, so it overrides."""
     small = {
         "--network": "tiny",
         "--data": str(data),
@@ -172,7 +172,7 @@ def make_run(
 def make_experiment(
     folder: Path, *words: str, train: ImageSet, val: ImageSet | None = None, test: ImageSet | None = None
 ) -> Experiment:
-    """What the command makes of these images; ``words`` are its options."""
+    """The experiment that the command prepares for these images; ``words`` are its options."""
     network = tiny_network()
     network.preprocessing = Preprocessing(16)
     sources = Sources("made", train, val, test, "digest")
@@ -180,7 +180,7 @@ def make_experiment(
 
 
 def results_of(experiment: Experiment) -> Results:
-    """What is in the experiment's folder, as the command finds it there."""
+    """The results in the experiment's folder, as the command reads them."""
     return Results(experiment.folder, settings_of(experiment), {})
 
 
@@ -189,9 +189,9 @@ def make_up_training(
     told: Callable[[Run], tuple[float, float]],
     diverges: Callable[[Run], bool] = lambda run: False,
 ) -> None:
-    """Let runs train nothing, and images be answered as ``told``: so many of them right, in %, at that cross-entropy.
+    """Replace training and prediction: ``told`` gives the accuracy in % and the cross-entropy; no image is read.
 
-    No image is read. ``diverges`` says of a run whether its next step does.
+    ``diverges`` says whether a run's next step diverges.
     """
 
     def step(self: Run, batches: Any) -> None:
@@ -231,5 +231,5 @@ MEASURED = ("seconds", "seconds_per_step", "preparation_seconds", "peak_mib")
 
 
 def without_measured(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs or trials without times and memory, in which no two are alike."""
+    """Runs or trials without times and memory, which differ between equal runs."""
     return [{name: value for name, value in entry.items() if name not in MEASURED} for entry in entries]

@@ -1,4 +1,4 @@
-"""The public names of the Transfer-Learning-Library's fine-tuning methods: what scripts import, call and look up."""
+"""The public interface of the Transfer-Learning-Library's fine-tuning methods, as scripts use it."""
 
 METHODS = {
     "stochnorm": "tllib.normalization.stochnorm",
@@ -11,7 +11,7 @@ METHODS = {
     "knowledge_distillation": "tllib.regularization.knowledge_distillation",
 }
 
-# What `from ... import *` gives.
+# The names that `from ... import *` imports.
 STAR_IMPORTED = {
     "stochnorm": "StochNorm1d StochNorm2d convert_model",
     "classifier": "Classifier",
@@ -27,7 +27,7 @@ STAR_IMPORTED = {
 _CLASSIFIER = "backbone num_classes bottleneck bottleneck_dim head finetune pool_layer"
 _STOCH_NORM = "num_features eps momentum affine track_running_stats p"
 
-# What is defined there, and how it is called: a class by its constructor's parameters.
+# The functions and classes with their parameters; a class has those of its constructor.
 SIGNATURES = {
     "stochnorm.StochNorm1d": _STOCH_NORM,
     "stochnorm.StochNorm1d.forward": "self input",
@@ -85,7 +85,7 @@ SIGNATURES = {
 _PARTS = "backbone num_classes pool_layer bottleneck _features_dim features_dim finetune"
 _LAYER = f"{_STOCH_NORM} weight bias running_mean running_var"
 
-# What their instances have, parameters, buffers and properties too.
+# The attributes of their instances, with parameters, buffers and properties.
 ATTRIBUTES = {
     "stochnorm.StochNorm1d": _LAYER,
     "stochnorm.StochNorm2d": _LAYER,

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for every architecture and reads what ptxas says of each kernel.
+"""Compile CUDA sources for every architecture and check what ptxas reports about each kernel.
 
 ``python tools/architectures.py csrc/cuda/*.cu`` fails on a warning, a spilled register or a stack frame. It needs nvcc
 and torch's headers, but no GPU.
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import build_parts
 
 FUNCTION = re.compile(
-    r"""(?:\ for\ '(?P<architecture>\w+)'\n)?  # of a kernel; what it calls comes after it, without
+    r"""(?:\ for\ '(?P<architecture>\w+)'\n)?  # only for a kernel; its called functions follow without it
     ptxas\ info\s*:\ Function\ properties\ for\ (?P<name>\S+)\n
     \s*(?P<stack>\d+)\ bytes\ stack\ frame,\ (?P<stores>\d+)\ bytes\ spill\ stores,\ (?P<loads>\d+)\ bytes\ spill\ loads
     (?:\nptxas\ info\s*:\ Used\ (?P<registers>\d+)\ registers(?:.*?\ (?P<shared>\d+)\ bytes\ smem)?)?""",
@@ -28,18 +28,26 @@ FUNCTION = re.compile(
 
 @dataclass(frozen=True)
 class Function:
-    """What ptxas says of one function, a kernel or what it calls, for one architecture."""
+    """ptxas' report about one function (a kernel or a function that it calls) for one architecture.
+
+    Attributes:
+        name: the mangled name.
+        architecture: such as sm_90.
+        registers: per thread; None for a called function.
+        stack, spill_stores, spill_loads: bytes.
+        shared: bytes of static shared memory.
+    """
 
     name: str
-    architecture: str  # like sm_90
-    registers: int | None  # None for a called function
-    stack: int  # bytes, as are those that follow
+    architecture: str
+    registers: int | None
+    stack: int
     spill_stores: int
     spill_loads: int
-    shared: int = 0  # without what a launch asks for
+    shared: int = 0
 
     def faults(self) -> str:
-        """What is wrong with it, if anything is."""
+        """The function's stack frame and spills in words; empty if it has none."""
         if self.stack or self.spill_stores or self.spill_loads:
             spills = f"{self.spill_stores} bytes stored and {self.spill_loads} loaded in spills"
             return f"{self.stack} bytes of stack frame, {spills}"
@@ -47,10 +55,10 @@ class Function:
 
 
 def read(report: str) -> list[Function]:
-    """All functions in what nvcc prints with ``-Xptxas -v``.
+    """All functions in the output of nvcc with ``-Xptxas -v``.
 
     Raises:
-        ValueError: there are others that this cannot read.
+        ValueError: the output contains functions that this cannot read.
     """
     functions: list[Function] = []
     for found in FUNCTION.finditer(report):
@@ -60,20 +68,23 @@ def read(report: str) -> list[Function]:
         functions.append(Function(found["name"], architecture, registers, *sizes))
     if len(functions) != report.count("bytes stack frame"):
         expected = report.count("bytes stack frame")
-        raise ValueError(f"expected {expected} functions in what ptxas says, could read {len(functions)}:\n{report}")
+        raise ValueError(f"expected {expected} functions in ptxas' report, could read {len(functions)}:\n{report}")
     return functions
 
 
 def check(
     source: str, toolkit: build_parts.Toolkit, architectures: Sequence[str], keep: Path | None = None
 ) -> tuple[list[Function], list[str]]:
-    """Compile ``source`` for all ``architectures``; its functions, and in a sentence each what is wrong.
+    """Compile ``source`` for all ``architectures``.
 
     Args:
-        source: path of a ``.cu``.
-        toolkit: whose nvcc compiles it.
-        architectures: like 9.0; with ``keep`` just one.
-        keep: a folder for what is compiled, a ``.cubin`` named as the source, and for the ``.ptx`` that it is made of.
+        source: path of a ``.cu`` file.
+        toolkit: the CUDA toolkit with the nvcc to use.
+        architectures: such as 9.0; only one with ``keep``.
+        keep: a folder for the ``.cubin`` and the ``.ptx``, which get the source's name; None: keep nothing.
+
+    Returns:
+        The functions, and one sentence for each fault.
     """
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
@@ -102,7 +113,7 @@ def check(
 
 
 def table(functions: Iterable[Function]) -> str:
-    """Registers of each kernel on each architecture; what a kernel calls has none of its own."""
+    """A table of the registers of each kernel on each architecture; called functions have no number of their own."""
     architectures = sorted({found.architecture for found in functions}, key=lambda name: (len(name), name))
     rows: dict[str, dict[str, int | None]] = {}
     for found in functions:
@@ -115,7 +126,7 @@ def table(functions: Iterable[Function]) -> str:
 
 
 def demangled(text: str) -> str:
-    """``text`` with C++ names as they are written, if there is a c++filt."""
+    """``text`` with demangled C++ names; unchanged if c++filt is missing."""
     if shutil.which("c++filt") is None:
         return text
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
@@ -124,7 +135,7 @@ def demangled(text: str) -> str:
 def main(sources: Iterable[str]) -> int:
     toolkit = build_parts.find_toolkit(os.environ)
     if isinstance(toolkit, str):
-        print(f"the kernels are not compiled: {toolkit}", file=sys.stderr)
+        print(f"the kernels cannot be compiled: {toolkit}", file=sys.stderr)
         return 1
     architectures = [name for name in build_parts.ARCHITECTURES if name in toolkit.architectures]
     print(f"CUDA {toolkit.version} for {' '.join(architectures)}")
@@ -135,7 +146,7 @@ def main(sources: Iterable[str]) -> int:
         for fault in faults:
             print(demangled(f"{source}: {fault}"), file=sys.stderr)
             status = 1
-    print("faults are found" if status else "no faults", file=sys.stderr if status else sys.stdout)
+    print("faults were found" if status else "no faults", file=sys.stderr if status else sys.stdout)
     return status
 
 

@@ -1,10 +1,10 @@
-"""Compiles the library of autograd nodes against the headers of other versions of torch.
+"""Compile the library of autograd nodes against the headers of other versions of torch.
 
     python tools/autograd_versions.py 2.10.0 2.11.0 2.12.1 2.14.1
 
-There is no stable ABI for nodes: every version of torch may ask for other code, and setup.py tries the one that is
-installed. This fails on an error or a warning with any that is named. It needs a C++ compiler, and pip to download the
-wheel of each for this Python, of which it keeps the headers as long as it takes.
+Autograd nodes have no stable ABI, so a version of torch may need other code. setup.py compiles only for the installed
+version. This tool fails on an error or a warning with any of the named versions. It needs a C++ compiler and pip, which
+downloads each version's wheel for this Python; only the headers are kept, and only while the tool runs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 
 
 def command(version: str, include: Path, sources: Sequence[Path]) -> list[str]:
-    """What compiles ``sources`` with torch's headers in ``include``, as setup.py would, and writes nothing."""
+    """A command that compiles ``sources`` with torch's headers in ``include`` as setup.py does, but writes nothing."""
     headers = [include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"]]
     return [
         *(*COMPILER, "-fsyntax-only", *build_parts.AUTOGRAD_FLAGS, "-Wall", "-Wextra", "-Werror"),
@@ -38,7 +38,7 @@ def command(version: str, include: Path, sources: Sequence[Path]) -> list[str]:
 
 
 def check(version: str, include: Path, sources: Sequence[Path]) -> str:
-    """What is wrong with ``sources`` under the headers of torch ``version`` in ``include``, if anything is."""
+    """The first error of compiling ``sources`` with the headers of torch ``version`` in ``include``; empty if none."""
     done = subprocess.run(command(version, include, sources), capture_output=True, text=True, check=False)
     if not done.returncode:
         return ""
@@ -46,10 +46,10 @@ def check(version: str, include: Path, sources: Sequence[Path]) -> str:
 
 
 def download(version: str, folder: Path) -> None:
-    """Fetch the wheel of torch ``version`` for this Python, and leave its headers in ``folder``.
+    """Download the wheel of torch ``version`` for this Python, and extract its headers to ``folder``.
 
     Raises:
-        subprocess.CalledProcessError: pip finds none.
+        subprocess.CalledProcessError: pip finds no wheel.
     """
     words = ["--quiet", "--no-deps", "--only-binary=:all:", f"torch=={version}"]
     subprocess.run([sys.executable, "-m", "pip", "download", "-d", folder, *words], check=True)
@@ -63,11 +63,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="VERSION")
     parser.add_argument(
-        "--headers", type=Path, metavar="DIR", help="take DIR/VERSION/torch/include, and download nothing"
+        "--headers", type=Path, metavar="DIR", help="use the headers in DIR/VERSION/torch/include; download nothing"
     )
     arguments = parser.parse_args(argv)
     if shutil.which(COMPILER[0]) is None:
-        print(f"nothing is compiled: there is no C++ compiler {COMPILER[0]}", file=sys.stderr)
+        print(f"nothing can be compiled: there is no C++ compiler {COMPILER[0]}", file=sys.stderr)
         return 1
     sources = sorted((ROOT / "csrc" / "autograd").glob("*.cpp"))
     status = 0
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
                     download(version, folder)
                 fault = check(version, folder / "torch" / "include", sources)
             except subprocess.CalledProcessError:
-                fault = "pip finds no wheel of it"
+                fault = "pip finds no wheel of this version"
         print(f"{version:<8}{fault or 'compiles'}", flush=True)
         status |= bool(fault)
     return status

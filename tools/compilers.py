@@ -1,12 +1,12 @@
-"""Compiles the CPU sources with other C++ compilers, and for another processor.
+"""Compile the CPU sources with other C++ compilers, and for another processor.
 
     python tools/compilers.py [COMPILER ...]
     python tools/compilers.py --flags
 
-Without arguments that is every compiler of a list that is there: the oldest and the newest of GCC and clang that serve,
-and GCC for aarch64, the processor beside some GPUs. It fails on an error or a warning, and where a compiler that was
-named, or all of the list, are missing. It needs torch's headers. The second form prints what the sources are compiled
-with, for other tools.
+Without arguments the tool uses every installed compiler of a list: the oldest and the newest supported GCC and clang,
+and GCC for aarch64, the processor beside some GPUs. It fails on an error or a warning. It also fails if a named
+compiler is missing, or if all compilers of the list are. It needs torch's headers. The second form prints the compiler
+flags of the sources, for other tools.
 """
 
 import importlib.util
@@ -24,12 +24,12 @@ import build_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = ("g++-11", "g++-14", "clang++-14", "clang++-19", "aarch64-linux-gnu-g++")
-# what compiles does not depend on how it is optimised, which would take most of the time
+# errors and warnings do not depend on optimisation, which would take most of the time
 STRICT = ("-O0", "-Wall", "-Wextra", "-Werror")
 
 
 def flags() -> list[str]:
-    """What setup.py compiles the sources with."""
+    """The flags with which setup.py compiles the sources."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
     headers = f"-isystem{Path(torch.origin).parent / 'include'}"
@@ -37,7 +37,7 @@ def flags() -> list[str]:
 
 
 def check(compiler: str, source: Path) -> str:
-    """What is wrong with ``source`` for ``compiler``, if anything is."""
+    """The first error of ``compiler`` for ``source``; empty if there is none."""
     words = [*shlex.split(compiler), "-c", "-o", os.devnull, *flags(), *STRICT, str(source)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if not done.returncode:
@@ -49,11 +49,11 @@ def main(compilers: Sequence[str]) -> int:
     if compilers == ["--flags"]:
         print(shlex.join(flags()))
         return 0
-    found = list(compilers) or [name for name in COMPILERS if shutil.which(name)]
-    missing = [name for name in compilers or COMPILERS if not shutil.which(shlex.split(name)[0])]
+    asked = compilers or COMPILERS
+    missing = [name for name in asked if not shutil.which(shlex.split(name)[0])]
     for name in missing:
-        print(f"{name}: is not there", file=sys.stderr)
-    found = [name for name in found if name not in missing]
+        print(f"{name}: is not installed", file=sys.stderr)
+    found = [name for name in asked if name not in missing]
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     status = int(bool(compilers and missing) or not found)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

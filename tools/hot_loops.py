@@ -1,8 +1,9 @@
-"""The loops of a CUDA kernel that move its vectors, and what one iteration of them does.
+"""Find the loops of a CUDA kernel that move its vectors, and measure one iteration of each.
 
-A *hot loop* is an innermost loop that moves a kernel's vectors. Its figures are those of one whole iteration: one that
-uses every vector that it loads. Of all ways through the loop that do, it is the shortest; of stoch_norm's first pass
-the shortest without a store, as of channels whose output waits for the constants.
+A *hot loop* is an innermost loop that moves a kernel's vectors. Its figures are those of one whole iteration: an
+iteration that uses every vector that it loads. If several ways through the loop do so, the shortest one counts. For the
+first pass of stoch_norm it is the shortest way without a store, the way of channels whose output needs the constants
+first.
 """
 
 import re
@@ -23,12 +24,12 @@ from sass import (
 
 
 def accesses_of(instructions: Sequence[Instruction], block: Block, whole: int) -> dict[int, Access]:
-    """Loads and stores of a block by the instruction that completes them.
+    """The loads and stores of a block, by the instruction that completes them.
 
     Args:
-        instructions: the kernel's.
+        instructions: the kernel's instructions.
         block: one of its blocks.
-        whole: bytes. Narrower ones of global memory at neighbouring addresses are taken together.
+        whole: bytes of a vector. Narrower accesses of global memory at neighbouring addresses are joined to one access.
     """
     found: dict[int, Access] = {}
     narrow: dict[tuple[bool, str, int], dict[int, int]] = defaultdict(dict)  # instructions by offset from a base
@@ -59,7 +60,7 @@ def accesses_of(instructions: Sequence[Instruction], block: Block, whole: int) -
                 narrow[access.stores, base, access.bytes][offset] = i
         written = instructions[i].registers[0]
         for key in [key for key in narrow if written is not None and re.search(rf"\bR{written}\b", key[1])]:
-            join_neighbours(key)  # what follows has another base of that name
+            join_neighbours(key)  # from here on the register holds another base
     for key in list(narrow):
         join_neighbours(key)
     return found
@@ -70,11 +71,11 @@ class Way:
     """One way through a loop.
 
     Attributes:
-        used: vectors that are loaded by `main_loads` and calculated with or stored.
-        stores: vectors that are stored.
-        calls: of functions, whose own instructions are not counted.
-        instructions: of a thread.
-        blocks: the way.
+        used: number of vectors that are loaded by `main_loads` and then calculated with or stored.
+        stores: number of vectors that are stored.
+        calls: number of function calls; the functions' own instructions are not counted.
+        instructions: number of instructions of a thread.
+        blocks: the blocks on the way.
     """
 
     used: int
@@ -87,8 +88,8 @@ class Way:
 def unavoidable(loop: Sequence[Block]) -> set[int]:
     """The blocks that every way through the loop passes, by their first instruction."""
     head = loop[0].begin
-    to: dict[int, int] = defaultdict(int, {head: 1})  # how many ways lead there from the head, and on to it again
-    back: dict[int, int] = defaultdict(int)
+    to: dict[int, int] = defaultdict(int, {head: 1})  # by block: the number of ways from the head to it
+    back: dict[int, int] = defaultdict(int)  # by block: the number of ways from it back to the head
     for block in loop:
         for successor in block.successors:
             to[successor] += to[block.begin] * (successor != head)
@@ -100,13 +101,13 @@ def unavoidable(loop: Sequence[Block]) -> set[int]:
 def main_loads(
     instructions: Sequence[Instruction], loop: Sequence[Block], accesses: Mapping[int, Access], vector: int
 ) -> set[int]:
-    """The loads of vectors that every way makes, or that come before any vector is calculated with on all ways.
+    """The loads of vectors that are on every way, or that come before the first calculation with a vector.
 
-    What is left is for some ways only, as the residual is in a first pass that writes.
+    Other loads are on some ways only, for example the load of the residual in a first pass that writes.
     """
     everywhere = unavoidable(loop)
     found: set[int] = set()
-    before: dict[int, tuple[frozenset[int], bool]] = {}  # registers that may hold a vector; whether one may be used
+    before: dict[int, tuple[frozenset[int], bool]] = {}  # registers that may hold a vector; whether a vector was used
     for block in loop:
         loaded, used = before.get(block.begin, (frozenset(), False))
         for i in range(block.begin, block.end):
@@ -126,20 +127,22 @@ def main_loads(
     return found
 
 
-# Registers with what is loaded and not used yet, each with its load; vectors used; vectors stored.
+# The registers that hold loaded vectors which are not used yet, each with its load; vectors used; vectors stored.
 State = tuple[frozenset[tuple[int, int]], int, int]
 
 
 def ways_through(
     instructions: Sequence[Instruction], loop: Sequence[Block], accesses: Mapping[int, Access], vector: int
 ) -> list[Way]:
-    """For each number of vectors used and stored in an iteration the shortest way; calls count as longer than all else.
+    """The shortest way for each number of vectors used and stored in an iteration.
+
+    A way with fewer calls is shorter than any way with more calls.
 
     Args:
-        instructions: the kernel's.
-        loop: its blocks, the head first.
-        accesses: of all of its blocks.
-        vector: bytes.
+        instructions: the kernel's instructions.
+        loop: the blocks of the loop, the head first.
+        accesses: the accesses of all its blocks.
+        vector: bytes of a vector.
     """
     main = main_loads(instructions, loop, accesses, vector)
     writes = {i for i, one in accesses.items() if one.stores and one.memory == "global" and one.bytes == vector}
@@ -193,7 +196,7 @@ def ways_through(
 def loads_in_flight(
     instructions: Sequence[Instruction], way: Way, accesses: Mapping[int, Access]
 ) -> list[tuple[int, Access]]:
-    """The loads of global memory that a thread has issued in an iteration when it first uses one."""
+    """The loads of global memory that a thread has issued in an iteration before it first uses a loaded value."""
     found: list[tuple[int, Access]] = []
     for block in way.blocks:
         for i in range(block.begin, block.end):
@@ -206,18 +209,18 @@ def loads_in_flight(
 
 @dataclass(frozen=True)
 class Loop:
-    """What a thread does in one iteration of a hot loop.
+    """The figures of a thread in one iteration of a hot loop.
 
     Attributes:
-        role: ``first pass`` or ``second pass`` of stoch_norm, elsewhere ``pass``; squared_distance's, ``with sources``
-            or ``no sources``.
-        element: the dtype that it calculates with or converts, where that is not in the kernel's name.
-        instructions: as many as are issued.
-        vectors: that are stored, or if none are, that are loaded; of stoch_norm, of each tensor.
-        vector_bytes: how wide they are, or the widest access where a kernel promises none.
-        load_bytes: loaded from global memory, vectors and all else.
-        store_bytes: stored there.
-        in_flight_bytes: loaded from global memory before the first use of any of that.
+        role: ``first pass`` or ``second pass`` in stoch_norm, ``pass`` in others; squared_distance adds ``with
+            sources`` or ``no sources``.
+        element: the dtype that the loop calculates with or converts, if it is not in the kernel's name.
+        instructions: number of issued instructions.
+        vectors: number of stored vectors, or of loaded vectors if none is stored; in stoch_norm, of each tensor.
+        vector_bytes: the width of a vector, or of the widest access if the kernel promises no vectors.
+        load_bytes: all bytes loaded from global memory.
+        store_bytes: all bytes stored to global memory.
+        in_flight_bytes: bytes loaded from global memory before the first use of any of them.
     """
 
     role: str
@@ -232,17 +235,17 @@ class Loop:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's figures.
+    """The figures of a kernel.
 
     Attributes:
-        name: without namespaces and parameters, like ``sliced_kernel<Forward<bfloat16, false>, 4, true>``.
-        operation: the source's name.
-        threads: the most of a block, by the launch bounds.
-        blocks: the most on a multiprocessor, by registers, or by the launch bounds where these say for how many the
-            kernel is compiled: as many are launched.
-        registers: of a thread.
-        shared_bytes: of a block, without what the launch asks for.
-        loops: the hot ones.
+        name: without namespaces and parameters, such as ``sliced_kernel<Forward<bfloat16, false>, 4, true>``.
+        operation: the name of the source file.
+        threads: the most threads of a block, by the launch bounds.
+        blocks: the most blocks on a multiprocessor, by registers; or the number in the launch bounds, if they have one,
+            since so many blocks are launched.
+        registers: per thread.
+        shared_bytes: static shared memory per block.
+        loops: the hot loops.
     """
 
     name: str
@@ -255,17 +258,17 @@ class Kernel:
 
 
 ELEMENTS = {"float": 4, "double": 8, "half": 2, "bfloat16": 2}
-SIGNS_BYTES, FULL_BYTES = 4, 16  # of a word of signs; of a vector where the kernel's name does not say it
-ON_CHIP = "solve_kernel"  # its work is arithmetic on what is in shared memory: no loop of it is hot here
+SIGNS_BYTES, FULL_BYTES = 4, 16  # of a word of signs; of a vector if the kernel's name does not give its width
+ON_CHIP = "solve_kernel"  # this kernel calculates in shared memory, so it has no hot loops
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """What a kernel promises of the vectors that it moves.
+    """The vectors that a kernel promises to move.
 
     Attributes:
-        bytes: how wide they are; None: it moves single elements.
-        tensors: of which the first of two passes loads one each; 0: there are no two passes.
+        bytes: width of a vector; None if the kernel moves single elements.
+        tensors: number of tensors that the first of two passes loads; 0 if the kernel does not have two passes.
     """
 
     bytes: int | None
@@ -273,7 +276,7 @@ class Vectors:
 
 
 def vectors_of(name: str) -> Vectors:
-    """The promise of a kernel by its short name: stoch_norm's says it, squared_distance has the widest there are."""
+    """A kernel's promise by its short name: stoch_norm's names give it, squared_distance has the widest vectors."""
     parts = re.fullmatch(r"\w+<(Forward|Backward)<(\w+), \w+>, (\d+), \w+>", name)
     if parts is not None:
         return Vectors(ELEMENTS[parts[2]] * int(parts[3]), 1 if parts[1] == "Forward" else 2)
@@ -283,39 +286,47 @@ def vectors_of(name: str) -> Vectors:
 
 
 def short(name: str) -> str:
-    """A demangled kernel's name without what says nothing: namespaces, parameters, what it returns."""
+    """A demangled kernel's name without namespaces, parameters and return type."""
     name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name.removeprefix("void "))
     return re.sub(r"\b__(?:nv_)?(half|bfloat16)\b", r"\1", name.partition("(")[0])
 
 
 def element_of(instructions: Iterable[Instruction]) -> str:
-    """The dtype that a loop without one in its kernel's name calculates with, or converts from or to."""
+    """The dtype that a loop calculates with or converts, for kernels without a dtype in their name."""
     opcodes = {instruction.opcode for instruction in instructions}
     if any(re.match(r"D(ADD|MUL|FMA)", opcode) for opcode in opcodes):
         return "double"
     if any(re.match(r"HADD2\.F32|F2FP\.F16", opcode) for opcode in opcodes):
         return "half"
-    return "bfloat16" if opcodes & {"PRMT", "IMAD.U32"} else "float"  # by which it is taken apart
+    return "bfloat16" if opcodes & {"PRMT", "IMAD.U32"} else "float"  # these instructions unpack bfloat16
 
 
 @dataclass(frozen=True)
 class HotLoop:
-    """One that moves vectors, and its accesses."""
+    """A loop that moves vectors, and its accesses.
+
+    Attributes:
+        instructions: the kernel's instructions.
+        blocks: the blocks of the loop, the head first.
+        accesses: its loads and stores.
+        vector: bytes of a vector.
+        ways: the ways through it.
+    """
 
     instructions: Sequence[Instruction]
-    blocks: Sequence[Block]  # the head first
+    blocks: Sequence[Block]
     accesses: Mapping[int, Access]
-    vector: int  # bytes
+    vector: int
     ways: Sequence[Way]
 
     def moves_vectors(self, words: bool) -> bool:
-        """Whether it stores two vectors, or loads two of which none is a neighbour of another.
+        """Whether the loop stores two vectors, or loads two vectors that are not neighbours.
 
-        Loops beside the hot ones over sums load their fields, which are neighbours; loops over constants load them in
-        whatever dtype they have.
+        This excludes other loops: loops over sums load neighbouring fields, and loops over constants load values of any
+        dtype.
 
         Args:
-            words: whether hot loops load nothing but vectors and words of signs.
+            words: whether hot loops load only vectors and words of signs.
         """
         if max((way.stores for way in self.ways), default=0) > 1:
             return True
@@ -330,15 +341,15 @@ class HotLoop:
         return len(alone) > 1
 
     def best(self, stores: bool | None) -> Way | None:
-        """The shortest way that uses as many vectors as any.
+        """The shortest of the ways that use the most vectors.
 
         Args:
-            stores: whether it stores vectors, then as many as any; None: as it likes.
+            stores: True: only ways that store the most vectors; False: only ways that store none; None: all ways.
         """
         used = max((way.used for way in self.ways), default=0)
         ways = [way for way in self.ways if way.used == used and (stores is None or bool(way.stores) == stores)]
         if stores and ways:
-            # Where vectors are words, the signs' stores look like theirs; each has an atomic operation beside it.
+            # Vectors of one word are as wide as words of signs. Each store of signs has an atomic operation beside it.
             atomic = sum(self.instructions[i].operation == "REDG" for i in self.span())
             most = max(way.stores for way in ways) - (atomic if self.vector == SIGNS_BYTES else 0)
             ways = [way for way in ways if way.stores == most]
@@ -357,10 +368,10 @@ class HotLoop:
         return sum(not one.stores and one.memory != "local" and one.bytes == self.vector for one in passed)
 
     def figures(self, role: str, way: Way, element: str = "", tensors: int = 0) -> Loop:
-        """What it does on that way. Of two passes the first loads so many ``tensors``."""
+        """The loop's figures on that way; ``tensors`` is the number of tensors that the first of two passes loads."""
         passed = [self.accesses[i] for block in way.blocks for i in range(block.begin, block.end) if i in self.accesses]
         moved = [one for one in passed if one.memory == "global"]
-        if not way.stores:  # those that it passes all the same have a predicate
+        if not way.stores:  # the stores on this way have a predicate and are not executed
             moved = [one for one in moved if not one.stores or one.bytes != self.vector]
         in_flight = loads_in_flight(self.instructions, way, self.accesses)
         return Loop(
@@ -375,7 +386,7 @@ class HotLoop:
         )
 
     def split(self) -> list[str]:
-        """A sentence for each width in which a vector or a part of it is moved in pieces."""
+        """One sentence for each width in which a vector, or a part of it, is moved in pieces."""
         counts: dict[tuple[str, int, int], int] = defaultdict(int)
         for access in self.accesses.values():
             if access.pieces > 1:
@@ -388,7 +399,7 @@ class HotLoop:
 
 
 def hot_loops(instructions: Sequence[Instruction], vectors: Vectors) -> list[HotLoop]:
-    """Those that move vectors, or of a kernel that has none, those that touch global memory."""
+    """The loops that move vectors; for a kernel that promises no vectors, the loops that access global memory."""
     found = []
     blocks = blocks_of(instructions)
     for loop in innermost_loops(blocks):
@@ -405,7 +416,7 @@ def hot_loops(instructions: Sequence[Instruction], vectors: Vectors) -> list[Hot
 
 
 def loops_of(instructions: Sequence[Instruction], name: str) -> tuple[list[Loop], list[str]]:
-    """A kernel's hot loops, and in a sentence each what is wrong with its machine code."""
+    """A kernel's hot loops, and one sentence for each fault of its machine code."""
     vectors = vectors_of(name)
     hot = [] if name.startswith(ON_CHIP) else hot_loops(instructions, vectors)
     local = sum(one.operation in ("LDL", "STL") for one in instructions)
@@ -429,10 +440,11 @@ def loops_of(instructions: Sequence[Instruction], name: str) -> tuple[list[Loop]
 
 
 def two_passes(instructions: Sequence[Instruction], hot: Sequence[HotLoop], tensors: int) -> list[Loop]:
-    """The loop of the first pass, which ends with sums over a warp by shuffles, and that of the second one behind them.
+    """The main loops of the first and of the second pass.
 
-    nvcc may make several versions of a loop: for channels that are written in the first pass, or of another depth. Of
-    those with a whole iteration without a store, in the second pass with stores, it is the one that moves most vectors.
+    The first pass ends with sums over a warp by shuffles, and the second pass follows them. nvcc may make several
+    versions of a loop, for example with another unrolling. The main version is the one that moves the most vectors in
+    an iteration without stores (first pass) or with stores (second pass).
     """
     inside = {i for loop in hot for i in loop.span()}
     sums = [i for i, one in enumerate(instructions) if one.operation == "SHFL" and i not in inside]
@@ -450,9 +462,9 @@ def two_passes(instructions: Sequence[Instruction], hot: Sequence[HotLoop], tens
 
 
 def main_of_each_kind(loops: Iterable[HotLoop], vectors: Vectors) -> list[Loop]:
-    """Of the versions of each loop, which move alike, the main one, which is the first that a thread reaches.
+    """The main version of each loop: among versions with equal moves, the first that a thread reaches.
 
-    The others are for what it leaves, one vector at a time, even where nvcc has unrolled these further.
+    The later versions move the remainder, one vector at a time, even if nvcc has unrolled them further.
     """
     kinds: dict[tuple[str, str, int, float, float], Loop] = {}
     for hot in loops:

@@ -1,11 +1,11 @@
-"""Reads the machine code of the CUDA kernels: how wide their loops load and store, and in how many instructions.
+"""Check the machine code of the CUDA kernels: the width of their loads and stores, and the instructions per loop.
 
-``python tools/machine_code.py`` compiles csrc/cuda/*.cu for one architecture, takes the machine code apart and fails
-where a loop moves its vectors in pieces, where a kernel uses local memory, and on whatever architectures.py fails on.
-``--write`` puts the figures into benchmarks/results/machine_code and their table into docs/kernels.md. It needs nvcc,
-torch's headers, c++filt and nvdisasm (``pip install nvidia-cuda-nvdisasm``), but no GPU.
+``python tools/machine_code.py`` compiles csrc/cuda/*.cu for one architecture and disassembles the machine code. It
+fails if a loop moves its vectors in pieces, if a kernel uses local memory, or if architectures.py would fail.
+``--write`` writes the figures to benchmarks/results/machine_code and their table to docs/kernels.md. The tool needs
+nvcc, torch's headers, c++filt and nvdisasm (``pip install nvidia-cuda-nvdisasm``), but no GPU.
 
-What a hot loop is, and what counts in it: hot_loops.py.
+hot_loops.py defines what a hot loop is and what counts in it.
 """
 
 import argparse
@@ -33,31 +33,31 @@ RESULTS = ROOT / "benchmarks" / "results" / "machine_code"
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
 
-# An H100 SXM, by its data sheet; of a load's latency under full load no more than the range is known.
-BANDWIDTH = 3.35e12  # bytes a second
+# An H100 SXM, by its data sheet. The latency of a load under full load is known only as a range.
+BANDWIDTH = 3.35e12  # bytes per second
 LATENCY = (600e-9, 1000e-9)  # seconds
-MULTIPROCESSORS, CLOCK = 132, 1.98e9  # the latter in Hz
-WARP, ISSUED = 32, 4  # threads; warp instructions that a multiprocessor issues in a cycle
-REGISTERS, REGISTERS_AT_ONCE = 65536, 256  # of a multiprocessor; given to a warp in such pieces
-THREADS = 2048  # that a multiprocessor of compute capability 9.0 holds
+MULTIPROCESSORS, CLOCK = 132, 1.98e9  # Hz
+WARP, ISSUED = 32, 4  # threads; warp instructions that a multiprocessor issues per cycle
+REGISTERS, REGISTERS_AT_ONCE = 65536, 256  # of a multiprocessor; the unit in which a warp gets them
+THREADS = 2048  # the most threads on a multiprocessor of compute capability 9.0
 
-# What may differ from the recorded figures, which are another build's of the same compiler: instructions of a loop and
-# bytes in flight as a share, registers as they are.
+# The tolerated difference from the recorded figures, which come from another build with the same compiler: relative for
+# the instructions of a loop and the bytes in flight, absolute for registers.
 TOLERANCE, REGISTERS_TOLERANCE = 0.1, 8
 
 
 class Unavailable(Exception):
-    """A program is missing that the machine code is read with."""
+    """A program that is needed to read the machine code is missing."""
 
 
-# ---- Compiling and taking apart
+# ---- Compile and disassemble
 
 
 def find_disassembler() -> str:
-    """The path of nvdisasm: that of its Python package, or the one on the PATH.
+    """The path of nvdisasm, from its Python package or from the PATH.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: nvdisasm is not installed.
     """
     try:
         files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
@@ -66,15 +66,15 @@ def find_disassembler() -> str:
     own = [str(file.locate()) for file in files if file.stem == "nvdisasm"]
     found = next((path for path in own if os.access(path, os.X_OK)), None) or shutil.which("nvdisasm")
     if found is None:
-        raise Unavailable("no nvdisasm is found: pip install nvidia-cuda-nvdisasm brings it")
+        raise Unavailable("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
     return found
 
 
 def read(listing: str) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel, by its mangled name, in what ``nvdisasm -json`` prints.
+    """The instructions of each kernel, by mangled name, from the output of ``nvdisasm -json``.
 
     Raises:
-        ValueError: it prints something else.
+        ValueError: the output has another form.
     """
     try:
         _, functions = json.loads(listing)
@@ -90,7 +90,7 @@ def read(listing: str) -> dict[str, list[Instruction]]:
 
 
 def bounds_of(ptx: str) -> dict[str, tuple[int, int]]:
-    """The launch bounds of each kernel: threads of a block, and blocks on a multiprocessor; 0 where there are none."""
+    """The launch bounds of each kernel: threads per block, and blocks per multiprocessor; 0 if there is no bound."""
     found = {}
     for entry in re.finditer(r"\.entry (\w+)\(.*?\n\)(.*?)\{", ptx, re.S):
         most, least = (re.search(rf"\.{what} (\d+)", entry[2]) for what in ("maxntid", "minnctapersm"))
@@ -99,21 +99,21 @@ def bounds_of(ptx: str) -> dict[str, tuple[int, int]]:
 
 
 def blocks_by_registers(registers: int, threads: int) -> int:
-    """How many blocks a multiprocessor has registers and threads for."""
+    """The most blocks on a multiprocessor, by its registers and threads."""
     pieces = -(-registers * WARP // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
     warps = -(-threads // WARP)
     return min(REGISTERS // (pieces * warps), THREADS // (warps * WARP))
 
 
 def check(source: str, toolkit: build_parts.Toolkit, architecture: str) -> tuple[list[Kernel], list[str]]:
-    """Compile ``source`` and read its machine code; its kernels, and in a sentence each what is wrong.
+    """Compile ``source`` and read its machine code; returns its kernels, and one sentence for each fault.
 
     Raises:
-        Unavailable: a program is missing that this takes.
+        Unavailable: a program that this needs is missing.
     """
     disassembler = find_disassembler()
     if shutil.which("c++filt") is None:
-        raise Unavailable("no c++filt is found: binutils brings it")
+        raise Unavailable("c++filt is not installed: it is part of binutils")
     with tempfile.TemporaryDirectory() as folder:
         functions, faults = architectures.check(source, toolkit, [architecture], keep=Path(folder))
         if not functions:
@@ -147,19 +147,19 @@ def check(source: str, toolkit: build_parts.Toolkit, architecture: str) -> tuple
     return kernels, faults
 
 
-# ---- What is recorded
+# ---- The recorded figures
 
 
 @dataclass(frozen=True)
 class Record:
-    """The figures of all kernels, as the committed file has them."""
+    """The figures of all kernels, as in the committed file."""
 
-    cuda: str  # the version of nvcc, like 13.0
-    architecture: str  # like sm_90
+    cuda: str  # the version of nvcc, such as 13.0
+    architecture: str  # such as sm_90
     kernels: tuple[Kernel, ...]
 
     def text(self) -> str:
-        """JSON, a kernel a line; roles and elements that say nothing are left out."""
+        """The record as JSON, one kernel per line; empty roles and elements are left out."""
         lines = []
         for kernel in self.kernels:
             entry = asdict(kernel)
@@ -181,11 +181,11 @@ class Record:
 
 
 def differences(recorded: Record, found: Record) -> list[str]:
-    """In a sentence each, where kernels differ from the recorded ones by more than the tolerance."""
+    """One sentence for each difference from the recorded figures that exceeds the tolerance."""
     sentences = []
     ours, theirs = ({kernel.name: kernel for kernel in record.kernels} for record in (found, recorded))
     for name in sorted(ours.keys() ^ theirs.keys()):
-        sentences.append(f"{name}: {'not recorded' if name in ours else 'recorded, but not there'}")
+        sentences.append(f"{name}: {'not recorded' if name in ours else 'recorded, but does not exist'}")
     for name in sorted(ours.keys() & theirs.keys()):
         own, its = ours[name], theirs[name]
         if abs(own.registers - its.registers) > REGISTERS_TOLERANCE:
@@ -202,28 +202,32 @@ def differences(recorded: Record, found: Record) -> list[str]:
     return sentences
 
 
-# ---- The page's table
+# ---- The table of the page
 
 
 def asked_in_flight() -> tuple[float, float]:
-    """Little's law: bytes that each multiprocessor has to have in flight for all of the bandwidth, least and most."""
+    """The least and the most bytes that each multiprocessor must have in flight for full bandwidth (Little's law)."""
     least, most = (BANDWIDTH * latency / MULTIPROCESSORS for latency in LATENCY)
     return least, most
 
 
 def issue_limit() -> float:
-    """Instructions per 16 bytes from which on they, not memory, limit a pass at full bandwidth."""
+    """The instructions per 16 bytes above which instructions, not memory, limit a pass."""
     bytes_a_cycle = BANDWIDTH / MULTIPROCESSORS / CLOCK
     return ISSUED * FULL_BYTES * WARP / bytes_a_cycle
 
 
 def per_sixteen(loop: Loop) -> float:
+    """The instructions per 16 bytes moved."""
     return loop.instructions * FULL_BYTES / (loop.load_bytes + loop.store_bytes)
 
 
 def rows_of(kernel: Kernel) -> dict[str, list[Loop]]:
-    """The rows of a kernel in the table, with the loops of each: two passes in one, and of others the shortest loop in
-    float and in bfloat16, or where loops have no dtype the one that takes most instructions for what it moves."""
+    """The rows of a kernel in the table, with the loops of each row.
+
+    Two passes share one row. Other kernels have one row for the shortest loop in float and one for bfloat16. If their
+    loops have no dtype, the row is the loop with the most instructions per 16 bytes.
+    """
     if vectors_of(kernel.name).tensors:
         return {f"`{kernel.name}`": list(kernel.loops)}
     found: dict[str, list[Loop]] = {}
@@ -235,8 +239,11 @@ def rows_of(kernel: Kernel) -> dict[str, list[Loop]]:
 
 
 def is_shown(kernel: Kernel, kernels: Sequence[Kernel]) -> bool:
-    """Whether a kernel has a row: of stoch_norm those with the widest vectors in float and bfloat16, of kernels for
-    lists those for long ones. With what follows the norm the sliced schedule alone is shown."""
+    """Whether a kernel has a row in the table.
+
+    Shown are, of stoch_norm, the kernels with the widest vectors in float and bfloat16, and, of kernels for lists,
+    those for long lists. With an activation or a residual, only the sliced schedule is shown.
+    """
     numbers = [
         [int(number) for number in re.findall(r"[<\s](\d+)\b", one.name)]
         for one in kernels
@@ -247,8 +254,11 @@ def is_shown(kernel: Kernel, kernels: Sequence[Kernel]) -> bool:
 
 
 def table(record: Record) -> str:
-    """The table of the page: bold where vectors are narrower, or less is in flight, or more instructions are issued,
-    than a pass at full bandwidth asks for."""
+    """The table of the page.
+
+    A figure is bold if it misses what full bandwidth needs: vectors too narrow, too few bytes in flight, or too many
+    instructions.
+    """
     _, asked = asked_in_flight()
     limit = issue_limit()
     lines = [
@@ -258,7 +268,7 @@ def table(record: Record) -> str:
     ]
 
     def cell(values: Iterable[tuple[float, bool]]) -> str:
-        """Numbers, those that miss what is asked in bold, and a dash for 0."""
+        """Numbers with their separators: bold if they miss what is needed, and a dash for 0."""
         shown = ["–" if value == 0 else f"**{value:.0f}**" if misses else f"{value:.0f}" for value, misses in values]
         return " / ".join(shown)
 
@@ -278,38 +288,38 @@ def table(record: Record) -> str:
 
 
 def written(page: str, record: Record) -> str:
-    """The page with the record's table between its marks.
+    """The page with the record's table between its two marks.
 
     Raises:
-        ValueError: it has no such marks.
+        ValueError: a mark is missing in the page.
     """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"expected {BEGIN} and {END} in the page, which has not both")
+        raise ValueError(f"expected {BEGIN} and {END} in the page, but at least one is missing")
     return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Read the machine code of the CUDA kernels.")
+    parser = argparse.ArgumentParser(description="Check the machine code of the CUDA kernels.")
     parser.add_argument("sources", nargs="*", help=".cu files (default: all in csrc/cuda)")
     parser.add_argument("--architecture", default="9.0", help="a compute capability (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="record the figures, for 9.0 in docs/kernels.md as well")
+    parser.add_argument("--write", action="store_true", help="record the figures; for 9.0 also in docs/kernels.md")
     given = parser.parse_args(arguments)
     every = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [Path(source) for source in given.sources] or every
     if given.write and {source.resolve() for source in sources} != set(every):
-        parser.error("--write records all of csrc/cuda, so it takes no other list of sources")
+        parser.error("--write records all of csrc/cuda, so it takes no list of sources")
     toolkit = build_parts.find_toolkit(os.environ)
     if isinstance(toolkit, str):
-        print(f"the kernels are not compiled: {toolkit}", file=sys.stderr)
+        print(f"the kernels cannot be compiled: {toolkit}", file=sys.stderr)
         return 1
     try:
         find_disassembler()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(lambda source: check(str(source), toolkit, given.architecture), sources))
     except Unavailable as reason:
-        print(f"the machine code is not read: {reason}", file=sys.stderr)
+        print(f"the machine code cannot be read: {reason}", file=sys.stderr)
         return 1
     name = f"sm_{given.architecture.replace('.', '')}"
     record = Record(toolkit.version, name, tuple(kernel for kernels, _ in done for kernel in kernels))

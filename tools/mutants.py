@@ -1,11 +1,12 @@
-"""Mutation testing: changes one place of the package at a time, and sees whether a test fails.
+"""Mutation testing: change one place of the package at a time, and check whether a test fails.
 
     python tools/mutants.py [--mutants N] [--seed N] [--only MODULE ...] [--out FILE]
 
-A sample of the changes that cosmic-ray knows, from all modules of talib_fast/ops and talib_fast/finetune by their size,
-is tried on copies of the tree, a core each, by the test files that are about the module. It prints each change that no
-test notices, and their share; with ``--out`` all of them are written to a file of JSON. For a night: a change takes as
-long as the tests up to the one that notices it.
+The tool draws a sample of the changes that cosmic-ray can make in talib_fast/ops and talib_fast/finetune. It makes each
+change in a copy of the tree and runs the test files about the changed module. For operations they run again with
+``TALIB_FAST_BACKEND=pytorch``, since PyTorch implementations do not run where kernels do. The tool prints each change
+that no test notices, and the share of changes that are noticed. ``--out`` writes all changes to a JSON file. A run
+takes a night: each change costs the time of the tests up to the one that fails.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import queue
 import random
+import shlex
 import shutil
 import sys
 import tempfile
@@ -27,8 +29,8 @@ from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkResult
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 3600  # seconds for the tests of one change; it counts as noticed after that
-# test files by module, where they are not those of the module's own name
+PATIENCE = 3600  # seconds for the tests of one change; after that the change counts as noticed
+# the test files of modules that have no test file of their own name, or more than that
 TESTS = {
     "ops/activation": ["activation"],
     "ops/draw": ["stoch_norm", "checkpointing"],
@@ -55,16 +57,18 @@ TESTS = {
     "finetune/separable": ["attention"],
     "finetune/stochnorm": ["stoch_norm"],
 }
+# the modules in ops that are no part of an operation: their tests need the compiled library, or no backend
+NO_OPERATIONS = ("enqueue", "library", "snapshot")
 
 
 def tests_of(module: Path) -> list[str]:
-    """The test files about a module of the package, with the tests of its own name for what is not listed."""
+    """The test files about a module of the package: those in `TESTS`, or the file of the module's own name."""
     name = module.relative_to("talib_fast").with_suffix("").as_posix()
     return [f"tests/test_{test}.py" for test in TESTS.get(name, [module.stem])]
 
 
 def changes_of(module: Path) -> list[MutationSpec]:
-    """All changes of a module, but those of annotations' ``|``, which no import survives."""
+    """All changes of a module, except changes of ``|`` in annotations, which would make the import fail."""
     tree = get_ast_from_path(ROOT / module)
     found: list[MutationSpec] = []
     for name in sorted(plugins.operator_names()):
@@ -88,28 +92,30 @@ def sampled(found: Sequence[MutationSpec], number: int, seed: int) -> list[Mutat
 
 
 def copy_tree(folder: Path) -> Path:
-    """A copy of what the tests need, compiled libraries included."""
+    """A copy of the tree with everything that the tests need, compiled libraries included."""
     ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "runs", "results", "dist")
     return Path(shutil.copytree(ROOT, folder, ignore=ignored))
 
 
 def attempt(change: MutationSpec, tree: Path) -> WorkResult:
-    """What the tests say of a change, which is made in ``tree`` and taken back."""
+    """Make a change in ``tree``, run the tests about its module, and undo it."""
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    command = ["env", "-C", str(tree), f"PYTHONPATH={tree}", *words, *tests_of(change.module_path)]
+    tests = shlex.join(["env", "-C", str(tree), f"PYTHONPATH={tree}", *words, *tests_of(change.module_path)])
+    if change.module_path.parts[1] == "ops" and change.module_path.stem not in NO_OPERATIONS:
+        tests = f"{tests} && TALIB_FAST_BACKEND=pytorch {tests}"
     placed = MutationSpec(
         tree / change.module_path, change.operator_name, change.occurrence, change.start_pos, change.end_pos
     )
-    return mutate_and_test([placed], " ".join(command), PATIENCE)
+    return mutate_and_test([placed], shlex.join(["sh", "-c", tests]), PATIENCE)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutants", type=int, default=200, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--only", nargs="+", default=[], metavar="MODULE", help="such as ops/draw")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--mutants", type=int, default=200, metavar="N", help="number of changes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODULE", help="modules such as ops/draw (all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="changes at a time (all cores)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for all changes and what became of them")
     return parser.parse_args(argv)
 
 

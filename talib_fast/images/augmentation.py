@@ -1,4 +1,4 @@
-"""Changes of training images, drawn anew for every step."""
+"""Augmentation of training images, drawn again for every step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,18 @@ from .preprocessing import Preprocessing, transforms, without_far_ends
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHIFTS = ("none", "shift", "shift_flip")  # of prepared images, a whole batch at a time
-CROPS = ("standard", "randaugment")  # of images as they were read, one at a time
-SHIFT = 1 / 16  # largest shift, as a fraction of the side
-SCALE = (0.08, 1.0)  # share of an image's area that is cut out, torchvision's and timm's default
-JITTER = 0.4  # of brightness, contrast and saturation: timm's default
+SHIFTS = ("none", "shift", "shift_flip")  # applied to prepared images, a whole batch at a time
+CROPS = ("standard", "randaugment")  # applied to images as they were read, one at a time
+SHIFT = 1 / 16  # the largest shift, as a fraction of the side
+SCALE = (0.08, 1.0)  # share of an image's area in the crop, torchvision's and timm's default
+JITTER = 0.4  # of brightness, contrast and saturation, timm's default
 
 
 class RandomCrops:
-    """An RGB image of Pillow's → uint8 ``[3, S, S]``: a random part of it, maybe mirrored, its colours changed.
+    """An RGB Pillow image → uint8 ``[3, S, S]``: a random crop, flipped at random, with changed colours.
 
-    ``standard``: RandomResizedCrop, RandomHorizontalFlip and ColorJitter of torchvision; ``randaugment``: RandAugment
-    in the last one's place. Draws from torch's global generator.
+    ``standard`` is torchvision's RandomResizedCrop, RandomHorizontalFlip and ColorJitter. ``randaugment`` has
+    RandAugment instead of ColorJitter. The random numbers come from torch's global generator.
     """
 
     def __init__(self, how: str, preprocessing: Preprocessing) -> None:
@@ -31,7 +31,7 @@ class RandomCrops:
         colours = v2.ColorJitter(JITTER, JITTER, JITTER) if how == "standard" else v2.RandAugment()
         crop = v2.RandomResizedCrop(size, SCALE, interpolation=interpolation)
         self.transform: Any = v2.Compose([crop, v2.RandomHorizontalFlip(), colours, v2.PILToTensor()])
-        # how long a side must be for the smallest part of a square image to be as large as what is made of it
+        # with sides of this length, the smallest crop of a square image has at least size × size pixels
         self.at_least = round(size / SCALE[0] ** 0.5)
 
     def __call__(self, image: "Image") -> Tensor:
@@ -41,9 +41,14 @@ class RandomCrops:
 def shifted(
     images: Tensor, how: str, generator: torch.Generator, batch_size: int | None = None, part: slice = slice(None)
 ) -> Tensor:
-    """Shift every image (uint8 [B, 3, S, S]) by a few pixels of its own, filling with black; maybe mirror it.
+    """Shift each image of uint8 [B, 3, S, S] by a few random pixels, fill with black, and mirror some images.
 
-    The images may be ``part`` of a batch of ``batch_size``; they are changed as they would be in the whole batch.
+    Args:
+        images: uint8 [B, 3, S, S]; they may be a ``part`` of a batch of ``batch_size``.
+        how: one of SHIFTS.
+        generator: source of the random numbers.
+        batch_size: size of the whole batch; None: that of ``images``.
+        part: the place of ``images`` in the batch. They change in the same way as in the whole batch.
     """
     if how == "none":
         return images

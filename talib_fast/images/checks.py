@@ -1,4 +1,4 @@
-"""All image files looked at before any work is done: damaged ones, and those with the same content."""
+"""Check all image files before any work is done: find damaged files, and files with the same content."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Checked:
-    """One file: the SHA-256 of its content, and why it can't be read as an image, if it can't."""
+    """One file: the SHA-256 of its content, and why it cannot be read as an image (None if it can)."""
 
     digest: str
     damage: str | None
@@ -45,14 +45,14 @@ def check_file(path: Path) -> Checked:
 
 
 def check_files(paths: Sequence[Path], workers: int, show: bool) -> list[Checked]:
-    """Every file read and decoded, by so many processes."""
+    """Read and decode every file with so many worker processes; ``show`` shows a progress bar."""
     batches = batched(range(len(paths)), BATCH)
     items = in_workers(_Files(paths), batches, min(workers, len(batches)))
     return [checked for batch in progress(items, "Checking images", len(batches), show) for checked in batch]
 
 
 def duplicates(checked: Sequence[Checked]) -> list[list[int]]:
-    """Groups of two and more files with the same content, by index, in order."""
+    """Groups of two or more files with the same content, as lists of indices, in order."""
     groups: dict[str, list[int]] = {}
     for index, file in enumerate(checked):
         if file.damage is None:

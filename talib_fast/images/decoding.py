@@ -13,34 +13,36 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageError"]
 
-# torchvision's, GIF, and under which browsers save JPEGs and AVIF
+# the suffixes of torchvision, GIF, and those with which browsers save JPEG and AVIF files
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-BACKGROUND = (255, 255, 255)  # what is seen behind transparent images
+BACKGROUND = (255, 255, 255)  # the colour behind transparent images
 
 
 class ImageError(UserError):
-    """A file that can't be read as an image; ``reason`` says why in a few words."""
+    """A file cannot be read as an image; ``reason`` says why in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be read as an image ({reason}): replace it or remove it")
         self.name, self.reason = name, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.reason)  # by which a worker's error reaches the process that asked
+        return type(self), (self.name, self.reason)  # pickles the error, which a worker sends to its parent process
 
 
 def read(source: str | PathLike | IO[bytes] | bytes, at_least: int | None = None, name: str | None = None) -> "Image":
-    """The image in a file as 8-bit RGB, the way up that its camera says, transparent parts on white.
+    """The image in a file as 8-bit RGB, rotated as its EXIF data say, with transparent parts on white.
 
     Args:
         source: path, open file or content.
-        at_least: sides that may be halved while they stay this long, which makes decoding large JPEGs cheap.
-        name: what to call it in errors; its path by default.
+        at_least: a large JPEG may be decoded at a reduced size (1/2, 1/4 or 1/8) whose sides are at least this long,
+            which is cheap; None: full size.
+        name: the image's name in errors; None: its path.
 
     Raises:
-        ImageError: damaged, of no known format, above Pillow's limit of pixels, or of more than 16 bits a channel.
+        ImageError: the file is damaged, has no known format, has more pixels than Pillow's limit, or has more than 16
+            bits per channel.
     """
     needed("PIL.Image", "reading images")
     from PIL import Image, UnidentifiedImageError
@@ -49,7 +51,7 @@ def read(source: str | PathLike | IO[bytes] | bytes, at_least: int | None = None
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of metadata that no pixel depends on
+            warnings.simplefilter("ignore")  # Pillow warns of large images, and of metadata that change no pixel
             with Image.open(file) as image:
                 if at_least is not None:
                     image.draft("RGB", (at_least, at_least))
@@ -59,12 +61,12 @@ def read(source: str | PathLike | IO[bytes] | bytes, at_least: int | None = None
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(name, f"it has more than {most} megapixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, MemoryError) as error:  # by decoder
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, MemoryError) as error:  # of decoders
         raise ImageError(name, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def to_rgb(image: "Image") -> "Image":
-    """An opened image of Pillow's as 8-bit RGB; raises ValueError where bits would be lost that matter."""
+    """An opened Pillow image as 8-bit RGB; raises ValueError for 32 bits per pixel, whose range is not known."""
     import numpy as np
     from PIL import Image
 
@@ -72,11 +74,11 @@ def to_rgb(image: "Image") -> "Image":
     image = upright(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I" and kind in ("PNG", "PPM"):  # how Pillow gives their 16-bit greys, or gave them
+    if image.mode == "I" and kind in ("PNG", "PPM"):  # some versions of Pillow give 16-bit greys in this mode
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        # what is black and white in such a file is known to who made it, and not said in it
-        raise ValueError("it has 32 bits a pixel, convert it to 8 or 16")
+        # such a file does not say which values mean black and white
+        raise ValueError("it has 32 bits per pixel, convert it to 8 or 16")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.new("RGBA", layers.size, (*BACKGROUND, 255))
@@ -85,16 +87,16 @@ def to_rgb(image: "Image") -> "Image":
 
 
 def upright(image: "Image") -> "Image":
-    """An opened image of Pillow's the way up that its camera says, or as it lies where that can't be read.
+    """An opened Pillow image, rotated as its EXIF data say; unchanged if they cannot be read.
 
-    Pillow's ``exif_transpose`` rewrites all metadata as well, and fails where any of them is damaged.
+    Pillow's ``exif_transpose`` also rewrites all metadata, and so fails if any of them are damaged.
     """
     from PIL import ExifTags, Image
 
-    image.load()  # damaged pixels are an error, damaged metadata none
+    image.load()  # raises an error for damaged pixels, but not for damaged metadata
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # each kind of damage has its own
+    except Exception:  # each kind of damage raises its own error
         orientation = None
     turn = Image.Transpose
     turns = {

@@ -1,4 +1,4 @@
-"""Images in folders: which class each one is of, and which files are none."""
+"""Image files in folders, and their classes."""
 
 import difflib
 import os
@@ -18,7 +18,15 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "t
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images with their classes: ``labels`` is int64 [N] into ``classes``; ``ignored`` are files that are no images."""
+    """Image files with their classes.
+
+    Attributes:
+        folder: the folder that holds the class folders.
+        classes: names of the classes.
+        paths: the files.
+        labels: int64 [N], indices into ``classes``.
+        ignored: files in the folder that are no images.
+    """
 
     folder: Path
     classes: tuple[str, ...]
@@ -27,25 +35,32 @@ class ImageFiles:
     ignored: tuple[Path, ...] = ()
 
     def labelled_as(self, classes: Sequence[str]) -> "ImageFiles":
-        """The same images with labels into other classes, which must contain all of theirs."""
+        """The same images with indices into other ``classes``; raises UsageError if a class is not among them."""
         places_of = {composed(name): place for place, name in enumerate(classes)}
         for name in self.classes:
             if composed(name) not in places_of:
                 near = ", ".join(difflib.get_close_matches(name, classes, n=3) or classes[:3])
                 raise UsageError(
-                    f"{printable(self.folder)} has a class {name}, which is none of the {len(classes)} known classes: "
-                    f"rename or remove that folder; the nearest are {near}"
+                    f"{printable(self.folder)} has a class {name}, which is not one of the {len(classes)} known "
+                    f"classes: rename or remove that folder (similar names: {near})"
                 )
         places = torch.tensor([places_of[composed(name)] for name in self.classes])
         return ImageFiles(self.folder, tuple(classes), self.paths, places[self.labels], self.ignored)
 
 
 def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> ImageFiles:
-    """The images below a folder. The class of each is the path, below that folder, of the folder that holds it.
+    """The images below a folder. An image's class is the path of its folder, relative to ``folder``.
 
-    So ``Fruit/Apple/1.jpg`` is of the class ``Fruit/Apple``, and ``Apple/1.jpg`` of the class ``Apple``. Hidden files
-    and folders are left out. Raises UsageError where there are less than ``least`` classes, or, unless one is enough,
-    a folder for one is empty.
+    For example, ``Fruit/Apple/1.jpg`` has the class ``Fruit/Apple``, and ``Apple/1.jpg`` has the class ``Apple``.
+    Hidden files and folders are left out.
+
+    Args:
+        folder: the folder that holds the class folders.
+        option: the option that named the folder, for errors.
+        least: the least number of classes.
+
+    Raises:
+        UsageError: there are fewer than ``least`` classes; or ``least`` is at least 2 and a class folder is empty.
     """
     folder = existing(folder, option)
     members: dict[str, list[Path]] = {}
@@ -72,20 +87,23 @@ def labelled(folder: str | Path, option: str = "--data", least: int = 2) -> Imag
 
 
 def class_name(child: Path, folder: Path) -> str:
-    """What the class of the images in a folder below another is called."""
+    """The name of the class of the images in ``child``, a folder below ``folder``."""
     return composed(printable(child.relative_to(folder)))
 
 
 def composed(name: str) -> str:
-    """The one spelling of a name in Unicode: file systems keep é as one letter, or as an e and an accent."""
+    """A name in Unicode's composed form (NFC): file systems store é as one letter, or as e and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:
-    """The folders ``train``, ``val`` and ``test`` where a folder is built of these; empty where it is not.
+    """The folders ``train``, ``val`` and ``test`` of a folder that consists of these; empty for any other folder.
 
-    It is where it has a ``train`` with folders in it, and no other folder that holds images. ``valid`` and
-    ``validation`` are other names of ``val``.
+    A folder consists of these parts if its ``train`` contains folders, and if no other folder in it holds images.
+    ``valid`` and ``validation`` are other names for ``val``.
+
+    Raises:
+        UsageError: there are two folders for one part, a part ``train`` is missing, or other folders hold images.
     """
     folder = existing(folder, option)
     found: dict[str, Path] = {}
@@ -102,7 +120,7 @@ def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:
             found[part] = child
     rest = [child for child in rest if any(is_image for _, is_image in walk(child))]
     if rest and len(found) < 2:
-        return {}  # a class may be called train
+        return {}  # the only folder with a part's name may be a class, such as a class "train" of vehicles
     if rest:
         raise UsageError(
             f"{printable(folder)} has {printable(rest[0].name)} beside {' and '.join(found)}: move it elsewhere, or "
@@ -110,15 +128,15 @@ def parts(folder: str | Path, option: str = "--data") -> dict[str, Path]:
         )
     if found and "train" not in found:
         raise UsageError(
-            f"{printable(folder)} has {' and '.join(found)}, but no train: name the folder of images itself"
+            f"{printable(folder)} has {' and '.join(found)}, but no folder train: name the folder of images itself"
         )
     return found if found and any(subfolders(found["train"])) else {}
 
 
 def below(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Files, and image files in and below folders, in order; and the files there that are no images.
+    """The image files at ``paths`` and in folders there at any depth, in order; and the files that are no images.
 
-    A file that is named itself counts as an image whatever its name. Raises UsageError where there is nothing.
+    A file that is named itself counts as an image whatever its suffix. Raises UsageError if a path does not exist.
     """
     images: list[Path] = []
     ignored: list[Path] = []
@@ -136,14 +154,14 @@ def below(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
 def existing(folder: str | Path, option: str) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {printable(folder)}: {option} wants a folder of images, class/name.png")
+        raise UsageError(f"there is no folder {printable(folder)}: {option} needs a folder of images, class/name.png")
     return folder
 
 
 def walk(folder: Path, seen: frozenset[str] = frozenset()) -> Iterator[tuple[Path, bool]]:
-    """All files below a folder that are not hidden, by folder and name, and whether each is an image by its suffix."""
+    """All files below a folder that are not hidden, and whether each has an image's suffix; sorted by name."""
     real = os.path.realpath(folder)
-    if real in seen:  # a link to a folder around it
+    if real in seen:  # a link to one of its own parent folders
         return
     children = listed(folder)
     for child in children:
@@ -159,7 +177,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, by name."""
+    """The files and folders in a folder that are not hidden, sorted by name."""
     try:
         return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
     except OSError as error:

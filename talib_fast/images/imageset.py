@@ -1,4 +1,4 @@
-"""Labelled images that are read when they are asked for."""
+"""Labelled images that are read only when they are needed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class ImageSet:
     """Images and their classes.
 
     Args:
-        classes: names.
-        labels: int64 [N], places in ``classes``.
-        names: one for each image, a printable path where it is a file.
-        read_at: ``read_at(index, at_least)`` gives an RGB image of Pillow's; see :func:`decoding.read`.
-        small: so few and small that all of them may be held in memory, prepared.
+        classes: names of the classes.
+        labels: int64 [N], indices into ``classes``.
+        names: one name per image, for files the printable path.
+        read_at: ``read_at(index, at_least)`` gives an RGB Pillow image; see :func:`decoding.read`.
+        small: whether all images, prepared, fit into memory.
     """
 
     classes: tuple[str, ...]
@@ -34,13 +34,13 @@ class ImageSet:
     small: bool = False
 
     def part(self, indices: Tensor) -> "ImageSet":
-        """Some of the images."""
+        """The images at ``indices``."""
         chosen = indices.tolist()
         names = tuple(self.names[index] for index in chosen)
         return ImageSet(self.classes, self.labels[indices], names, _Part(self.read_at, chosen), self.small)
 
     def joined(self, other: "ImageSet") -> "ImageSet":
-        """These images and then the other's, of the same classes."""
+        """These images followed by those of ``other``, which has the same classes."""
         labels, names = torch.cat([self.labels, other.labels]), self.names + other.names
         read_at = _Joined(self.read_at, len(self), other.read_at)
         return ImageSet(self.classes, labels, names, read_at, self.small and other.small)

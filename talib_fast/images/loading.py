@@ -1,4 +1,4 @@
-"""Images decoded and prepared by worker processes while the caller computes."""
+"""Decode and prepare images in worker processes while the caller computes."""
 
 import os
 import signal
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 
 def default_workers() -> int:
-    """One for each CPU core that this process may use, shared among the processes of torchrun, eight at most."""
+    """The default number of workers: one per usable CPU core, divided by torchrun's processes, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def in_workers(dataset: "Dataset[T]", keys: Iterable[Any], workers: int, device: str = "cpu") -> Iterator[T]:
-    """``dataset[key]`` for every key, in their order, by so many processes; by this one if there are none.
+    """``dataset[key]`` for every key, in order, computed by so many worker processes; 0: by this process.
 
-    ``device`` is where the items are used: on the CPU the processes leave it to whoever else can use it. Raises
-    UserError where one of them is ended from outside, as it is when memory runs out.
+    ``device`` is where the items are used. If it is the CPU, the workers run at the lowest priority, so that they do
+    not slow training down. Raises UserError if a worker is ended from outside, for example because memory ran out.
     """
     loader = DataLoader(
         dataset,
@@ -45,14 +45,14 @@ def in_workers(dataset: "Dataset[T]", keys: Iterable[Any], workers: int, device:
         collate_fn=unchanged,
         worker_init_fn=start_beside_others if device == "cpu" else start,
         pin_memory=device == "cuda",
-        generator=torch.Generator().manual_seed(0),  # else it would draw a number from torch's own
+        generator=torch.Generator().manual_seed(0),  # else the loader would draw from torch's global generator
     )
     try:
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a process that reads images has ended ({first_line(error)}): lower --workers") from error
+        raise UserError(f"a process that reads images has died ({first_line(error)}): lower --workers") from error
 
 
 def unchanged(item: T) -> T:
@@ -60,20 +60,20 @@ def unchanged(item: T) -> T:
 
 
 def start(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the one that asked for the images ends its workers itself
+    # Ctrl-C reaches every process of a terminal; the parent process ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def start_beside_others(worker: int) -> None:
-    # the threads of one operator wait for each other: where a worker takes the place of one, all of them stand still
+    # The threads of one operator wait for each other. If a worker delays one of them, it delays all of them.
     os.nice(LOWEST_PRIORITY)
     start(worker)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Some images: ``images`` uint8 [n, 3, S, S] of those at ``indices``, and the errors of others by index."""
+    """A batch: ``images`` uint8 [n, 3, S, S] at ``indices``, and by index the errors of files that cannot be read."""
 
     indices: list[int]
     images: Tensor
@@ -82,7 +82,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Files:
-    """Reads images in files, by their places."""
+    """Reads the image file at an index."""
 
     paths: Sequence[str | PathLike]
 
@@ -92,7 +92,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Prepared(Dataset[Loaded]):
-    """Images read and prepared: asked for some indices it gives these, as :class:`Loaded`."""
+    """A dataset of batches: for a list of indices, it reads and prepares these images and gives a :class:`Loaded`."""
 
     read_at: Callable[[int, int | None], "Image"]
     preprocessing: Preprocessing
@@ -117,7 +117,7 @@ def loaded(
     workers: int = 0,
     show: str = "",
 ) -> Iterator[Loaded]:
-    """The images in files, prepared, in batches and in order; behind a progress bar with the words ``show``."""
+    """Read and prepare image files, in batches and in order; ``show`` is the label of a progress bar (empty: none)."""
     batches = batched(range(len(sources)), batch_size)
     items = in_workers(Prepared(Files(sources), preprocessing), batches, min(workers, len(batches)))
     return progress(items, show, len(batches), show=bool(show))

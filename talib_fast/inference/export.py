@@ -1,4 +1,4 @@
-"""The command ``export``: a trained classifier as a file of ONNX or of torch.export."""
+"""The command ``export``: write a trained classifier as an ONNX file or as a torch.export program."""
 
 import argparse
 import contextlib
@@ -21,22 +21,22 @@ from . import output
 from .model import ImageClassifier, load
 
 INPUT, OUTPUT = "images", "logits"
-BATCH = 2  # of the example that is traced: a batch of one would be taken for a constant
-CHECKED = (1, 3)  # other batches, on which the file has to compute what the network does
-TOLERANCE = 1e-3  # of the largest logit; float32 in another order is a hundredth of it or less
-LARGEST = 2**31 - 1  # bytes that one file of ONNX can hold
+BATCH = 2  # batch of the traced example; torch.export would treat a batch of one as a constant
+CHECKED = (1, 3)  # other batch sizes, on which the file must compute the same as the network
+TOLERANCE = 1e-3  # relative to the largest logit; another order of float32 operations differs by a hundredth of it
+LARGEST = 2**31 - 1  # the most bytes of one ONNX file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_model(parser)
-    parser.add_argument("file", metavar="FILE.onnx|FILE.pt2", help="for ONNX's runtimes, or for torch.export.load")
+    parser.add_argument("file", metavar="FILE.onnx|FILE.pt2", help="the file to write: ONNX, or for torch.export.load")
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Write the file once it computes what the network does; returns 0."""
+    """Export, check that the result computes the same as the network, and write the file; returns 0."""
     path = Path(parsed.file)
     if path.suffix.lower() not in EXPORTERS:
-        raise UsageError(f"{printable(path)} ends in none of {', '.join(EXPORTERS)}: choose one of these formats")
+        raise UsageError(f"{printable(path)} does not end in {' or '.join(EXPORTERS)}: choose one of these formats")
     export = EXPORTERS[path.suffix.lower()]
     output.check_target(path, "FILE")
     if path.suffix.lower() == ".onnx":
@@ -60,13 +60,20 @@ def require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"exporting to ONNX needs {' and '.join(missing)}, not installed so far: pip install {' '.join(missing)}"
+            f"exporting to ONNX needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
         )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file's content, what it is, and, by ``checker``, what it computes: normalised images → logits."""
+    """The content of a file, and a function that computes with it.
+
+    Attributes:
+        content: the bytes of the file.
+        kind: the format, in words.
+        checker: the library that ``compute`` uses.
+        compute: normalised images → logits.
+    """
 
     content: bytes
     kind: str
@@ -92,7 +99,7 @@ def to_onnx(classifier: ImageClassifier, name: str) -> Exported:
         program.model.metadata_props.update(metadata(classifier))
         proto = program.model_proto
         if proto.ByteSize() > LARGEST:
-            raise ValueError("one file of ONNX holds 2 GiB at most, choose .pt2")
+            raise ValueError("an ONNX file holds at most 2 GiB, choose .pt2")
         content = proto.SerializeToString()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
@@ -130,21 +137,21 @@ def example(classifier: ImageClassifier, batch: int = BATCH) -> Tensor:
 
 
 def metadata(classifier: ImageClassifier) -> dict[str, str]:
-    """What a user of the file needs to know, as JSON."""
+    """The file's metadata for its users, as JSON: classes, preprocessing, network and method."""
     kept = {key: classifier.config.get(key) for key in ("classes", "preprocessing", "network", "method")}
     return {key: json.dumps(value, ensure_ascii=False) for key, value in kept.items()} | {"talib_fast": __version__}
 
 
 @contextlib.contextmanager
 def told(name: str) -> Iterator[None]:
-    """Nothing of an exporter's chatter, and its errors in one sentence."""
+    """A context that hides the exporter's output and turns its errors into UserErrors of one sentence."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # the exporter has its own errors, and passes on those of what it traces
+    except Exception as error:  # the exporter raises its own errors and those of the traced module
         raise UserError(
             f"{name} cannot be exported ({first_line(cause(error))[:300]}): choose another format, "
             f"{' or '.join(EXPORTERS)}"
@@ -154,14 +161,14 @@ def told(name: str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> BaseException:
-    """The error that others only pass on."""
+    """The first error in a chain of errors that were raised from each other."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def largest_difference(classifier: ImageClassifier, compute: Callable[[Tensor], Tensor], name: str) -> float:
-    """Between the logits of the file and of the network; raises UserError where they are not the same."""
+    """The largest difference between the logits of file and network; raises UserError if it exceeds the tolerance."""
     largest = 0.0
     for batch in CHECKED:
         images = example(classifier, batch)

@@ -1,4 +1,4 @@
-"""Plots of what a classifier confuses: its confusion matrix, and the images that it got wrong."""
+"""Plots of a classifier's confusion matrix, and of the images that it predicted wrong."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from torch import Tensor
 from ..plots import STYLE
 
 MOST_MISTAKES = 30
-THUMBNAIL = 256  # pixels a side
-MOST_NAMED = 200  # classes; more of them would need labels too small to read, or a figure too large to show
+THUMBNAIL = 256  # pixels per side
+MOST_NAMED = 200  # the most classes with labels; for more, the labels or the figure would have no readable size
 POINT = 1 / 72  # inches
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Any:
     """A matplotlib Figure of a confusion matrix, int64 [N, N] with a row for each true class.
 
-    Colours are shares of the row's images; their numbers stand in the cells where there is room for them.
+    The colours are shares of the row's images. The cells show the numbers of images if there is room for them.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Any:
 
 
 def write_counts(axes: Any, counts: Tensor, shares: np.ndarray, cell: float) -> None:
-    """The numbers of images in cells so wide (inches), unless they would have to be too small."""
+    """Write the numbers of images into cells of this width (inches), unless they would be too small to read."""
     digits = len(str(int(counts.max())))
     font = min(9.0, 0.85 * cell / POINT / (0.65 * max(2, digits)))
     if font < 5.5:
@@ -67,9 +67,9 @@ def draw_mistakes(mistakes: Sequence[tuple[Any, str, str, float]], total: int | 
     """A matplotlib Figure of images that were predicted wrong, the most confident mistakes first.
 
     Args:
-        mistakes: of each an image of Pillow's or a uint8 tensor [3, H, W], its true class, the predicted class, and the
-            probability that was given to it, in [0, 1]. At most ``MOST_MISTAKES`` are shown.
-        total: how many mistakes there are, if they are more than these.
+        mistakes: for each mistake the image (Pillow, or a uint8 tensor [3, H, W]), its true class, the predicted class,
+            and the predicted probability in [0, 1]. At most ``MOST_MISTAKES`` are shown.
+        total: the number of all mistakes, if ``mistakes`` are only some of them.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -97,26 +97,27 @@ def draw_mistakes(mistakes: Sequence[tuple[Any, str, str, float]], total: int | 
 def draw_worst_mistakes(
     labels: Tensor, predicted: Tensor, probabilities: Tensor, classes: Sequence[str], read_at: Callable[[int], Any]
 ) -> Any:
-    """:func:`draw_mistakes` of the most confident ones among all predictions.
+    """:func:`draw_mistakes` for the most confident mistakes among all predictions.
 
     Args:
         labels, predicted: int64 [N].
         probabilities: of the predicted classes, [N].
-        read_at: gives the image of Pillow's at a place; asked for those that are shown.
+        classes: names of the classes.
+        read_at: gives the Pillow image at an index; only the shown images are read.
     """
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES].tolist()
     shown = []
     for place in worst:
         image = read_at(place)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))  # so that no more than one is held as large as it is
+        image.thumbnail((THUMBNAIL, THUMBNAIL))  # so that memory holds only one image in full size
         true, guess = classes[int(labels[place])], classes[int(predicted[place])]
         shown.append((image, true, guess, probabilities[place].item()))
     return draw_mistakes(shown, len(wrong))
 
 
 def thumbnail(image: Any, side: int = THUMBNAIL) -> np.ndarray:
-    """An image as uint8 [side, side, 3], its longer side so long, on white."""
+    """An image as uint8 [side, side, 3]: its longer side is scaled to ``side``, and the rest is white."""
     from PIL import Image, ImageOps
 
     if isinstance(image, Tensor):
@@ -125,12 +126,12 @@ def thumbnail(image: Any, side: int = THUMBNAIL) -> np.ndarray:
 
 
 def percent(probability: float) -> str:
-    """A probability in per cent, which is 100 only where nothing else is possible."""
+    """A probability in per cent; only a probability of exactly 1 is shown as 100."""
     return ">99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"
 
 
 def shortened(name: str, most: int) -> str:
-    """A name of at most so many characters, the middle of a longer one left out."""
+    """A name of at most so many characters; a longer name loses its middle."""
     if len(name) <= most:
         return name
     end = most // 2
@@ -138,5 +139,5 @@ def shortened(name: str, most: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes for no formula."""
+    """Text in which matplotlib sees no formula."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""How well classes were predicted: figures of a confusion matrix, int64 [N, N] with a row for each true class."""
+"""Classification metrics from a confusion matrix, int64 [N, N] with a row for each true class."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Int64 [N, N]: how many images of a row's class were predicted as each column's. Labels are int64 [B]."""
+    """The confusion matrix, int64 [N, N], of labels and predictions, int64 [B]: rows are true classes."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def accuracy(matrix: Tensor) -> float:
-    """The share of all images that were predicted right."""
+    """The share of the images that were predicted right."""
     return int(matrix.diagonal().sum()) / int(matrix.sum())
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a share, which stays within [0, 1] and is fine for few images."""
+    """The Wilson score interval of a share; it lies within [0, 1] and holds for few images too."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = correct / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -34,16 +34,16 @@ def balanced_accuracy(matrix: Tensor) -> float:
 
 
 def among_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Bool [B]: whether fewer than ``k`` classes have a larger logit, or an equal one before it, than the true one."""
+    """Bool [B]: whether the true class has one of the ``k`` largest logits; of equal logits, the first class wins."""
     ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (ranked == labels[:, None]).any(1)
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class: shares in [0, 1], None where they are not defined.
+    """The figures of one class: shares in [0, 1], or None if undefined.
 
-    There is no recall without images of the class, no precision where it is never predicted, and no F1 where both are
+    Recall is undefined if the class has no images, precision if the class is never predicted, and F1 if both are
     undefined.
     """
 
@@ -54,7 +54,7 @@ class ClassFigures:
 
 
 def per_class(matrix: Tensor) -> list[ClassFigures]:
-    """The figures of each class, in the matrix' order."""
+    """The figures of each class, in the order of the matrix."""
     right, true, predicted = (counts.tolist() for counts in (matrix.diagonal(), matrix.sum(1), matrix.sum(0)))
     return [
         ClassFigures(
@@ -73,7 +73,7 @@ def share(part: int, whole: int) -> float | None:
 
 
 def most_confused(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """At most so many (true class, predicted class, images), the most frequent confusions first."""
+    """At most ``most`` triples (true class, predicted class, images), the most frequent confusions first."""
     wrong = matrix - matrix.diagonal().diag()
     pairs = [(true, predicted, int(wrong[true, predicted])) for true, predicted in wrong.nonzero().tolist()]
     return sorted(pairs, key=lambda pair: -pair[2])[:most]

@@ -1,4 +1,4 @@
-"""A trained classifier in a folder: its weights, and all that is needed to use them on images."""
+"""A trained classifier in a folder: its weights, and everything needed to predict images with them."""
 
 import json
 import os
@@ -30,29 +30,29 @@ __all__ = ["ImageClassifier", "Prediction", "load"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FOLDER_OF_MODELS = "models"  # in finetune's --out
+FOLDER_OF_MODELS = "models"  # in the folder --out of finetune
 
 ImageLike: TypeAlias = "str | PathLike[str] | Image | np.ndarray | Tensor"
 
 
 def save(folder: str | PathLike[str], state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write a model's folder, whole or not at all; a model that is there is replaced, and other files in it stay.
+    """Write a model's folder, completely or not at all. An existing model is replaced; other files in the folder stay.
 
     Args:
-        folder: what is to hold ``model.safetensors`` and ``config.json``; missing parents are made.
+        folder: the folder for ``model.safetensors`` and ``config.json``; missing parents are created.
         state: state dict in the original architecture's names, contiguous tensors that share no memory.
-        config: ``network``, ``head``, ``num_classes``, ``classes``, ``preprocessing`` and what else is to be kept, all
-            of it JSON. The format's number is added, and for timm's networks what its ``local-dir:`` reads.
+        config: ``network``, ``head``, ``num_classes``, ``classes``, ``preprocessing`` and further entries, all of them
+            JSON values. The format's number is added, and for timm's networks the entries that ``local-dir:`` reads.
 
     Raises:
-        UserError: ``folder`` is there and holds no model.
-        OSError: it cannot be written.
+        UserError: ``folder`` exists and holds no model.
+        OSError: ``folder`` cannot be written.
     """
     from safetensors import torch as safetensors
 
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file():
-        raise UserError(f"{printable(folder)} is there already and holds no model: remove it or choose another folder")
+        raise UserError(f"{printable(folder)} exists already and holds no model: remove it, or choose another folder")
     text = json.dumps({"format": FORMAT, **config, **timm_entries(config)}, indent=1, ensure_ascii=False) + "\n"
     contents = {WEIGHTS: safetensors.save(dict(state), {"format": "pt"}), CONFIG: text.encode()}
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -70,7 +70,7 @@ def save(folder: str | PathLike[str], state: Mapping[str, Tensor], config: Mappi
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Rename ``new`` to ``folder``, whose other files move along."""
+    """Rename ``new`` to ``folder``; other files of an existing folder are moved into it."""
     if not folder.exists():
         new.replace(folder)
         return
@@ -88,7 +88,7 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 
 def synchronize_folder(folder: Path) -> None:
-    """Have the disk hold the names of what was written to a folder."""
+    """Flush a folder's directory entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         synchronize(descriptor)
@@ -97,14 +97,14 @@ def synchronize_folder(folder: Path) -> None:
 
 
 def timm_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads; empty where that cannot work."""
+    """The entries that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads; empty if that cannot work."""
     if config.get("library") != "timm":
         return {}
     timm = import_library("timm")
     name = config["network"].rpartition(":")[2]
     pretrained_cfg = timm.models.get_pretrained_cfg(name)
     if pretrained_cfg is None or pretrained_cfg.classifier != config["head"]:
-        return {}  # timm has its head elsewhere
+        return {}  # timm's own head is another module
     kept = ("tag", "fixed_input_size", "pool_size", "first_conv", "classifier", "license", "origin_url", "paper_ids")
     preprocessing = config["preprocessing"]
     size = preprocessing["size"]
@@ -124,9 +124,10 @@ def timm_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find(model: str | PathLike[str]) -> Path:
-    """The folder of the model that is meant: this one, or the only one in a folder that ``finetune`` wrote to.
+    """The folder of a model: ``model`` itself, or the only model in an output folder of ``finetune``.
 
-    Raises UsageError where there is none, and where there are several, which it lists.
+    Raises:
+        UsageError: there is no model, or there are several, which the message lists.
     """
     folder = Path(model)
     if (folder / CONFIG).is_file():
@@ -137,7 +138,7 @@ def find(model: str | PathLike[str]) -> Path:
     inside = folder / FOLDER_OF_MODELS if (folder / FOLDER_OF_MODELS).is_dir() else folder
     found = sorted(path.parent for path in inside.glob(f"[!.]*/{CONFIG}"))
     if not found:
-        raise UsageError(f"{printable(folder)} holds no model, which has a {CONFIG}: {remedy}")
+        raise UsageError(f"{printable(folder)} holds no model (a folder with a {CONFIG}): {remedy}")
     if len(found) > 1:
         raise UsageError(
             f"{printable(folder)} holds {len(found)} models: name one of {', '.join(printable(path) for path in found)}"
@@ -146,13 +147,17 @@ def find(model: str | PathLike[str]) -> Path:
 
 
 def load(folder: str | PathLike[str], device: str | torch.device = "cpu") -> "ImageClassifier":
-    """The classifier in a model's folder, or in a folder of ``finetune``'s that holds one model, ready to predict.
+    """Load a classifier from a model's folder, or from an output folder of ``finetune`` that holds one model.
 
-    No code in it is run. ``device`` may be ``auto``: the first GPU, else the CPU.
+    Loading runs no code from the folder.
+
+    Args:
+        folder: the folder of a model, or the ``--out`` of ``finetune``.
+        device: where to compute; ``auto``: the first GPU, else the CPU.
 
     Raises:
-        UsageError: there is no such folder, no model or more than one in it, or no such device.
-        UserError: the model is damaged, of a newer format, or of a network whose library is missing.
+        UsageError: there is no such folder or device, or the folder holds no model or several.
+        UserError: the model is damaged, has a newer format, or needs a library that is missing.
     """
     device = usable_device(device)
     folder = find(folder)
@@ -176,11 +181,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise damaged(path, first_line(error)) from error
     if not isinstance(config, dict) or "format" not in config or "classes" not in config:
         raise UserError(
-            f"{printable(path)} does not describe a model of talib_fast's: name a folder that finetune kept a model in"
+            f"{printable(path)} does not describe a model of talib_fast: name the folder of a model that finetune kept"
         )
     if isinstance(config["format"], int) and config["format"] > FORMAT:
         raise UserError(
-            f"{printable(path)} is of format {config['format']}, and this talib_fast reads up to {FORMAT}: "
+            f"{printable(path)} has format {config['format']}, but this talib_fast reads formats up to {FORMAT}: "
             "pip install --upgrade talib_fast"
         )
     types: dict[str, Any] = {
@@ -195,9 +200,9 @@ def read_config(path: Path) -> dict[str, Any]:
             raise damaged(path, f"{key} is {'wrong' if key in config else 'missing'}")
     classes = config["classes"]
     if not classes or not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
-        raise damaged(path, "the classes are not different names")
+        raise damaged(path, "the classes are not distinct names")
     if len(classes) != config["num_classes"]:
-        raise damaged(path, f"it names {len(classes)} classes and says there are {config['num_classes']}")
+        raise damaged(path, f"it names {len(classes)} classes, but num_classes is {config['num_classes']}")
     read_preprocessing(path, config)
     return config
 
@@ -237,9 +242,13 @@ def damaged(path: Path, reason: str) -> UserError:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a classifier says of an image: the most probable class, and the probabilities of all.
+    """The prediction for one image.
 
-    ``probabilities`` is float32 [N] on the CPU and sums to one; ``classes`` are its N names.
+    Attributes:
+        label: the most probable class.
+        probability: the probability of that class.
+        probabilities: the probabilities of all classes, float32 [N] on the CPU, with sum 1.
+        classes: the names of the N classes.
     """
 
     label: str
@@ -248,9 +257,9 @@ class Prediction:
     classes: tuple[str, ...] = field(repr=False)
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes with their probabilities, the first one first; all where ``k`` is more."""
+        """The ``k`` most probable classes (or all, if there are fewer) with their probabilities, in that order."""
         if k < 1:
-            raise ValueError(f"top() wants at least 1 class, got {k}")
+            raise ValueError(f"expected k of at least 1, got {k}")
         values, places = self.probabilities.sort(descending=True, stable=True)
         return [
             (self.classes[place], value) for value, place in zip(values[:k].tolist(), places.tolist(), strict=False)
@@ -261,8 +270,8 @@ class ImageClassifier:
     """A trained network with its classes and its preprocessing, always in evaluation mode.
 
     Args:
-        module: normalised float32 images [B, 3, S, S] → logits [B, N].
-        config: as ``config.json`` holds it; ``classes`` and ``preprocessing`` are read.
+        module: maps normalised float32 images [B, 3, S, S] to logits [B, N].
+        config: the content of ``config.json``; ``classes`` and ``preprocessing`` are read.
     """
 
     def __init__(self, module: nn.Module, config: Mapping[str, Any]) -> None:
@@ -276,25 +285,25 @@ class ImageClassifier:
         return f"ImageClassifier({self.config.get('network')}, {len(self.classes)} classes, on {self.device})"
 
     def to(self, device: str | torch.device) -> "ImageClassifier":
-        """Move the network there; returns this classifier."""
+        """Move the network to a device; returns this classifier."""
         self.device = torch.device(device)
         self.module.to(self.device)
         return self
 
     def predict(self, images: "ImageLike | Iterable[ImageLike]", batch_size: int = 32) -> list[Prediction]:
-        """Predictions for one image or several, in their order, always as a list.
+        """Predict one image or several; returns a list of predictions in the order of the images.
 
         Args:
-            images: paths, images of Pillow's, uint8 arrays [H, W, 3] or [H, W], uint8 tensors [3, H, W], or one uint8
-                tensor [B, 3, H, W]. Of any size: they are scaled and cut as the network wants them.
-            batch_size: how many are computed at a time.
+            images: paths, Pillow images, uint8 arrays [H, W, 3] or [H, W], uint8 tensors [3, H, W], or one uint8
+                tensor [B, 3, H, W]. Images may have any size, since they are scaled and cropped for the network.
+            batch_size: how many images are computed at a time.
 
         Raises:
-            TypeError, ValueError: something else was given.
+            TypeError, ValueError: ``images`` is something else.
             ImageError: a file cannot be read as an image.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         prepared = (self.prepare(image, name) for image, name in one_by_one(images))
         predictions: list[Prediction] = []
         while batch := list(islice(prepared, batch_size)):
@@ -302,12 +311,12 @@ class ImageClassifier:
         return predictions
 
     def prediction(self, probabilities: Tensor) -> Prediction:
-        """What float32 probabilities [N] of one image mean."""
+        """The prediction for float32 probabilities [N] of one image."""
         probability, place = probabilities.max(0)
         return Prediction(self.classes[int(place)], probability.item(), probabilities, self.classes)
 
     def prepare(self, image: "ImageLike", name: str = "the image") -> Tensor:
-        """One image as uint8 [3, S, S]; ``name`` is what errors call it."""
+        """One image as uint8 [3, S, S]; ``name`` is its name in errors."""
         if isinstance(image, str | PathLike):
             return self.preprocessing(read(image))
         return self.preprocessing(as_pillow(image, name))
@@ -316,7 +325,7 @@ class ImageClassifier:
         """Prepared images, uint8 [B, 3, S, S] on any device → float32 [B, N] on the CPU."""
         size = self.preprocessing.size
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"logits() wants uint8 [B, 3, {size}, {size}], got {described(images)}")
+            raise ValueError(f"expected uint8 images [B, 3, {size}, {size}], got {described(images)}")
         if not len(images):
             return torch.empty(0, len(self.classes))
         self.module.eval()
@@ -327,11 +336,11 @@ class ImageClassifier:
             raise UserError(
                 f"{len(images)} images at once do not fit into the memory of {self.device}: choose a smaller batch size"
             ) from error
-        return logits.float().cpu().clone()  # outside of inference mode: a tensor as any other
+        return logits.float().cpu().clone()  # a copy made outside of inference mode is a normal tensor
 
 
 def one_by_one(images: Any) -> Iterator[tuple[Any, str]]:
-    """The images that predict() was given, each with what to call it."""
+    """The images that were given to predict(), each with its name for errors."""
     if isinstance(images, Tensor) and images.dim() == 4:
         check_tensor(images, ("B", 3, "H", "W"), "images")
     elif isinstance(images, str | PathLike | np.ndarray | Tensor) or is_pillow(images):
@@ -342,7 +351,7 @@ def one_by_one(images: Any) -> Iterator[tuple[Any, str]]:
 
 
 def as_pillow(image: Any, name: str) -> "Image":
-    """An image in memory as 8-bit RGB; raises TypeError or ValueError for what is none."""
+    """An image in memory as 8-bit RGB; raises TypeError or ValueError for anything else."""
     needed("PIL.Image", "preparing images")
     from PIL import Image
 
@@ -380,8 +389,8 @@ def is_pillow(image: Any) -> bool:
 
 def unfit(name: str, got: str) -> str:
     return (
-        f"{name}: expected a path, an image of Pillow's, a uint8 array [H, W, 3] or [H, W], or a uint8 tensor "
-        f"[3, H, W] (several: a list of these, or one uint8 tensor [B, 3, H, W]), got {got}"
+        f"{name}: expected a path, a Pillow image, a uint8 array [H, W, 3] or [H, W], or a uint8 tensor [3, H, W] (for "
+        f"several images a list of these, or one uint8 tensor [B, 3, H, W]), got {got}"
     )
 
 

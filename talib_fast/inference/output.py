@@ -1,4 +1,4 @@
-"""What the commands on a trained model have in common: their options, and the files and lines that they write."""
+"""The options, files and lines that the commands ``predict``, ``evaluate`` and ``export`` share."""
 
 import argparse
 import csv
@@ -15,7 +15,7 @@ from ..images.decoding import ImageError
 from ..plots import drawn
 from ..storage import write_atomically
 
-MODEL_HELP = "folder of a model that finetune kept, or finetune's --out if it holds one model"
+MODEL_HELP = "folder of a model that finetune kept, or the --out of finetune if it holds one model"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -23,21 +23,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The options of how images are decoded and computed."""
-    parser.add_argument("--device", default="auto", metavar="D", help="auto (the first GPU, else the CPU), cpu, cuda:1")
+    """Declare the options for decoding and computing images."""
     parser.add_argument(
-        "--batch-size", type=whole(1), default=32, metavar="N", help="images computed at a time (default 32)"
+        "--device", default="auto", metavar="D", help="auto (default: the first GPU, else the CPU), cpu, cuda, cuda:1"
     )
     parser.add_argument(
-        "--workers", type=whole(0), metavar="N", help="processes that decode images (default: one per core)"
+        "--batch-size", type=whole(1), default=32, metavar="N", help="images computed at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole(0),
+        metavar="N",
+        help="processes that decode images (default: one per core, 8 at most)",
     )
 
 
 def check_target(path: Path, name: str, folder: bool = False) -> None:
-    """Raise UsageError if a file or folder, which ``name`` asks for, cannot be written there; nothing is made yet."""
+    """Raise UsageError if a file (or a folder) cannot be written at ``path``; nothing is written yet.
+
+    ``name`` is the option or argument that gave the path.
+    """
     if path.exists() and path.is_dir() != folder:
         wrong, right = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise UsageError(f"{printable(path)} is {wrong}, and {name} wants {right}: choose another name")
+        raise UsageError(f"{printable(path)} is {wrong}, but {name} needs {right}: choose another name")
     place = path if folder else path.parent
     while not place.exists():
         place = place.parent
@@ -46,12 +54,12 @@ def check_target(path: Path, name: str, folder: bool = False) -> None:
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file as a whole, or raise UserError and leave what was there."""
+    """Write a file completely, or raise UserError and leave the existing file as it is."""
     try:
         write_atomically(path, fill)
     except OSError as error:
         raise UserError(
-            f"{printable(path)} cannot be written ({error.strerror or error}): make room or choose another place"
+            f"{printable(path)} cannot be written ({error.strerror or error}): make room, or choose another place"
         ) from error
 
 
@@ -61,7 +69,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 
 def csv_content(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """CSV in UTF-8, in which names of files keep their bytes."""
+    """CSV in UTF-8; names of files that are not UTF-8 keep their bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -75,12 +83,12 @@ def write_png(path: Path, figure: Any) -> None:
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks and the like, which become escapes."""
+    """Text in which line breaks and other unprintable characters are replaced by escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of cells one below the other; the columns in ``right`` end at the same place."""
+    """Lines with aligned columns; the columns in ``right`` are aligned to the right, all others to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -92,7 +100,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
 
 
 def tell_left_out(paths: Sequence[Path], errors: Mapping[int, ImageError]) -> None:
-    """Say on stderr which of the images could not be read."""
+    """Print on stderr which images could not be read."""
     if errors:
         of = f"{len(errors):,} of {count(len(paths), 'image')}"
         print(
@@ -103,7 +111,7 @@ def tell_left_out(paths: Sequence[Path], errors: Mapping[int, ImageError]) -> No
 
 
 def tell_ignored(ignored: Sequence[Path]) -> None:
-    """Say on stderr how many files have no suffix of an image's."""
+    """Print on stderr how many files were ignored because they have no image suffix."""
     if ignored:
         named = ", ".join(one_line(printable(path)) for path in ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        print(f"talib_fast: {count(len(ignored), 'file')} ignored, by suffix no images: {named}", file=sys.stderr)
+        print(f"talib_fast: {count(len(ignored), 'file')} without an image suffix ignored: {named}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command ``predict``: the most probable classes of images in files."""
+"""The command ``predict``: print the most probable classes of image files."""
 
 import argparse
 import os
@@ -19,18 +19,18 @@ STANDARD_OUTPUT = "-"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_model(parser)
-    parser.add_argument("images", nargs="+", metavar="FILE|DIR", help="images, and folders of images at any depth")
+    parser.add_argument("images", nargs="+", metavar="FILE|DIR", help="image files, or folders of images at any depth")
     parser.add_argument(
-        "--top", type=whole(1), default=1, metavar="K", help="tell the K most probable classes (default 1)"
+        "--top", type=whole(1), default=1, metavar="K", help="print the K most probable classes (default: %(default)s)"
     )
     parser.add_argument(
-        "--csv", metavar="FILE", help="write file, class and probability to a CSV file, or to stdout for -"
+        "--csv", metavar="FILE", help="write file, class and probability to a CSV file; - writes to stdout"
     )
     output.add_loading(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print a line for every image; returns 1 if some could not be read, which are told on stderr, else 0."""
+    """Print a line for every image; returns 1 if some could not be read (they are named on stderr), else 0."""
     paths, ignored = below(parsed.images)
     if not paths:
         named = ", ".join(printable(path) for path in parsed.images)
@@ -58,7 +58,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def write_csv(target: str, rows: Sequence[Sequence[object]], top: int) -> None:
-    """File, class and probability, and further pairs of these for ``top`` > 1, to a file or standard output."""
+    """Write file, class and probability, with further pairs of these for ``top`` > 1, to a file or to stdout."""
     header = ["file", "class", "probability"]
     header += [name for place in range(2, top + 1) for name in (f"class_{place}", f"probability_{place}")]
     if target == STANDARD_OUTPUT:
@@ -71,8 +71,8 @@ def write_csv(target: str, rows: Sequence[Sequence[object]], top: int) -> None:
 def predictions(
     classifier: ImageClassifier, paths: Sequence[Path], batch_size: int, workers: int, errors: dict[int, ImageError]
 ) -> Iterator[tuple[int, Prediction]]:
-    """The prediction for each file that can be read, by its place in ``paths``; ``errors`` takes up the others'."""
-    show = "" if sys.stdout.isatty() or len(paths) <= batch_size else "predict"  # lines on a terminal show it as well
+    """The index in ``paths`` and the prediction of each file that can be read; other files' errors go to ``errors``."""
+    show = "" if sys.stdout.isatty() or len(paths) <= batch_size else "predict"  # on a terminal the lines are enough
     for batch in loaded(paths, classifier.preprocessing, batch_size, workers, show):
         errors.update(batch.errors)
         probabilities = classifier.logits(batch.images).softmax(1)
@@ -80,7 +80,7 @@ def predictions(
 
 
 class Layout:
-    """Lines whose columns stand one below the other, though only the names are known before the first one."""
+    """Formats lines with aligned columns; the widths come from all names, before the first prediction is known."""
 
     def __init__(self, paths: Sequence[Path], classes: Sequence[str]) -> None:
         self.names = [output.one_line(printable(path)) for path in paths]

@@ -1,4 +1,4 @@
-"""Pretrained networks, cut into a backbone and the head they were pretrained with.
+"""Pretrained networks, split into a backbone and the head they were pretrained with.
 
 >>> from talib_fast.networks import build
 >>> network = build("mobilenet_v2", image_size=64)

@@ -1,4 +1,4 @@
-"""The layers whose outputs DELTA compares: which ones by default, and where their channels are."""
+"""The layers whose outputs DELTA compares: the default layers, and the dimension of their channels."""
 
 import itertools
 from collections import Counter
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 
-MOST = 4  # layers by default
+MOST = 4  # the most default layers
 NAMED = "which --delta-layers names"
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a module gave in one forward pass: its shape, None if it is no tensor, and the place in their order."""
+    """A module's output in one forward pass: its shape (None if it is no tensor), and its place among all calls."""
 
     shape: tuple[int, ...] | None
     order: int
 
     @property
     def channel_dim(self) -> int | None:
-        """1, or -1 for tokens [B, T, C] and maps [B, a, a, C]; None where the shape can't tell."""
+        """Dimension of the channels: -1 for tokens [B, T, C] and maps [B, a, a, C], None for [B, a, a, a], else 1."""
         match self.shape:
             case (_, _, _):
                 return -1
@@ -36,14 +36,14 @@ class Output:
 
     @property
     def resolution(self) -> tuple[int, ...] | None:
-        """Height and width of a map."""
+        """Height and width of a map; None if the output is no map."""
         if self.shape is None or len(self.shape) != 4:
             return None
         return self.shape[1:3] if self.channel_dim == -1 else self.shape[2:]
 
 
 def outputs_of(backbone: nn.Module, images: Tensor) -> dict[str, list[Output]]:
-    """What each module gives in a forward pass in evaluation mode, a list with an entry per call."""
+    """The outputs of each module in a forward pass in evaluation mode: a list with one entry per call."""
     found: dict[str, list[Output]] = {}
     order = itertools.count()
     handles = []
@@ -64,11 +64,16 @@ def outputs_of(backbone: nn.Module, images: Tensor) -> dict[str, list[Output]]:
 
 
 def default_layers(backbone: nn.Module, images: Tensor) -> tuple[tuple[str, ...], int]:
-    """The modules that DELTA compares where nobody named some, in order of execution, and their channels' dimension.
+    """The modules that DELTA compares by default, in order of execution, and the dimension of their channels.
 
-    In a ResNet the last convolution of each stage, as in the paper; else the ends of stages that timm knows of, or
-    those where the resolution changes; where none does, four of the blocks, evenly spaced. None where no module runs
-    exactly once and gives maps or tokens.
+    The first of these that exists is taken:
+
+    - in a ResNet, the last convolution of each stage, as in the paper;
+    - the ends of the stages that timm describes;
+    - the last layers before the resolution changes;
+    - four of the blocks, evenly spaced.
+
+    There are no default modules if no module runs exactly once and gives maps or tokens.
     """
     outputs = {
         name: calls[0]
@@ -88,7 +93,7 @@ def default_layers(backbone: nn.Module, images: Tensor) -> tuple[tuple[str, ...]
 
 
 def resnet_layers(backbone: nn.Module) -> tuple[str, ...]:
-    """The last convolution of each stage where the network is built like a ResNet, else nothing."""
+    """The last convolution of each stage if the network is built like a ResNet, else nothing."""
     last_convs = []
     for name in ("layer1", "layer2", "layer3", "layer4"):
         stage = getattr(backbone, name, None)
@@ -102,7 +107,7 @@ def resnet_layers(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def feature_info_layers(backbone: nn.Module, outputs: dict[str, Output]) -> tuple[str, ...]:
-    """The last layer of each resolution that timm describes, four at most, or four of the blocks where it is one."""
+    """The last layer of each resolution that timm describes, at most four; if there is one, four of the blocks."""
     described: Any = getattr(backbone, "feature_info", ())
     described = getattr(described, "info", described)
     stages = [(str(stage.get("module")), stage.get("reduction")) for stage in described if isinstance(stage, dict)]
@@ -113,10 +118,10 @@ def feature_info_layers(backbone: nn.Module, outputs: dict[str, Output]) -> tupl
 
 
 def ends_of_resolutions(backbone: nn.Module, outputs: dict[str, Output]) -> tuple[str, ...]:
-    """The last layer of each resolution among the children of one container, four at most.
+    """The last layer of each resolution among the children of one container, at most four.
 
-    It is the container whose children have the most resolutions, of several the one nearest to the root. Nothing where
-    there are fewer than two.
+    The container is the one whose children have the most resolutions, and among equals the one nearest to the root.
+    Returns nothing if no container has two resolutions.
     """
     best: dict[tuple[int, ...], str] = {}
     for children in levels(backbone):
@@ -137,9 +142,9 @@ def is_global_pooling(module: nn.Module, resolution: tuple[int, ...]) -> bool:
 
 
 def longest_run(backbone: nn.Module, outputs: dict[str, Output]) -> list[str]:
-    """The children of one class and output shape that are most in a container, as a transformer's blocks are.
+    """The largest set of children in one container with the same class and output shape, such as transformer blocks.
 
-    Nothing where there is no container with two such children.
+    Returns nothing if no container has two such children.
     """
     longest: list[str] = []
     for children in levels(backbone):
@@ -153,7 +158,7 @@ def longest_run(backbone: nn.Module, outputs: dict[str, Output]) -> list[str]:
 
 
 def levels(backbone: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The children, with their whole names, of every module that has some, those nearest to the root first."""
+    """For every module with children, these children with their full names, from the root downwards."""
     pending = [("", backbone)]
     while pending:
         name, module = pending.pop(0)
@@ -164,7 +169,7 @@ def levels(backbone: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
 
 
 def evenly_spaced(layers: Sequence[str]) -> tuple[str, ...]:
-    """Four of them, the last one included: of 12 those numbered 2, 5, 8 and 11."""
+    """Four evenly spaced layers with the last one among them: of 12 layers those at 2, 5, 8 and 11."""
     if len(layers) <= MOST:
         return tuple(layers)
     return tuple(layers[len(layers) * part // MOST - 1] for part in range(1, MOST + 1))
@@ -179,7 +184,7 @@ def check_named(name: str, backbone: nn.Module, layers: Sequence[str]) -> None:
 
 
 def channel_dim_of(name: str, backbone: nn.Module, layers: Sequence[str], images: Tensor) -> int:
-    """The dimension of the channels in these layers' outputs; UsageError where they can't be compared."""
+    """The dimension of the channels in these layers' outputs; raises UsageError if DELTA cannot compare them."""
     outputs = outputs_of(backbone, images)
     dims: dict[int, str] = {}
     for layer in layers:

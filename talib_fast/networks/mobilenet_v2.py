@@ -1,4 +1,4 @@
-"""MobileNetV2 in torchvision's names, whose weights fit."""
+"""MobileNetV2 with torchvision's parameter names, so that torchvision's weights fit."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ HEAD_NAME = "classifier.1"
 
 
 class InvertedResidual(nn.Module):
-    """Expand by 1x1, filter each channel by 3x3, project by 1x1 without an activation."""
+    """A 1x1 convolution that expands, a 3x3 convolution per channel, and a 1x1 projection without activation."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class MobileNetV2(nn.Module):
 
 
 class MobileNetV2Classifier(MobileNetV2):
-    """The whole network: [B, 3, S, S] -> [B, num_classes]."""
+    """MobileNetV2 with its head: [B, 3, S, S] -> [B, num_classes]."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()

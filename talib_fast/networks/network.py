@@ -1,4 +1,4 @@
-"""A pretrained network in pieces, and what its user has to know about it."""
+"""A pretrained network as backbone and head, with the information that fine-tuning needs."""
 
 import copy
 from dataclasses import dataclass, field
@@ -10,19 +10,18 @@ from ..images.preprocessing import Preprocessing
 
 @dataclass
 class Network:
-    """A pretrained network in two pieces.
+    """A pretrained network as backbone and head.
 
     Args:
-        name: as ``--network`` takes it.
-        backbone: maps images [B, 3, S, S] to a map [B, C, H, W] or to features [B, F]; knows its width as
-            ``out_features``.
-        head: the pretrained classifier [B, F] -> [B, N_p]; None where there is none.
-        pool_layer: turns the backbone's output into [B, F]; None: global average pooling.
-        delta_layers: the modules of the backbone whose outputs DELTA compares; empty where none are known.
-        channel_dim: of these outputs: 1, or -1 for tokens [B, T, C] and maps [B, H, W, C].
-        preprocessing: what the network wants its images to be.
-        head_name: the head's place in the original architecture, such as ``classifier.1``; None: it has none.
-        notes: sentences that the user should read.
+        name: the name that ``--network`` takes.
+        backbone: maps images [B, 3, S, S] to a map [B, C, H, W] or to features [B, F]; its ``out_features`` is C or F.
+        head: the pretrained classifier [B, F] -> [B, N_p]; None if there is none.
+        pool_layer: maps the backbone's output to [B, F]; None: global average pooling.
+        delta_layers: the modules of the backbone whose outputs DELTA compares; empty if none are known.
+        channel_dim: the channels' dimension of these outputs: 1, or -1 for tokens [B, T, C] and maps [B, H, W, C].
+        preprocessing: the preprocessing of the network's images.
+        head_name: the head's name in the original architecture, such as ``classifier.1``; None if it has no head.
+        notes: sentences to show to the user.
     """
 
     name: str
@@ -36,5 +35,5 @@ class Network:
     notes: tuple[str, ...] = ()
 
     def clone(self) -> "Network":
-        """A deep copy: training it leaves this network as it was."""
+        """A deep copy, which can be trained without changing this network."""
         return copy.deepcopy(self)

@@ -1,4 +1,4 @@
-"""Pretrained networks by name: this package's own, timm's and torchvision's, cut into a backbone and a head."""
+"""Pretrained networks by name (this package's own, timm's, torchvision's), split into a backbone and a head."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,14 +27,15 @@ def build(
     """A pretrained network by name: ``mobilenet_v2``, ``timm:NAME`` or ``torchvision:NAME``.
 
     Args:
+        name: the name of the network.
         image_size: side of its images in pixels; None: the network's own.
-        weights: a file that replaces the published weights: a state dict of ``torch.save`` or safetensors, or a
-            checkpoint with one in it, whose head may have any number of classes, or be missing.
-        delta_layers: replaces the modules that DELTA compares by default.
+        weights: a file to load instead of the published weights: a state dict of ``torch.save`` or safetensors, or a
+            checkpoint that contains one. Its head may have any number of classes, or be missing.
+        delta_layers: the modules that DELTA compares; empty: the default ones.
 
     Raises:
         UsageError: there is no such network, file or module, or the network does not take images of that size.
-        UserError: something is missing, damaged or does not fit.
+        UserError: a library is missing, or the weights are damaged or do not fit.
     """
     library, _, model_name = name.partition(":")
     file = Path(weights) if weights is not None else None
@@ -47,7 +48,7 @@ def build(
         network = cut(name, model, preprocessing_of(library, model_name, model, image_size), file)
     else:
         names = ", ".join([*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)])
-        raise UsageError(f"there is no network {name}: --network knows {names}")
+        raise UsageError(f"there is no network {name}: choose from {names}")
     if delta_layers:
         layers_of_delta.check_named(name, network.backbone, delta_layers)
         images = probe_images(network.preprocessing.size)
@@ -71,7 +72,12 @@ def mobilenet_v2(weights: Path | None) -> Network:
 
 
 def library_model(library: str, name: str, pretrained: bool) -> nn.Module:
-    """A whole model of timm or torchvision, with its published weights or with random ones."""
+    """A whole model of timm or torchvision, with its published weights or with random weights.
+
+    Raises:
+        UsageError: the library has no model of this name.
+        UserError: the library or the weights cannot be had.
+    """
     try:
         module = import_library(library)
     except ModuleNotFoundError as error:
@@ -79,7 +85,7 @@ def library_model(library: str, name: str, pretrained: bool) -> nn.Module:
             f"--network {library}:{name} needs {error.name}, which is not installed: pip install {error.name}, "
             "or use --network mobilenet_v2"
         ) from error
-    except Exception as error:  # a build that does not fit this torch fails in its own way
+    except Exception as error:  # a build for another version of torch can raise any error
         raise UserError(
             f"{library} cannot be imported ({first_line(error)}): install one that fits torch {torch.__version__}, "
             "or use --network mobilenet_v2"
@@ -88,7 +94,7 @@ def library_model(library: str, name: str, pretrained: bool) -> nn.Module:
         return LIBRARIES[library].create(module, name, pretrained)
     except UserError:
         raise
-    except Exception as error:  # unknown name, failing download, ...: each library has its own errors
+    except Exception as error:  # for an unknown name or a failed download, each library raises its own errors
         if str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise UsageError(
                 f"{library} did not provide {name} ({first_line(error)}): check the name, or choose another --network"
@@ -100,19 +106,29 @@ def library_model(library: str, name: str, pretrained: bool) -> nn.Module:
 
 
 def preprocessing_of(library: str, name: str, model: nn.Module, image_size: int | None) -> Preprocessing:
-    """What the model wants its images to be, by its library, at that size or at the model's own."""
+    """The model's preprocessing as its library describes it, for images of that size or of the model's own."""
     channels, height, width, preprocessing = LIBRARIES[library].preprocessing(import_library(library), name, model)
     if channels != 3:
         raise UsageError(f"{library}:{name} takes images of {channels} channels instead of 3: choose another --network")
     if image_size is None and height != width:
-        raise UsageError(f"{library}:{name} takes images of {height} × {width} pixels: choose a square's --image-size")
+        raise UsageError(
+            f"{library}:{name} takes images of {height} × {width} pixels: choose square images by --image-size"
+        )
     return preprocessing if image_size is None else dataclasses.replace(preprocessing, size=image_size)
 
 
 def cut(name: str, model: nn.Module, preprocessing: Preprocessing, weights: Path | None = None) -> Network:
-    """Cut a model into its backbone and its head, the nn.Linear whose output is the model's.
+    """Split a model into its backbone and its head, the nn.Linear whose output is the model's output.
 
-    ``weights`` is a file to load before.
+    Args:
+        name: the network's name, for errors.
+        model: is changed: it becomes the backbone.
+        preprocessing: the model's preprocessing.
+        weights: a file to load first; None: keep the model's weights.
+
+    Raises:
+        UsageError: the model does not run on images of the preprocessing's size.
+        UserError: its features have another shape than [B, F] or [B, C, H, W], or the weights do not fit.
     """
     images = probe_images(preprocessing.size)
     head_name = find_head(name, model, images)
@@ -134,7 +150,7 @@ def cut(name: str, model: nn.Module, preprocessing: Preprocessing, weights: Path
 
 
 def find_head(name: str, model: nn.Module, images: Tensor) -> str | None:
-    """The name of the model's nn.Linear whose output is the model's."""
+    """The name of the nn.Linear whose output is the model's output; None if there is none."""
     linear: dict[nn.Module, str] = {
         module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -150,7 +166,7 @@ def find_head(name: str, model: nn.Module, images: Tensor) -> str | None:
         for handle in handles:
             handle.remove()
     for module, output, unchanged in last:
-        # by memory: other outputs may have the same values, such as zeros from weights that are not learned yet
+        # compared by address: another output may have equal values, for example zeros of untrained weights
         if output.data_ptr() == logits.data_ptr() and torch.equal(unchanged, logits):
             return linear[module]
     return None
@@ -161,7 +177,7 @@ def probe_images(size: int) -> Tensor:
 
 
 def probe(name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """What the model gives for these images, and whether it takes images of this size at all."""
+    """The model's output for these images; raises UsageError if it does not take images of this size."""
     try:
         with torch.no_grad():
             output = model.eval()(images)
@@ -177,7 +193,7 @@ def probe(name: str, model: nn.Module, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Library:
-    """How a library makes a model, and what it says of the model's images: channels, height, width and the rest."""
+    """How to create a model of a library, and how to get its channels, height, width and preprocessing."""
 
     create: Callable[[Any, str, bool], nn.Module]
     preprocessing: Callable[[Any, str, nn.Module], tuple[int, int, int, Preprocessing]]
@@ -191,21 +207,19 @@ def timm_preprocessing(timm: Any, name: str, model: nn.Module) -> tuple[int, int
     config = timm.data.resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     crop_mode = config["crop_mode"]
-    return (
-        *(channels, height, width),
-        Preprocessing(
-            size=height,
-            mean=as_floats(config["mean"]),
-            std=as_floats(config["std"]),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=crop_mode if crop_mode in CROP_MODES else "squash",  # which shows the whole image, as "border"
-        ),
+    preprocessing = Preprocessing(
+        size=height,
+        mean=as_floats(config["mean"]),
+        std=as_floats(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=crop_mode if crop_mode in CROP_MODES else "squash",  # shows the whole image, as timm's "border"
     )
+    return channels, height, width, preprocessing
 
 
-# The auxiliary classifiers of these would make them return several tensors in training. transform_input belongs to
-# their published weights.
+# With their auxiliary classifiers these models would return several tensors in training. Their published weights need
+# transform_input.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
 
 
@@ -213,12 +227,12 @@ def create_torchvision(torchvision: Any, name: str, pretrained: bool) -> nn.Modu
     classification_transforms(torchvision, name)
     options = {"aux_logits": False, "transform_input": True} if name in WITH_AUXILIARY else {}
     if options and not pretrained:
-        options["init_weights"] = False  # takes minutes, and warns that it does
+        options["init_weights"] = False  # initialisation takes minutes, and warns about that
     return torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
 
 
 def classification_transforms(torchvision: Any, name: str) -> Any:
-    """torchvision's own preprocessing; UsageError where it is no classifier's."""
+    """torchvision's own preprocessing; raises UsageError if the model is no classifier of single images."""
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     for sides in (getattr(transforms, "crop_size", ()), getattr(transforms, "resize_size", ())):
         if not isinstance(sides, list) or len(sides) != 1:
@@ -239,7 +253,7 @@ def torchvision_preprocessing(torchvision: Any, name: str, model: nn.Module) -> 
     return 3, crop, crop, preprocessing
 
 
-# The networks that --network knows by their own name, and the libraries it takes further ones from.
+# The networks that --network takes by name alone, and the libraries of other networks.
 NETWORKS: dict[str, Callable[[Path | None], Network]] = {"mobilenet_v2": mobilenet_v2}
 LIBRARIES = {
     "timm": Library(create_timm, timm_preprocessing),

@@ -1,4 +1,4 @@
-"""A fine-tuned network in its original architecture: as a state dict with that one's names, and back."""
+"""Convert a fine-tuned network to a state dict of its original architecture, and back."""
 
 import copy
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from .network import Network
 from .pretrained import LIBRARIES, NETWORKS, library_model
 from .weights import NEW_HEAD, load_exactly
 
-REMEDY = "fine-tune the network anew, or take another model"
+REMEDY = "fine-tune the network again, or choose another model"
 
 
 def trained_state(network: Network, backbone: nn.Module, head: nn.Linear) -> dict[str, Tensor]:
     """A fine-tuned backbone and head as a state dict that the original architecture loads strictly.
 
     Args:
-        network: what was fine-tuned.
-        backbone: its backbone now, on any device; stochastic norms become the batch norms that they were.
+        network: the pretrained network.
+        backbone: its fine-tuned backbone, on any device; stochastic norms are turned back into batch norms.
         head: the new head.
 
     Returns:
-        Copies on the CPU, contiguous. The head has the names of the old one, or ``talib_fast_head.weight`` and
-        ``.bias`` where the architecture has no place for it.
+        Contiguous copies on the CPU. The head has the names of the old head, or ``talib_fast_head.weight`` and
+        ``.bias`` if the architecture has no head.
     """
     place = network.head_name or NEW_HEAD
     state = restore_batch_norm(copy.deepcopy(backbone)).state_dict()
@@ -39,18 +39,20 @@ def trained_state(network: Network, backbone: nn.Module, head: nn.Linear) -> dic
 
 
 def restored(name: str, head_name: str | None, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The network that :func:`trained_state` is the state of, in evaluation mode. Nothing is downloaded for it.
+    """The network with a state of :func:`trained_state`, in evaluation mode. Nothing is downloaded.
 
     Args:
-        name: of the network, as ``--network`` takes it.
-        head_name: the head's place in the architecture; None: it has none, the new head follows the pooled features.
+        name: the network's name for ``--network``.
+        head_name: the head's name in the architecture; None if it has no head: the new head follows the pooled
+            features.
         num_classes: number of the new head's classes.
+        state: the state dict.
 
     Returns:
         A module that maps float images [B, 3, S, S] to logits [B, num_classes].
 
     Raises:
-        UserError: the network's library is missing or knows no such network, or the state does not fit.
+        UserError: the network's library is missing or has no such network, or the state does not fit.
     """
     model = architecture(name)
     weight = state.get(f"{head_name or NEW_HEAD}.weight")
@@ -73,7 +75,7 @@ def restored(name: str, head_name: str | None, num_classes: int, state: Mapping[
 
 
 class WithHead(nn.Module):
-    """A network that has no head of its own, and one on its features, whose maps are averaged."""
+    """A network without a head of its own, and a new head on its features; maps are averaged first."""
 
     def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -87,10 +89,12 @@ class WithHead(nn.Module):
 
 
 def architecture(name: str) -> nn.Module:
-    """The whole network with random weights."""
+    """The whole network with random weights; raises UserError if there is no network of this name."""
     library, _, model_name = name.partition(":")
-    if name in NETWORKS:
-        return MobileNetV2Classifier() if name == "mobilenet_v2" else NETWORKS[name](None).backbone
+    if name == "mobilenet_v2":
+        return MobileNetV2Classifier()
+    if name in NETWORKS:  # a network that was registered there has no head of its own
+        return NETWORKS[name](None).backbone
     if library not in LIBRARIES or not model_name:
-        raise UserError(f"there is no network {name} here: update talib_fast, or fine-tune another network")
+        raise UserError(f"this talib_fast has no network {name}: update talib_fast, or fine-tune another network")
     return library_model(library, model_name, pretrained=False)

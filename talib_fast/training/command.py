@@ -1,4 +1,4 @@
-"""The command ``finetune``: trials, runs of every method with every seed, and what is written of them."""
+"""The command ``finetune``: carry out trials, train every method with every seed, and write the results."""
 
 import shlex
 import time
@@ -28,19 +28,25 @@ from .trainer import DivergedError
 
 
 def run(options: Options, arguments: list[str]) -> None:
-    """Train what is not finished yet, then print the table and write the report.
+    """Train the runs that are not finished yet, print the table and write the report.
 
-    ``arguments`` are the command line's, for the record. Raises UserError, and KeyboardInterrupt when interrupted.
+    Args:
+        options: the parsed options.
+        arguments: the words of the command line, for the record.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+        KeyboardInterrupt: the user interrupted.
     """
     device = parallel.together(lambda: usable_device(parallel.own_device(named_device(options.device))))
     if options.batch_size % parallel.world_size():
         raise UsageError(
-            f"--batch-size {options.batch_size} cannot be shared out evenly among {parallel.world_size()} processes: "
-            "choose a multiple of their number"
+            f"--batch-size {options.batch_size} cannot be divided evenly among {parallel.world_size()} processes: "
+            f"choose a multiple of {parallel.world_size()}"
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.backends.cudnn.deterministic = True  # a resumed run must repeat what an uninterrupted one does
+    torch.backends.cudnn.deterministic = True  # a resumed run must give the same result as an uninterrupted one
     folder = parallel.from_first(lambda: make_folder(options))
     with ExitStack() as stack:
         parallel.from_first(lambda: stack.enter_context(locked(folder)))
@@ -48,6 +54,7 @@ def run(options: Options, arguments: list[str]) -> None:
 
 
 def train_and_report(options: Options, arguments: list[str], device: torch.device, folder: Path) -> None:
+    """Do the work of :func:`run` in an output folder that no other process writes to."""
     started = time.monotonic()
     workers = default_workers() if options.workers is None else options.workers
     found = parallel.together(partial(sources.find, options))
@@ -73,7 +80,7 @@ def train_and_report(options: Options, arguments: list[str], device: torch.devic
         print(f"Finished already: {count(len(wanted) - len(todo), 'run')}.", flush=True)
     failures = train(todo, chosen, experiment, results) if todo else []
     if done:
-        print(f"Everything is finished already in {folder} ({count(len(wanted), 'run')}); --restart trains it again.")
+        print(f"Nothing to train: {folder} has all results ({count(len(wanted), 'run')}); --restart trains again.")
     else:
         more = " and the trials" if options.tune else ""
         print(f"{count(len(todo), 'run')}{more} took {time.monotonic() - started:.0f} s.")
@@ -89,7 +96,7 @@ def train_and_report(options: Options, arguments: list[str], device: torch.devic
 
 
 def check_libraries(options: Options) -> None:
-    """Raise UserError where a library is missing that is needed only later."""
+    """Raise UserError now if a library is missing that the command needs later."""
     transforms()
     if options.tensorboard:
         summary_writer()
@@ -100,14 +107,14 @@ def check_libraries(options: Options) -> None:
 
 
 def finished(options: Options, results: Results) -> bool:
-    """Whether all that the command asks for is there."""
+    """Whether all runs that the command asks for are finished."""
     winner = best_trial(results.trials) if options.auto else None
     methods = [winner["method"]] if winner else options.methods
     return all(results.has(method, seed) for seed in options.seeds for method in methods)
 
 
 def choose(experiment: Experiment, results: Results) -> dict[str, dict[str, Any]]:
-    """The methods to train, and the settings of each that its trials chose; carries out the trials."""
+    """Carry out the trials; returns the methods to train, each with the settings that its trials chose."""
     options = experiment.options
     if options.auto:
         winner, settings = halving.compete(options.methods, experiment, results)
@@ -123,9 +130,14 @@ def train(
     experiment: Experiment,
     results: Results,
 ) -> list[UserError]:
-    """Carry out the runs and add them to the results; returns the errors of those that diverged or can't be kept.
+    """Train the runs and add them to the results.
 
-    ``chosen`` are the settings of each method that trials found.
+    Args:
+        todo: the (method, seed) pairs to train.
+        chosen: for each method, the settings that its trials chose.
+
+    Returns:
+        The errors of runs that diverged, and of models that could not be kept.
     """
     options, folder = experiment.options, experiment.folder
     keeper = Keeper(folder, options.keep, experiment.network, describe(experiment, results), results)
@@ -144,7 +156,7 @@ def train(
         try:
             trained = experiment.train(method, data, own, settings | tuned, checkpoint, label, curves)
         except DivergedError as error:
-            experiment.remove(checkpoint)  # continuing it would only diverge again
+            experiment.remove(checkpoint)  # a continued run would diverge again
             failures.append(error)
             print(f"{label}: {error}", flush=True)
             continue
@@ -157,37 +169,38 @@ def train(
 
 
 def make_folder(options: Options) -> Path:
+    """Create the output folder; raises UserError if that fails or if it lies among the images."""
     folder = Path(options.out)
     for images in (options.test, None if options.sample else options.data):
         if images and folder.resolve().is_relative_to(Path(images).resolve()):
             raise UsageError(
-                f"{printable(folder)} lies in {printable(images)}, where its plots would be taken for images: choose "
+                f"{printable(folder)} lies inside {printable(images)}, so its plots would be read as images: choose "
                 "another --out"
             )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the folder {printable(folder)} cannot be made ({error.strerror}): choose another --out"
+            f"the folder {printable(folder)} cannot be created ({error.strerror}): choose another --out"
         ) from error
     return folder
 
 
 def describe(experiment: Experiment, results: Results) -> dict[str, Any]:
-    """What all models of a command say of themselves."""
+    """The entries of ``config.json`` that all models of a command share."""
     shared = description(experiment.network, experiment.sources.train.classes, versions())
     return shared | {"settings": results.content["settings"]}
 
 
 def header(experiment: Experiment) -> str:
-    """What the command does, and what it will not show."""
+    """The lines that are printed first: images, runs, steps, device, and the budget of the trials."""
     options, device = experiment.options, experiment.device
     splits = experiment.splits(options.seeds[0])
     assert splits.test is not None
     labels = "all labels" if options.labels_per_class == "all" else f"{options.labels_per_class} labels"
     validation = f", {len(splits.val):,} for validation" if splits.val else ""
     precision = "mixed precision" if options.amp else "float32"
-    processes = f", shared out among {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
+    processes = f", divided among {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     many, seeds = count(len(options.methods), "method"), count(len(options.seeds), "seed")
     runs = f"{count(len(options.seeds), 'run')} of the best of {many}"
@@ -208,27 +221,27 @@ def header(experiment: Experiment) -> str:
 
 
 def budget(experiment: Experiment) -> str:
-    """What is spent on trials, and by what they are judged."""
+    """The sentence that says how many trials there are and which images judge them."""
     options, parts = experiment.options, trials.judges(experiment)
     assert options.tune is not None and options.steps is not None
     judged = trials.in_words(parts)
     if not options.auto:
-        return f"Before, {count(options.tune, 'trial')} of each method's settings, {judged}."
+        return f"First, {count(options.tune, 'trial')} of settings for each method, {judged}."
     plan = halving.rungs(options.tune * len(options.methods), options.steps)
     rungs = ", ".join(f"{many} of {count(steps, 'step')}" for many, steps in plan)
     whole = halving.cost(plan) * len(parts)
     return (
-        f"Before, {count(options.tune, 'setting')} of each method compete, {judged}: {rungs}. That takes as long as "
+        f"First, {count(options.tune, 'setting')} of each method compete, {judged}: {rungs}. This takes as long as "
         f"{whole:.0f} runs."
     )
 
 
 def closing(results: Mapping[str, Any], folder: Path) -> list[str]:
-    """Where the kept models are, and what to do with one."""
+    """The lines that are printed last: where the kept models are, and a command that uses one."""
     kept = [folder / run["model"] for run in results["runs"] if run.get("model")]
     if not kept:
         return []
     lines = [f"Kept: {', '.join(printable(model) for model in kept)}"]
     if len(kept) > 1 and best_run(results) is None:
-        lines.append("Nothing chose between the methods: --tune N or --method auto does, or images for validation.")
+        lines.append("No best method was chosen: that needs --tune N, --method auto or images for validation.")
     return [*lines, f"Try it: python -m talib_fast predict {shlex.quote(printable(kept[-1]))} IMAGES"]

@@ -1,4 +1,4 @@
-"""How methods compare on the same seeds or the same images, and what the differences show and don't show."""
+"""Comparisons of methods on the same seeds or the same images, with confidence intervals."""
 
 import math
 import statistics
@@ -12,16 +12,16 @@ from ..libraries import needed
 from .recipes import RECIPES, canonical
 
 CONFIDENCE = 0.95
-DIGITS = 9  # of differences: more would tell equal ones apart by what subtraction rounds
+DIGITS = 9  # of differences; with more digits, rounding errors would make equal differences unequal
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method beside a baseline, seed by seed.
+    """A method compared with a baseline, seed by seed.
 
     Attributes:
         differences: points (of accuracy in %) above the baseline, by seed.
-        number: how many comparisons are made in all, over which the correction shares the error out (Bonferroni's).
+        number: how many comparisons are made in all, for Bonferroni's correction.
     """
 
     method: str
@@ -31,27 +31,27 @@ class Comparison:
 
     @property
     def mean(self) -> float | None:
-        """The mean difference in points; None without a common seed."""
+        """The mean difference in points; None if there is no common seed."""
         return statistics.fmean(self.differences.values()) if self.differences else None
 
     @property
     def half_width(self) -> float | None:
-        """Half of this comparison's own 95 % interval, in points, by Student's t; None for fewer than two seeds."""
+        """Half of the 95 % interval of this comparison alone, in points (Student's t); None for less than two seeds."""
         return self._half_width(1)
 
     @property
     def corrected_half_width(self) -> float | None:
-        """Half of the interval so wide that with 95 % confidence all comparisons' hold at once."""
+        """Half of the corrected interval: with 95 % confidence, the intervals of all comparisons hold at once."""
         return self._half_width(self.number)
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the corrected interval leaves out zero; without any spread there is nothing to judge chance by."""
+        """Whether the corrected interval excludes zero; False if all seeds give the same difference (no spread)."""
         mean, corrected = self.mean, self.corrected_half_width
         return mean is not None and corrected is not None and 0 < corrected < abs(mean)
 
     def sentence(self) -> str:
-        """What the seeds show of this method and what they don't."""
+        """One sentence: what the seeds show about this method and what they do not."""
         return f"{self.method}: {self._finding()}."
 
     def _finding(self) -> str:
@@ -59,20 +59,20 @@ class Comparison:
         seeds, other = count(len(self.differences), "seed"), self.baseline
         if mean is None:
             return f"no seed in common with {other}, so nothing can be compared"
-        beside = f"{points(mean)} points beside {other}"
+        compared = f"{points(mean)} points compared with {other}"
         if half is None or corrected is None:
-            return f"{beside} with one seed, which shows no difference"
+            return f"{compared}, with one seed, which shows no difference"
         if half == 0:
-            return f"{beside} at each of {seeds}; no spread, so no interval"
+            return f"{compared}, the same for all {seeds}, so there is no interval"
         if self.beyond_chance:
             better = "better" if mean > 0 else "worse"
             among = f" even among {self.number} comparisons" if self.number > 1 else ""
             figures = f"{points(mean)} points ({span(mean, corrected)}) over {seeds}"
             return f"{better} than {other}, {figures}, beyond chance{among}"
         if abs(mean) > half:
-            chance = f"but among {self.number} comparisons that may be chance"
-            return f"{beside} over {seeds} ({span(mean, half)}), {chance}: corrected, {span(mean, corrected)} fits"
-        return f"not told apart from {other}, anything from {span(mean, corrected)} points fits these {seeds}"
+            chance = f"but this may be chance among {self.number} comparisons"
+            return f"{compared} over {seeds} ({span(mean, half)}), {chance}: corrected, {span(mean, corrected)}"
+        return f"no difference to {other} is shown: {span(mean, corrected)} points over {seeds}"
 
     def _half_width(self, number: int) -> float | None:
         if len(self.differences) < 2:
@@ -85,11 +85,12 @@ class Comparison:
 def comparisons(
     runs: Iterable[Mapping[str, Any]], baseline: str = "plain", number: int | None = None
 ) -> list[Comparison]:
-    """Every method beside the baseline, in the methods' usual order; none where the baseline has no runs.
+    """Compare every method with the baseline, in the methods' usual order; empty if the baseline has no runs.
 
     Args:
-        runs: with ``method``, ``seed`` and ``accuracy`` in %.
-        number: of comparisons to correct for, where these are not all; None: those that have an interval.
+        runs: mappings with ``method``, ``seed`` and ``accuracy`` in %.
+        baseline: the method to compare with.
+        number: the number of comparisons to correct for; None: the number of comparisons here with an interval.
 
     Raises:
         ValueError: ``number`` is less than 1.
@@ -111,21 +112,21 @@ def comparisons(
 
 
 def paired_images(right_a: str, right_b: str, number: int = 1) -> tuple[float, float]:
-    """How much better one classifier is than another on the same images, by Agresti and Min's adjusted Wald interval.
+    """The difference of two classifiers on the same images, with Agresti and Min's adjusted Wald interval.
 
-    Half an image is added to each of the four kinds (both right, one, the other, none), so that the interval of two
-    classifiers that never differ has a width too [Agresti and Min, Statistics in Medicine 24, 2005]. That width is laid
-    around the observed difference, which theirs shrinks by n / (n + 2).
+    The method adds half an image to each of the four outcomes (both right, only a, only b, none), so that the interval
+    also has a width if the classifiers never differ [Agresti and Min, Statistics in Medicine 24, 2005]. Here the
+    interval is centred on the observed difference; in the paper the centre is shrunk by n / (n + 2).
 
     Args:
-        right_a, right_b: a digit per image, ``1`` where it was predicted right and ``0`` where not.
-        number: of comparisons that shall hold at once (Bonferroni's correction).
+        right_a, right_b: one digit per image: ``1`` if it was predicted right, ``0`` if not.
+        number: how many comparisons must hold at once (Bonferroni's correction).
 
     Returns:
         The points by which a is above b, and half the 95 % interval.
 
     Raises:
-        ValueError: the strings have different lengths or none, or hold something else.
+        ValueError: the strings are empty, differ in length, or hold other characters.
     """
     if len(right_a) != len(right_b) or not right_a or set(right_a + right_b) - set("01"):
         raise ValueError(
@@ -141,12 +142,12 @@ def paired_images(right_a: str, right_b: str, number: int = 1) -> tuple[float, f
 
 
 def points(value: float) -> str:
-    """A difference with its sign and one decimal; what rounds to zero is +0.0."""
+    """A difference with its sign and one decimal; values that round to zero give +0.0."""
     return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """The mean ± the sample standard deviation, with one decimal; a single value shows no spread."""
+    """The mean ± the sample standard deviation, with one decimal; a single value has no deviation."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
@@ -156,7 +157,7 @@ def span(centre: float, half_width: float) -> str:
 
 
 def by_method(made: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs or trials by the canonical name of their method, in the methods' usual order, combinations behind them."""
+    """Group runs or trials by the canonical name of their method: single methods in their usual order, then others."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for one in made:
         found.setdefault(canonical(one["method"]), []).append(one)

@@ -1,8 +1,8 @@
-"""What a run trains and is tested on, served in batches.
+"""Batches of images for training, validation and test.
 
-A batch is a pure function of the seed and the step's number, so an interrupted run resumes without any sampler state.
-Files are read again whenever they are needed, by worker processes, so that no more than a few batches are in memory.
-Sets that are gone through in order, again and again, stay there while they are small.
+A batch is a pure function of the seed and the step's number, so an interrupted run resumes without sampler state.
+Worker processes read a file each time it is needed, so memory holds only a few batches. Small sets that are read in
+order again and again stay in memory.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from ..images.preprocessing import Preprocessing
 from . import parallel
 from .splits import Splits, mixed_seed, seeded_generator
 
-READ_PIXELS = 2_000_000  # of a batch that is read in order, to test or to prepare
-HELD_BYTES = 2**27  # of a set that stays in memory, prepared, after it was read in order
+READ_PIXELS = 2_000_000  # the most pixels of a batch that is read in order, to test or to prepare
+HELD_BYTES = 2**27  # the largest prepared set that stays in memory after it was read in order
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's images: views float32 [B, 3, S, S] each, labels [B] and places in the training set [B]."""
+    """One training step's images: views (float32 [B, 3, S, S] each), labels [B] and indices in the training set [B]."""
 
     views: tuple[Tensor, ...]
     labels: Tensor
@@ -39,13 +39,13 @@ class Batch:
 
 
 class InOrder:
-    """A loader of (images, labels), unchanged and in order; can be gone through again and again."""
+    """A loader of (images, labels) in order and without augmentation; it can be iterated many times."""
 
     def __init__(self, images: ImageSet, preprocessing: Preprocessing, device: torch.device, workers: int = 0) -> None:
         self.images, self.preprocessing, self.device, self.workers = images, preprocessing, device, workers
         self.labels = images.labels
         self.batch_size = max(1, min(100, READ_PIXELS // preprocessing.size**2))
-        self._batches: list[Tensor] | None = None  # all of them, prepared, once they were read
+        self._batches: list[Tensor] | None = None  # all prepared batches, once they were read
         self._parts: dict[str, InOrder] = {}
 
     def __len__(self) -> int:
@@ -77,11 +77,11 @@ class InOrder:
 
     @cached_property
     def held(self) -> Tensor:
-        """All of the images, prepared: uint8 [N, 3, S, S]."""
+        """All images, prepared: uint8 [N, 3, S, S]."""
         return torch.stack([self.preprocessing(self.images.read_at(i, None)) for i in range(len(self.images))])
 
     def part(self, rows: slice) -> "InOrder":
-        """Some of the images, the same object every time."""
+        """A loader of some of the images; equal ``rows`` give the same object."""
         part = self._parts.get(str(rows))
         if part is None:
             chosen = self.images.part(torch.arange(len(self.images))[rows])
@@ -93,9 +93,9 @@ class InOrder:
 
 @dataclass(frozen=True)
 class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
-    """Asked for a step it gives its views, uint8 [B, 3, S, S] each, and the places of its images, or one's error.
+    """A dataset of steps: ``[step]`` is (views, indices of the images), or the error of an image.
 
-    Of several processes each takes its share of every batch.
+    Each view is uint8 [B, 3, S, S]. With several ranks, each rank takes its share of every batch.
     """
 
     train: InOrder
@@ -141,7 +141,7 @@ class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
         return RandomCrops(self.augmentation, self.train.preprocessing)
 
     def _indices(self, step: int) -> Tensor:
-        # The training set, shuffled anew for every epoch, makes one long stream; a step takes its stretch of it.
+        # The training set, shuffled again for every epoch, forms one long stream. A step takes the next part of it.
         count = len(self.train.labels)
         first = step * self.batch_size
         epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
@@ -153,13 +153,13 @@ class Steps(Dataset["tuple[list[Tensor], Tensor] | ImageError"]):
 
 
 class TaskData:
-    """What the runs of one seed train, choose and are tested by; ``test`` is None in a trial.
+    """The training, validation and test images of one seed's runs; ``test`` is None in a trial.
 
-    ``knowledge`` is what methods have found out about the training images before their first step, by their names.
+    ``knowledge`` holds, by method name, what :meth:`Method.prepare` found about the training images.
 
     Args:
         augmentation: how training images are changed: one of SHIFTS or CROPS.
-        workers: processes that read files.
+        workers: number of processes that read files.
     """
 
     def __init__(
@@ -182,9 +182,9 @@ class TaskData:
         self.test = None if splits.test is None else InOrder(splits.test, preprocessing, device, workers)
 
     def batches(self, first: int, last: int, views: int = 1) -> Iterator[Batch]:
-        """The batches of the steps from ``first`` to before ``last``, or this rank's shares of them.
+        """The batches of the steps in [first, last), or this rank's shares of them.
 
-        Every image comes once per epoch, changed anew in every view.
+        Every image occurs once per epoch. Each view of an image has its own augmentation.
         """
         workers = 0 if self.train.images.small and self.augmentation in SHIFTS else self.workers
         for item in in_workers(self._steps(views), range(first, last), workers, self.device.type):

@@ -1,4 +1,4 @@
-"""What all runs and trials of a ``finetune`` command share: images, network, device and settings."""
+"""The images, network, device and settings that all runs and trials of a ``finetune`` command share."""
 
 import hashlib
 import importlib.metadata
@@ -29,7 +29,7 @@ from .trainer import Record, Run
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all runs of a command share."""
+    """The images, network, device and options that all runs of a command share."""
 
     options: Options
     device: torch.device
@@ -40,11 +40,11 @@ class Experiment:
 
     @property
     def val_is_labelled(self) -> bool:
-        """Whether the images for validation are labelled images like others: after trials they are trained on."""
+        """Whether the validation images count as labelled images; if so, runs after trials train on them too."""
         return self.sources.val is not None and self.options.labels_per_class == "all"
 
     def splits(self, seed: int) -> Splits:
-        """The images of a seed's runs. After trials nothing is left to validate, and all labelled images train."""
+        """The images of a seed's runs. After trials, runs need no validation and train on all labelled images."""
         found = self.sources
         if not self.options.tune:
             return split(found.train, found.val, found.test, self.options.shares, seed)
@@ -81,7 +81,7 @@ class Experiment:
         curves: Path | None = None,
         until: Callable[[Record], bool] | None = None,
     ) -> Run:
-        """A run, finished or ended by ``until``; the arguments are :class:`Run`'s and :meth:`Run.finish`'s."""
+        """Train a run until it is finished or ``until`` ends it; for the arguments see :class:`Run`."""
         release_memory()
         network, device = self.network, self.device
         try:
@@ -97,10 +97,10 @@ class Experiment:
 
 
 def build_network(options: Options) -> networks.Network:
-    """The pretrained network, on which all methods can run."""
+    """The pretrained network; raises UsageError if one of the methods cannot run on it."""
     network = networks.build(options.network, options.wanted_size, options.weights, options.delta_layers)
     if options.sample:
-        network.preprocessing = replace(network.preprocessing, crop_pct=1.0)  # a digit fills its picture
+        network.preprocessing = replace(network.preprocessing, crop_pct=1.0)  # a digit fills its whole image
     refused = [str(error) for name in options.methods if (error := refusal(name, network))]
     if refused:
         raise UsageError("; ".join(dict.fromkeys(refused)))
@@ -108,7 +108,7 @@ def build_network(options: Options) -> networks.Network:
 
 
 def refusal(method: str, network: networks.Network) -> UsageError | None:
-    """Why the method can't run on the network, if it can't."""
+    """The error that says why the method cannot run on the network, or None if it can."""
     try:
         methods.check(method, network)
     except UsageError as error:
@@ -124,9 +124,9 @@ def prepare(
     workers: int,
     folder: Path,
 ) -> Experiment:
-    """What the options mean for these images, which are split once for each seed to see that they suffice.
+    """Resolve the options for these images, and check for every seed that there are enough images.
 
-    Trials are judged by what no seed tests on, so with them there is one part for testing.
+    Trials must not see the test images of any seed. So with trials, all seeds share one set of test images.
     """
     if options.tune and images.test is None:
         train, test = test_part(images.train, options.test_share)
@@ -138,7 +138,7 @@ def prepare(
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
-    """What the runs of one table share."""
+    """The settings that all runs of one table share."""
     options = experiment.options
     settings = options.settings() | {"device": experiment.device.type, "images": experiment.sources.digest}
     if options.tune:
@@ -151,7 +151,7 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def record(experiment: Experiment, arguments: list[str]) -> dict[str, Any]:
-    """What the figures were measured with, and on which images."""
+    """The command, device, versions and images behind the figures, for results.json."""
     found, device = experiment.sources, experiment.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     launcher, times = ["python"], ""

@@ -1,8 +1,8 @@
-"""``--method auto``: all methods compete in one budget, by successive halving.
+"""``--method auto``: all methods compete by successive halving.
 
-Every method enters with the same number of settings, its defaults and others that are spread evenly over the ranges.
-All of them are trained for few steps, the better half of them anew for twice as many, and so on, up to the steps of a
-whole run: Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943.
+Every method enters with the same number of settings: its defaults, and others spread evenly over the ranges. All
+candidates are trained for few steps. The better half is trained again, from the start, for twice as many steps, and so
+on up to the steps of a whole run (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
 """
 
 import math
@@ -17,23 +17,23 @@ from .results import Results
 from .search import space
 from .tuning import Search
 
-LEAST_STEPS = 15  # of the first rung
+LEAST_STEPS = 15  # the fewest steps of the first rung
 
 
 def rungs(candidates: int, steps: int) -> list[tuple[int, int]]:
-    """How many candidates are trained for how many steps in each rung, the last of which takes all ``steps``."""
+    """The (candidates, steps) of each rung; the last rung takes all ``steps``."""
     number = 1 + max(0, min(int(math.log2(candidates)), int(math.log2(max(1, steps / LEAST_STEPS)))))
     counts = [math.ceil(candidates / 2**rung) for rung in range(number)]
     return [(many, math.ceil(steps / 2 ** (number - 1 - rung))) for rung, many in enumerate(counts)]
 
 
 def cost(plan: Sequence[tuple[int, int]]) -> float:
-    """What a plan takes, in whole runs."""
+    """The cost of a plan, in whole runs."""
     return sum(many * steps for many, steps in plan) / plan[-1][1]
 
 
 def compete(methods: Sequence[str], experiment: Experiment, results: Results) -> tuple[str, dict[str, Any]]:
-    """Carry out the trials that are missing; returns the winner and its settings."""
+    """Carry out the missing trials; returns the winning method and its settings."""
     options = experiment.options
     assert options.tune is not None and options.steps is not None
     parts = trials.load(experiment)
@@ -59,11 +59,11 @@ def compete(methods: Sequence[str], experiment: Experiment, results: Results) ->
             entered = [(one["method"], one["number"], one["settings"]) for one in best]
     winner = best_trial(results.trials)
     if winner is None:
-        raise UserError("every candidate diverged: lower --lr, around which it is searched")
+        raise UserError("every candidate diverged: lower --lr, the centre of the searched range")
     return winner["method"], winner["settings"]
 
 
 def entry(results: Results, method: str, number: int, rung: int) -> dict[str, Any] | None:
-    """A candidate's trial in a rung, if it has begun."""
+    """A candidate's trial in a rung; None if it has not begun."""
     found = (one for one in trials.found(results.trials, method) if (one["number"], one["rung"]) == (number, rung))
     return next(found, None)

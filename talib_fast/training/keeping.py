@@ -1,4 +1,4 @@
-"""What is kept of a finished run besides its figures: the model, and what it says of every test image."""
+"""Keep the model of a finished run, and its prediction for every test image."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from .recipes import canonical
 from .results import Results, name_of, predictions_file
 from .trainer import Run
 
-CHECKED_IMAGES = 8  # whose logits a kept model must repeat
+CHECKED_IMAGES = 8  # a kept model must repeat the logits of so many images
 
 
 def description(network: Network, classes: Sequence[str], versions: dict[str, str]) -> dict[str, Any]:
-    """What the models of one network and one set of classes say of themselves in ``config.json``."""
+    """The entries of ``config.json`` that all models of one network and one set of classes share."""
     library, _, architecture = network.name.rpartition(":")
     return {
         "architecture": architecture,
@@ -37,23 +37,28 @@ def description(network: Network, classes: Sequence[str], versions: dict[str, st
 
 
 class Keeper:
-    """Keeps the models of a command's runs: all, none, or the best, whose place a better one takes.
+    """Keeps the models of a command's runs: all of them, none, or the best so far.
 
-    Trials choose the best method, else validation images the best run; where there is neither, a model of each method
-    is kept. Test images choose nothing.
+    Trials choose the best method. Without trials, validation images choose the best run. Without either, one model of
+    each method is kept. Test images never choose.
 
     Args:
         folder: the command's output folder.
         keep: ``best``, ``all`` or ``none``.
-        network: as it was pretrained.
-        config: what all models' ``config.json`` share.
+        network: the pretrained network.
+        config: the entries of ``config.json`` that all models share.
+        results: all runs and trials; :meth:`take` adds to them.
     """
 
     def __init__(self, folder: Path, keep: str, network: Network, config: dict[str, Any], results: Results) -> None:
         self.folder, self.keep, self.network, self.config, self.results = folder, keep, network, config, results
 
     def take(self, run: Run, result: dict[str, Any]) -> UserError | None:
-        """Keep what a finished run leaves, and add its result to the others; returns why its model can't be kept."""
+        """Keep a finished run's predictions and model, and add its result.
+
+        Returns:
+            The error if the model cannot be kept, else None.
+        """
         parallel.from_first(lambda: self._write_predictions(run, result))
         kept = [other for other in self.results.runs if other.get("model")]
         result |= {"model": None, "kept": self.keep}
@@ -65,14 +70,14 @@ class Keeper:
             if failure:
                 result["model"], replaced = None, []
             for other in replaced:
-                if other["kept"] == "best":  # what was kept for another reason stays
+                if other["kept"] == "best":  # a model that was kept by --keep all stays
                     other["model"] = None
         self.results.add(result)
         parallel.from_first(self._remove_replaced)
         return failure
 
     def _replaced(self, result: dict[str, Any], kept: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-        """The kept runs whose place this one takes, all of them worse; None where it is not to be kept."""
+        """The kept runs that this run replaces, all of them worse; None if this run is not to be kept."""
         if self.keep != "best":
             return [] if self.keep == "all" else None
         same = [other for other in kept if canonical(other["method"]) == canonical(result["method"])]
@@ -91,7 +96,7 @@ class Keeper:
     def _saved(self, run: Run, result: dict[str, Any]) -> UserError | None:
         try:
             self._save(run, result)
-        except UserError as error:  # the run's figures count all the same
+        except UserError as error:  # the run's figures are valid without its model
             return error
         return None
 
@@ -108,7 +113,7 @@ class Keeper:
         self._check(run, target)
 
     def _choice(self, result: dict[str, Any]) -> dict[str, Any]:
-        """What chose a kept model, for its ``config.json``."""
+        """The entries of ``config.json`` that say how a kept model was chosen."""
         if self.keep == "all":
             return {"chosen_by": "nothing: all models are kept"}
         trial = best_trial(self.results.trials)
@@ -123,7 +128,7 @@ class Keeper:
         return {"chosen_by": "nothing: without validation images a model of each method is kept"}
 
     def _check(self, run: Run, target: Path) -> None:
-        """A model that does not say what the trained network says is no model of it."""
+        """Raise UserError, and remove the model, if its logits differ from the trained network's."""
         assert run.data.test is not None
         few = run.data.test.part(slice(CHECKED_IMAGES))
         kept = model.load(target, run.device)
@@ -133,8 +138,8 @@ class Keeper:
         if not torch.allclose(right, found, rtol=1e-3, atol=1e-3 * float(right.abs().max())):
             shutil.rmtree(target)
             raise UserError(
-                f"{self.network.name} cannot be kept, since its own architecture with the new weights gives other "
-                "logits than the network that was trained: give --keep none, or choose another --network"
+                f"{self.network.name} cannot be kept, because its own architecture with the new weights gives other "
+                "logits than the trained network: give --keep none, or choose another --network"
             )
 
     def _write_predictions(self, run: Run, result: dict[str, Any]) -> None:

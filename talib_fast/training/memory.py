@@ -1,4 +1,4 @@
-"""How much memory a run took, and giving it back."""
+"""Measure the peak memory of a run, and release its memory afterwards."""
 
 import ctypes
 import gc
@@ -12,7 +12,7 @@ PROC = Path("/proc/self")
 
 
 class PeakMemory:
-    """The highest memory use from now on: what tensors take on a GPU, else what the whole process takes."""
+    """The highest memory use since construction: of tensors on a GPU, or of the whole process on other devices."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -21,10 +21,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            (PROC / "clear_refs").write_text("5")  # Linux: the high-water mark falls to the present use
+            (PROC / "clear_refs").write_text("5")  # Linux: sets the high-water mark to the present use
             self.resettable = True
         except OSError:
-            pass  # the peak since the process started is the best there is
+            pass  # then mib() reports the peak since the process started
 
     def mib(self) -> float:
         if self.device.type == "cuda":
@@ -38,11 +38,11 @@ class PeakMemory:
 
 
 def release_memory() -> None:
-    """Return freed memory to the device and the system, so that the next run's peak is its own."""
+    """Return freed memory to the device and the system, so that it does not count in the next run's peak."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)

@@ -1,7 +1,7 @@
-"""The fine-tuning methods: the classifier that one trains and the loss of one step, alone or combined.
+"""The fine-tuning methods, alone or combined: the classifier that is trained and the loss of one step.
 
-A method is built on a pretrained network, learns in ``prepare`` what it has to know about it, and then turns every
-batch into a loss and the logits of the new task.
+A method is built on a pretrained network. ``prepare`` computes what the method needs before the first step. Then every
+batch gives a loss and the logits of the new task.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,22 +21,22 @@ P = TypeVar("P")
 
 
 class Method(nn.Module):
-    """A fine-tuning method, or several at once: cross-entropy, and what each part adds to it.
+    """A fine-tuning method or a combination: cross-entropy plus the term of each part.
 
     Args:
-        network: the method's own copy, which it trains.
+        network: the method's own copy of the pretrained network, which it trains.
         num_classes: number of classes of the new task.
-        name: as :func:`~talib_fast.training.recipes.parse` takes it.
-        trade_offs: weight of what each part adds; the recipes' where there is none.
-        own: settings that only one method has, ``bss.k`` for example; the recipes' where there are none.
-        source_dtype: what delta's pretrained network computes in; None: as the network does.
-        class_weights: weight ``[num_classes]`` of every class in the cross-entropy; None: all alike.
+        name: a method or a combination, see :func:`~talib_fast.training.recipes.parse`.
+        trade_offs: weight of each part's term; a missing one is the recipe's.
+        own: settings that only one method has, for example ``bss.k``; a missing one is the recipe's.
+        source_dtype: dtype in which delta's pretrained network computes; None: the network's own.
+        class_weights: weight ``[num_classes]`` of every class in the cross-entropy; None: equal weights.
 
     Attributes:
-        classifier: what is trained; in evaluation mode it maps images to logits ``[B, num_classes]``.
-        parts: by name.
+        classifier: the trained module; in evaluation mode it maps images to logits ``[B, num_classes]``.
+        parts: the parts by name.
         views: how many augmentations of its images a batch must hold.
-        knowledge: what ``prepare`` found.
+        knowledge: what ``prepare`` returned.
 
     Raises:
         UsageError: the name is wrong, or the network lacks something that the method needs.
@@ -89,20 +89,20 @@ class Method(nn.Module):
         return self
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The optimiser's groups: what learns, the backbone at a tenth of the rate."""
+        """The optimiser's groups of trainable parameters; the backbone's learning rate is a tenth of ``lr``."""
         groups = self.classifier.get_parameters(lr)
         learning = [[weight for weight in group["params"] if weight.requires_grad] for group in groups]
         return [{**group, "params": weights} for group, weights in zip(groups, learning, strict=True) if weights]
 
     def prepare(self, images: InOrder) -> dict[str, Tensor]:
-        """What the method must know before the first step, found with the network as it was pretrained."""
+        """Compute what the method needs before the first step, with the pretrained network."""
         found: dict[str, Tensor] = {}
         for part in self._of(Part):
             found |= part.prepare(self.classifier, images)
         return found
 
     def use(self, knowledge: dict[str, Tensor]) -> None:
-        """Take what ``prepare`` returned, now or in the run that a checkpoint continues."""
+        """Take what ``prepare`` returned, in this run or, by a checkpoint, in the run that it continues."""
         self.knowledge = knowledge
         for part in self._of(Part):
             part.use(knowledge)
@@ -110,7 +110,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a training step (0-dim) and the logits ``[B, num_classes]``.
 
-        The mean of the ranks' losses is the loss of their joined batch.
+        The mean of the ranks' losses is the loss of the whole batch.
         """
         added: list[Tensor] = []
         with inputs_of(self.head) as features:
@@ -119,7 +119,7 @@ class Method(nn.Module):
         return sum(added, self.cross_entropy(logits, batch.labels)), logits
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the batch, whose samples count by their class's weight."""
+        """The mean cross-entropy of the batch, each sample multiplied by its class's weight."""
         if self.class_weights is None:
             return F.cross_entropy(logits, labels)
         return F.cross_entropy(logits, labels, self.class_weights, reduction="sum") / len(labels)
@@ -132,7 +132,7 @@ class Method(nn.Module):
         return self._of(Plain)[0]
 
     def _watched(self, added: list[Tensor]) -> Classify:
-        """The classifier, with delta's distance added where delta watches it."""
+        """The classifier; if delta is a part, a call also appends delta's distance to ``added``."""
         delta = next(iter(self._of(Delta)), None)
         if delta is None:
             return self.classifier
@@ -146,19 +146,19 @@ class Method(nn.Module):
 
 
 def check(name: str, network: Network) -> None:
-    """Raise UsageError where the method's name is wrong, or the network lacks something that one of its parts needs."""
+    """Raise UsageError if the method's name is wrong, or if the network lacks something that one of its parts needs."""
     for part in parse(name):
         PARTS[part].check(network)
 
 
 def own_settings(part: str, own: Mapping[str, float]) -> dict[str, float]:
-    """What a part takes besides its trade-off."""
+    """The settings of a part besides its trade-off."""
     return {name: own.get(f"{part}.{name}", setting.default) for name, setting in RECIPES[part].own.items()}
 
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it the module's inputs are appended to the list."""
+    """A context in which the module's inputs are appended to the list."""
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:

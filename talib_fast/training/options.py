@@ -1,4 +1,4 @@
-"""The options of ``python -m talib_fast finetune``, checked before anything is loaded, and their defaults."""
+"""The options of ``python -m talib_fast finetune`` and their defaults, checked before anything is loaded."""
 
 import argparse
 import math
@@ -16,11 +16,11 @@ from .splits import Shares
 SOURCE_DTYPES = ("network", "bfloat16", "float16")
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
 KEEP = ("best", "all", "none")
-STEPS, EPOCHS = 120, 10  # whichever takes longer, where neither is given
+STEPS, EPOCHS = 120, 10  # the default is the longer of the two
 SAMPLE_LABELS, SAMPLE_SIZE, SAMPLE_TEST_IMAGES = 5, 64, 1000
-VAL_SHARE = 0.1  # of all labelled images, where there are no images for validation
+VAL_SHARE = 0.1  # of all labelled images, if there is no folder for validation
 AUTO, AUTO_TRIALS = "auto", 3
-# what says where runs came from and where they go, and changes nothing in their figures
+# options that do not change a run's figures, or that are recorded in another form
 RECORDS = (
     *("methods", "data", "test", "skip_damaged", "weights", "epochs", "seeds", "device", "threads", "workers"),
     *("out", "keep", "tensorboard", "restart"),
@@ -29,11 +29,12 @@ RECORDS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the user can choose.
+    """All options of the command.
 
-    ``trade_offs`` holds the chosen or default value of every method, ``own`` those of the settings that one method has.
-    None is what :meth:`resolved` finds out from the data and the network. With ``auto`` the methods compete, by
-    successive halving; with ``tune`` each one's settings are searched in so many trials.
+    ``trade_offs`` holds the chosen or default trade-off of every method. ``own`` holds the settings that only one
+    method has. :meth:`resolved` and :meth:`with_steps` replace None by a default that depends on the data and the
+    network. With ``auto`` the methods compete by successive halving. ``tune`` is the number of trials in which each
+    method's settings are searched.
     """
 
     methods: tuple[str, ...]
@@ -81,27 +82,32 @@ class Options:
 
     @property
     def shares(self) -> Shares:
-        """How the images are split, of resolved options."""
+        """How the images are split; the options must be resolved."""
         labels, most = (None if value == "all" else value for value in (self.labels_per_class, self.test_images))
         assert not isinstance(labels, str) and not isinstance(most, str)
         return Shares(labels, self.val_share or 0.0, self.test_share, most)
 
     @property
     def wanted_size(self) -> int | None:
-        """Side of the images; None: what the network was pretrained with."""
+        """Side of the images in pixels; None: the network's own."""
         return self.image_size or (SAMPLE_SIZE if self.sample else None)
 
     def resolved(self, size: int, validates: bool, tests: bool) -> "Options":
-        """The defaults that depend on the data and the network filled in.
+        """The options with the defaults that depend on the data and the network.
 
         Args:
             size: side of the images that the network takes.
-            validates, tests: whether there are images of their own for validation and testing.
+            validates, tests: whether there are separate images for validation and for testing.
+
+        Raises:
+            UsageError: ``--val-share`` is given although there are images for validation.
         """
         labels = self.labels_per_class or (SAMPLE_LABELS if self.sample else "all")
-        unused = self.tune and labels != "all"  # are the images for validation, with a number of labels
-        if validates and self.val_share is not None and not unused:
-            raise UsageError(f"--val-share has no use where {self.data} has a folder for validation: leave it out")
+        val_is_unused = self.tune and labels != "all"  # then trials are judged by a share of the labelled images
+        if validates and self.val_share is not None and not val_is_unused:
+            raise UsageError(
+                f"--val-share has no effect, because {self.data} has a folder for validation: leave it out"
+            )
         val_share = VAL_SHARE if self.val_share is None and labels == "all" else self.val_share
         return replace(
             self,
@@ -114,16 +120,16 @@ class Options:
         )
 
     def with_steps(self, training_images: int) -> "Options":
-        """The number of steps filled in, for so many training images."""
+        """The options with the number of steps for so many training images."""
         if self.steps is not None:
             return self
         needed = math.ceil((self.epochs or EPOCHS) * training_images / self.batch_size)
         return replace(self, steps=needed if self.epochs else max(needed, STEPS))
 
     def settings(self) -> dict[str, Any]:
-        """What two runs must share for their accuracies to belong into one table, under the options' own names.
+        """The settings, by option name, that runs must share so that one table can compare them.
 
-        Files count by their content, which the caller adds, and not by their path.
+        The caller adds the content of files; their paths do not count.
         """
         chosen = asdict(self)
         for name in RECORDS:
@@ -147,60 +153,72 @@ def add_data_arguments(add: Any) -> None:
         "--data",
         default="sample",
         metavar="DIR",
-        help="folder of images, DIR/class/name.jpg, or DIR/{train,val,test}/class/name.jpg; the class is the path of "
-        "the folder that holds the image, so class folders may be nested; default: built-in digits",
+        help="folder of images: DIR/class/name.jpg, or DIR/{train,val,test}/class/name.jpg; the class is the path of "
+        "the image's folder, so class folders may be nested (default: built-in digits)",
     )
     add(
         "--test",
         metavar="DIR",
-        help="folder of images to test on, DIR/class/name.jpg (--data's, if it has one)",
+        help="folder of images to test on, DIR/class/name.jpg (default: --data's folder test, if it has one)",
     )
     add(
         "--labels-per-class",
         type=whole_or_all,
         metavar="N|all",
-        help=f"labelled images of each class (all; {SAMPLE_LABELS} of the digits)",
+        help=f"use so many labelled images of each class (default: all; {SAMPLE_LABELS} for the digits)",
     )
     add(
         "--val-share",
         type=share,
         metavar="S",
-        help=f"share of the labelled images held out for validation, where --data has none for it ({VAL_SHARE}, or 0 "
-        "with a number of labels per class)",
+        help="share of the labelled images held out for validation if --data has no folder for it (default: "
+        f"{VAL_SHARE}, or 0 with a number of labels per class)",
     )
     add(
         "--folds",
         type=whole(2),
         metavar="K",
-        help="for --tune: K-fold cross-validation over the labelled images (where these are few: 3)",
+        help="with --tune: judge trials by K-fold cross-validation over the labelled images (default: 3 if these are "
+        "few)",
     )
     add(
         "--test-share",
         type=share,
         default=Shares.test_share,
         metavar="S",
-        help="share of all images held out for testing, where there is no folder for it and all are labelled "
-        "(%(default)s)",
+        help="share of all images held out for testing if there is no folder for it and all labels are used "
+        "(default: %(default)s)",
     )
     add(
         "--test-images",
         type=whole_or_all,
         metavar="N|all",
-        help=f"test on so many at most (all; {SAMPLE_TEST_IMAGES} of what a number of labels per class leaves over)",
+        help=f"test on at most so many images (default: all, or {SAMPLE_TEST_IMAGES} with a number of labels per class "
+        "and no folder for testing)",
     )
-    add("--skip-damaged", action="store_true", help="leave out image files that can't be read")
-    add("--image-size", type=whole(8), metavar="N", help=f"side in pixels (the network's; {SAMPLE_SIZE} for digits)")
+    add("--skip-damaged", action="store_true", help="leave out image files that cannot be read")
+    add(
+        "--image-size",
+        type=whole(8),
+        metavar="N",
+        help=f"side of the images in pixels (default: the network's; {SAMPLE_SIZE} for the digits)",
+    )
     add(
         "--augment",
         choices=(*SHIFTS, *CROPS),
-        help="change of the training images; standard: random crop, flip and colours (standard; shift for digits)",
+        help="augmentation of the training images; standard: random crop, flip and colours (default: standard; shift "
+        "for the digits)",
     )
 
 
 def add_network_arguments(add: Any) -> None:
     add("--network", default="mobilenet_v2", help="mobilenet_v2 (default), timm:NAME or torchvision:NAME")
-    add("--weights", metavar="FILE", help="state dict, .pth or .safetensors, to use instead of the published weights")
-    add("--delta-layers", metavar="A,B,...", help="modules of the network whose outputs delta compares")
+    add("--weights", metavar="FILE", help="state dict (.pth or .safetensors) to use instead of the published weights")
+    add(
+        "--delta-layers",
+        metavar="A,B,...",
+        help="modules of the network whose outputs delta and delta_attention compare",
+    )
 
 
 def add_training_arguments(group: Any) -> None:
@@ -209,50 +227,60 @@ def add_training_arguments(group: Any) -> None:
         "--method",
         default="all",
         metavar="A,B+C,...",
-        help="methods, several at once joined by +; all (default): each alone; auto: all compete, with other "
-        "combinations that are named beside it, and the best is trained",
+        help="methods, and combinations of methods joined by +; all (default): each method alone; auto: all methods "
+        "compete, together with the combinations named beside it, and the best is trained",
     )
     add(
         "--tune",
         type=whole(1),
         metavar="N",
-        help="search each method's learning rate, trade-off and own settings in N trials, judged on labelled images "
-        f"that are not for testing (auto: {AUTO_TRIALS} settings of each method)",
+        help="search each method's learning rate, trade-off and own settings in N trials, judged by labelled images "
+        f"that are not test images (with auto: N settings of each method compete, default {AUTO_TRIALS})",
     )
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--steps",
         type=whole(1),
         metavar="N",
-        help=f"training steps of each run ({STEPS} or {EPOCHS} epochs, whichever is more)",
+        help=f"training steps of each run (default: {STEPS} or {EPOCHS} epochs, whichever is more)",
     )
     length.add_argument("--epochs", type=whole(1), metavar="N", help="how often a run sees each training image")
-    add("--batch-size", type=whole(2), default=24, metavar="N", help="images in a step (%(default)s)")
+    add("--batch-size", type=whole(2), default=24, metavar="N", help="images in a step (default: %(default)s)")
     add(
         "--optimizer",
         choices=tuple(LEARNING_RATES),
         default="sgd",
-        help="SGD with Nesterov momentum, or AdamW (%(default)s)",
+        help="SGD with Nesterov momentum, or AdamW (default: %(default)s)",
     )
     rates = ", ".join(f"{rate:g} with {name}" for name, rate in LEARNING_RATES.items())
-    add("--lr", type=positive, help=f"learning rate; the backbone has a tenth of it ({rates})")
-    add("--weight-decay", type=number, metavar="X", help="instead of the methods' own, where they have one")
-    add("--schedule", choices=tuple(SCHEDULES), default="step", help="of the learning rate (%(default)s)")
+    add("--lr", type=positive, help=f"learning rate; the backbone's is a tenth of it (default: {rates})")
+    add(
+        "--weight-decay",
+        type=number,
+        metavar="X",
+        help="weight decay of the methods that use the optimiser's (default: each method's own)",
+    )
+    add(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="step",
+        help="schedule of the learning rate (default: %(default)s)",
+    )
     add(
         "--warmup",
         type=whole(0),
         default=0,
         metavar="N",
-        help="steps over which the learning rate rises (%(default)s)",
+        help="steps over which the learning rate rises (default: %(default)s)",
     )
-    add("--class-weights", action="store_true", help="let the classes count alike, however many images each has")
+    add("--class-weights", action="store_true", help="give all classes the same weight, however many images each has")
     add(
         "--trade-off",
         type=trade_off,
         action="append",
         default=[],
         metavar="METHOD=X",
-        help="weight of what the method adds; may be repeated",
+        help="weight of the method's term in the loss; may be repeated",
     )
     add(
         "--set",
@@ -266,45 +294,63 @@ def add_training_arguments(group: Any) -> None:
         "--source-dtype",
         choices=SOURCE_DTYPES,
         default="network",
-        help="what delta's and delta_attention's pretrained network computes in; network: as it was (%(default)s)",
+        help="dtype in which the pretrained network of delta and delta_attention computes; network: its own dtype "
+        "(default: %(default)s)",
     )
 
 
 def add_run_arguments(add: Any) -> None:
-    add("--seeds", type=seeds, default="1", metavar="N|A,B,...", help="how many, from 0 on, or which (%(default)s)")
+    add(
+        "--seeds",
+        type=seeds,
+        default="1",
+        metavar="N|A,B,...",
+        help="number of seeds, counted from 0, or a list of seeds (default: %(default)s)",
+    )
     add(
         "--evaluations",
         type=whole(1),
         default=6,
         metavar="N",
-        help="how often a run is measured on its way, the last step included (%(default)s)",
+        help="how often a run's accuracy is measured, the last step included (default: %(default)s)",
     )
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add("--device", default="auto", help="auto (default: the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     add("--amp", action="store_true", help="mixed precision: bfloat16 on a CPU, float16 elsewhere")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads (one per core)")
-    add("--workers", type=whole(0), metavar="N", help="processes that read images (one per core, 8 at most)")
-    add("--out", default="runs/finetune", metavar="DIR", help="for results, models and checkpoints (%(default)s)")
+    add("--threads", type=whole(1), metavar="N", help="CPU threads (default: one per core)")
+    add(
+        "--workers",
+        type=whole(0),
+        metavar="N",
+        help="processes that read images (default: one per core, 8 at most)",
+    )
+    add(
+        "--out",
+        default="runs/finetune",
+        metavar="DIR",
+        help="folder for results, models and checkpoints (default: %(default)s)",
+    )
     add(
         "--keep",
         choices=KEEP,
         default="best",
-        help="models to keep; best: by trials or validation images, one of each method without them (%(default)s)",
+        help="models to keep; best: chosen by trials or validation images, or without them one model of each method "
+        "(default: %(default)s)",
     )
-    add("--tensorboard", action="store_true", help="write curves for TensorBoard, to tensorboard/ in --out")
-    add("--restart", action="store_true", help="train again what is finished; what was interrupted is resumed")
+    add("--tensorboard", action="store_true", help="write curves for TensorBoard to the folder tensorboard in --out")
+    add("--restart", action="store_true", help="train finished runs again; interrupted runs are resumed")
 
 
 def describe_methods() -> str:
-    """The methods, their default trade-offs, what they weight and their own settings, for ``--help``."""
+    """The methods with their default trade-offs, their terms and their own settings, for ``--help``."""
     lines = []
     for name, recipe in RECIPES.items():
         lines.append(f"  {name:<17}{recipe.trade_off:<7g}{recipe.adds}")
         lines += [f"{'':<26}--set {name}.{own}={value.default:g}: {value.meaning}" for own, value in recipe.own.items()]
-    return "\n".join(["methods, their default trade-off, and what it weights:", *lines])
+    return "\n".join(["methods, their default trade-off, and the term that it weights:", *lines])
 
 
 def parse(arguments: argparse.Namespace) -> Options:
-    """The options that the command line gave; raises UsageError."""
+    """The options of a parsed command line; raises UsageError."""
     values = vars(arguments)
     overrides = dict(values.pop("trade_off"))
     methods, auto = parse_methods(values.pop("method"))
@@ -323,30 +369,30 @@ def parse(arguments: argparse.Namespace) -> Options:
 
 
 def check_together(options: Options) -> None:
-    """Raise UsageError where options do not fit together."""
+    """Raise UsageError if options contradict each other."""
     if options.own["bss.k"] > options.batch_size:
         raise UsageError(
-            f"--set bss.k={options.own['bss.k']:g} is more than there are singular values in a batch of "
+            f"--set bss.k={options.own['bss.k']:g} is more than the number of singular values of a batch of "
             f"{options.batch_size}: lower it, or raise --batch-size"
         )
     if options.folds and not options.tune:
-        raise UsageError("--folds are for trials, and there are none: add --tune N or --method auto, or leave it out")
+        raise UsageError("--folds has no effect without trials: add --tune N or --method auto, or leave it out")
     if options.folds and options.val_share is not None:
         raise UsageError("--folds and --val-share are two ways to judge a trial: leave one of them out")
     if options.tune and options.val_share == 0:
-        raise UsageError("trials have to be judged on some images: leave out --val-share 0")
+        raise UsageError("trials need images that judge them: leave out --val-share 0")
     if options.tune and options.labels_per_class == 1:
         raise UsageError(
-            "trials need two labelled images of a class, to train on one and to judge by the other: raise "
+            "trials need two labelled images of a class, one to train on and one that judges: raise "
             "--labels-per-class 1, or leave out --tune and auto"
         )
 
 
 def parse_methods(text: str) -> tuple[tuple[str, ...], bool]:
-    """The methods, and whether they compete."""
+    """The methods that ``--method`` names, and whether they compete."""
     names = [name.replace(" ", "") for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError(f"--method is empty: it knows all, {AUTO}, {', '.join(RECIPES)}")
+        raise UsageError(f"--method is empty: choose from all, {AUTO}, {', '.join(RECIPES)}")
     auto = AUTO in names
     if auto or "all" in names:
         names = [*RECIPES, *(name for name in names if name not in (AUTO, "all"))]
@@ -368,13 +414,13 @@ def share(text: str) -> float:
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """``5`` means the seeds 0 to 4; ``0,3,7`` (or ``7,`` for a single one) lists them."""
+    """The seeds: ``5`` means 0 to 4, and ``0,3,7`` is a list (``7,`` for a single seed)."""
     parts: Sequence[str] = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of seeds nor a list like 0,3,7")
     if "," not in text:
         if int(text) < 1:
-            raise argparse.ArgumentTypeError("at least one seed is needed")
+            raise argparse.ArgumentTypeError(f"{text} is less than one seed")
         return tuple(range(int(text)))
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -386,7 +432,7 @@ def trade_off(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text} should be METHOD=VALUE with a method other than {without}")
     weight = number(value)
     if name == "stochnorm" and weight > 1:
-        raise argparse.ArgumentTypeError(f"stochnorm's p is a probability, {value} is greater than 1")
+        raise argparse.ArgumentTypeError(f"{value} is greater than 1, but stochnorm's trade-off p is a probability")
     return name, weight
 
 

@@ -1,4 +1,4 @@
-"""What a report consists of, and the report as one HTML file that needs no other."""
+"""The sections of a report, and the report as one HTML file that needs no other file."""
 
 import base64
 import csv
@@ -26,11 +26,12 @@ class Section:
     """A part of a report: a table, what its figures mean, and what they show.
 
     Attributes:
+        columns: the headings of the columns.
         caption: what the figures mean, in a few sentences.
-        findings: what they show, a sentence each.
-        words: the columns that hold words and begin at the same place; the others end there.
-        bold: the cells that stand out in Markdown and HTML, (row, column).
-        plots: the names of the plots that belong to it, with what each one shows.
+        findings: what the figures show, one sentence each.
+        words: the columns with text, aligned to the left; all others are aligned to the right.
+        bold: the bold cells in Markdown and HTML, (row, column).
+        plots: the plots of the section: name and description.
     """
 
     title: str
@@ -43,13 +44,14 @@ class Section:
     plots: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """For a terminal."""
+        """The section for a terminal."""
         rule = tuple("-" * max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True))
         right = [place for place in range(len(self.columns)) if place not in self.words]
         table = aligned([self.columns, rule, *self.rows], right)
         return "\n".join([*table, "", self.caption, *(["", *self.findings] if self.findings else [])])
 
     def markdown(self) -> str:
+        """The section in Markdown."""
         rule = "".join("|---" if place in self.words else "|---:" for place in range(len(self.columns)))
         cells = [
             [f"**{cell}**" if (row, column) in self.bold else cell for column, cell in enumerate(own)]
@@ -62,7 +64,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Choice:
-    """The run that a page shows closely, its heading, and what chose it; an empty reason where there was no choice."""
+    """The run that a page shows in detail, its heading, and how it was chosen; no reason if there is only one run."""
 
     run: dict[str, Any]
     heading: str
@@ -78,13 +80,16 @@ def html(
     plots: Mapping[str, bytes],
     test_images: Callable[[int], ImageSet],
 ) -> str:
-    """The page's text.
+    """The HTML text of the page.
 
     Args:
-        results: what results.json holds.
-        folder: where the runs' predictions are.
-        plots: PNG files by name; none where matplotlib is missing.
-        test_images: those that a seed's runs were tested on.
+        results: the content of results.json.
+        folder: the output folder, which holds the runs' predictions.
+        title: the page's heading.
+        sections: the tables of the page.
+        choice: the run that is shown in detail.
+        plots: PNG files by name; empty if matplotlib is missing.
+        test_images: ``test_images(seed)`` gives the images that the seed's runs were tested on.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -109,7 +114,7 @@ def data_url(content: bytes, kind: str = "png") -> str:
 
 
 def answers(folder: Path, run: dict[str, Any], images: ImageSet, plotted: bool) -> dict[str, Any] | None:
-    """What a run says of the test images, for the template; None where that was not kept."""
+    """A run's figures on the test images, for the template; None if its predictions cannot be read."""
     try:
         predicted, probabilities = read_predictions(predictions_file(folder, run), images)
     except (OSError, ValueError, KeyError):
@@ -135,9 +140,12 @@ def answers(folder: Path, run: dict[str, Any], images: ImageSet, plotted: bool) 
 
 
 def read_predictions(path: Path, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """The predicted classes, int64 [N], and their probabilities, float64 [N]; raises ValueError if of other images.
+    """The predicted classes, int64 [N], and their probabilities, float64 [N].
 
-    Names are not compared: the folder may have moved since.
+    The names of the files are not compared, since the folder of images may have moved.
+
+    Raises:
+        ValueError: the file is about other images.
     """
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))

@@ -1,7 +1,7 @@
-"""Data-parallel training under torchrun: its processes, the ranks, each take a share of every batch.
+"""Data-parallel training under torchrun: each process (rank) takes a share of every batch.
 
-Without torchrun there is rank 0 of 1 and no process group: every function here does its work alone. What the ranks tell
-each other besides tensors on a GPU goes over gloo, which notices when one of them ends.
+Without torchrun there is one rank, 0, and no process group. Every function here then works alone. Ranks exchange
+tensors on a GPU by NCCL and everything else by gloo, which notices when a rank ends.
 """
 
 import gc
@@ -22,13 +22,13 @@ from ..errors import UsageError, UserError, told
 from ..finetune.ranks import attempted, sent_by_first
 from ..finetune.stochnorm import StochNorm1d, StochNorm2d, StochNorm3d, SyncStochNorm, convert_model, convert_sync
 
-TIMEOUT = timedelta(days=1)  # rank 0 may prepare for long while the others wait; torchrun ends them when it fails
+TIMEOUT = timedelta(days=1)  # the others may wait long for rank 0; torchrun ends them if it fails
 
 T = TypeVar("T")
 
 
 class RankError(UserError):
-    """What went wrong on this rank and maybe on no other, so that it has to tell it itself."""
+    """An error that perhaps only this rank has, so this rank prints it itself."""
 
 
 def world_size() -> int:
@@ -46,9 +46,9 @@ def launched() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within it the ranks can reach each other, and only rank 0 prints and warns.
+    """A context with a process group, in which only rank 0 prints and warns.
 
-    Raises UserError when another rank has ended and can't be reached any more.
+    Raises UserError if another rank has ended and cannot be reached any more.
     """
     if world_size() == 1:
         yield
@@ -59,23 +59,23 @@ def joined() -> Iterator[None]:
         with quiet(rank() > 0):
             yield
     except BaseException as error:
-        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's, when it sees another rank end, would only confuse
+        for number in (signal.SIGINT, signal.SIGTERM):  # ignore torchrun's signal for the end of another rank
             signal.signal(number, signal.SIG_IGN)
         if dist.group.WORLD is not None:
-            dist.group.WORLD.abort()  # a goodbye would wait for ranks that have ended
+            dist.group.WORLD.abort()  # an orderly shutdown would wait for ranks that have ended
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(
-                "another process ended too early, and so all of them end; the same command continues"
+                "another process ended too early, so all processes end; the same command continues"
             ) from error
         raise
     finally:
-        gc.collect()  # nothing else may hold the group: its threads have to end before the interpreter does
+        gc.collect()  # drop other references to the group: its threads must end before the interpreter does
         dist.destroy_process_group()
 
 
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Within it nothing is printed to stdout and no warning is shown, if ``silent``."""
+    """A context that hides stdout and warnings if ``silent``."""
     if not silent:
         yield
         return
@@ -85,7 +85,7 @@ def quiet(silent: bool) -> Iterator[None]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: of several each has a GPU of its own, or all have the CPU."""
+    """The device of this process: with several processes, each has a GPU of its own, or all share the CPU."""
     if world_size() == 1:
         return device
     if device.index is not None or device.type not in ("cpu", "cuda"):
@@ -95,8 +95,8 @@ def own_device(device: torch.device) -> torch.device:
     gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus < processes:
         raise UsageError(
-            f"{processes} processes on this machine need a GPU each, but it has {gpus}: start fewer of them, or choose "
-            "--device cpu"
+            f"{processes} processes on this machine need a GPU each, but it has {gpus}: start fewer processes, or "
+            "choose --device cpu"
         )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -104,7 +104,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What ``work`` returns, done on every rank; a UserError or OSError of one becomes every rank's UserError."""
+    """Do ``work`` on every rank; returns its result. A UserError or OSError of one rank becomes a UserError on all."""
     if world_size() == 1:
         return work()
 
@@ -124,7 +124,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, which does it for all: something to pickle, tensors on the CPU."""
+    """Do ``work`` on rank 0; returns its result on all ranks. The result must be picklable, its tensors on the CPU."""
     if world_size() == 1:
         return work()
     return sent_by_first(together(work if rank() == 0 else lambda: None), dist.group.WORLD)  # type: ignore[return-value]
@@ -139,7 +139,7 @@ def summed(*numbers: float) -> list[float]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the ranks, all in one collective."""
+    """Replace every gradient by its mean over the ranks, in one collective."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -154,7 +154,7 @@ _SYNCHRONIZED = (nn.SyncBatchNorm, SyncStochNorm)
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
-    """Let every batch norm and stochastic norm of ``module`` take the statistics of the joined batch, in place."""
+    """Change ``module`` in place: its batch norms and stochastic norms take the statistics of the whole batch."""
     left = []
     for name, layer in module.named_modules():
         if type(layer) in (StochNorm1d, StochNorm2d, StochNorm3d):
@@ -163,16 +163,19 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
             if device.type == "cuda":
                 layer.__class__ = nn.SyncBatchNorm
                 layer.process_group = None
-            else:  # SyncBatchNorm is for GPUs; with p = 1 this computes the same anywhere
+            else:  # SyncBatchNorm runs on GPUs only; a stochastic norm with p = 1 computes the same on any device
                 convert_sync(convert_model(layer, 1.0))
         elif isinstance(layer, _BatchNorm) and not isinstance(layer, _SYNCHRONIZED):
             left.append(f"{name} ({type(layer).__name__})")
     if left:
-        warnings.warn(f"each process normalises its share of a batch alone in {', '.join(left)}", stacklevel=2)
+        warnings.warn(
+            f"each process normalises only its own share of a batch in {', '.join(left)}, which cannot be synchronised",
+            stacklevel=2,
+        )
 
 
 def share_statistics(module: nn.Module) -> None:
-    """Give every rank rank 0's running statistics of the norms that :func:`synchronize` left alone."""
+    """Copy rank 0's running statistics to all ranks, for the norms that :func:`synchronize` could not change."""
     if world_size() == 1:
         return
     for layer in module.modules():
@@ -182,6 +185,6 @@ def share_statistics(module: nn.Module) -> None:
 
 
 def share(length: int) -> slice:
-    """This rank's stretch of a batch of that length, which the ranks divide evenly."""
+    """This rank's part of a batch of that length, which the ranks divide evenly."""
     size = length // world_size()
     return slice(rank() * size, (rank() + 1) * size)

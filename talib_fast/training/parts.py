@@ -1,4 +1,4 @@
-"""The parts that fine-tuning methods are made of: what each adds to plain fine-tuning."""
+"""The parts of fine-tuning methods: each adds one method's term or classifier to plain fine-tuning."""
 
 import copy
 import warnings
@@ -30,17 +30,17 @@ from ..networks import Network
 from . import parallel
 from .data import Batch, InOrder
 
-HEAD_STEPS, HEAD_LR = 200, 0.01  # for the source network's own head of delta_attention
-KEYS_PER_CLASS = 8  # a longer queue would hold the few labelled images again and again
+HEAD_STEPS, HEAD_LR = 200, 0.01  # to train the head that delta_attention needs on the pretrained network
+KEYS_PER_CLASS = 8  # a longer queue would hold the same few labelled images several times
 KEY_MOMENTUM = 0.999
 
-Classify = Callable[[Tensor], Any]  # images to what the classifier gives for them in training
+Classify = Callable[[Tensor], Any]  # images → the classifier's output in training mode
 
 
 class Part(nn.Module):
-    """What one method does beyond plain fine-tuning.
+    """What one method adds to plain fine-tuning.
 
-    ``trade_off`` is the weight of what it adds to the cross-entropy.
+    ``trade_off`` is the weight of its term beside the cross-entropy.
     """
 
     def __init__(self, trade_off: float = 0.0) -> None:
@@ -49,23 +49,24 @@ class Part(nn.Module):
 
     @staticmethod
     def check(network: Network) -> None:
-        """Raise UsageError where the network lacks what the method needs."""
+        """Raise UsageError if the network lacks something that the method needs."""
 
     def change(self, network: Network) -> None:
         """Change the network before the classifier is built on it."""
 
     def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
-        """Take note of the pretrained weights, or of what is penalised, in the classifier."""
+        """Store the pretrained weights that the part needs, or the modules whose outputs it compares."""
 
     def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
+        """Compute what the part needs before the first step."""
         return {}
 
     def use(self, knowledge: dict[str, Tensor]) -> None:
-        """Take what the parts found in ``prepare``."""
+        """Take what ``prepare`` of all parts returned."""
 
 
 class Plain(Part):
-    """Builds the classifier of plain fine-tuning, from which the other classifiers differ in few places."""
+    """Builds the classifier of plain fine-tuning; methods with another classifier derive from this class."""
 
     views = 1
 
@@ -73,10 +74,10 @@ class Plain(Part):
         return classifier.Classifier(network.backbone, num_classes, pool_layer=network.pool_layer)
 
     def hold(self, classifier: Any) -> None:
-        """Put what is not trained back into evaluation mode."""
+        """Put the modules that are not trained back into evaluation mode."""
 
     def forward(self, classify: Classify, batch: Batch, added: list[Tensor]) -> Tensor:
-        """The batch's logits ``[B, num_classes]``; what the loss gets besides cross-entropy goes into ``added``."""
+        """The batch's logits ``[B, num_classes]``; further terms of the loss are appended to ``added``."""
         logits, _ = classify(batch.images)
         return logits
 
@@ -99,7 +100,7 @@ class TwoHeads(Plain):
     def check(network: Network) -> None:
         if network.head is None:
             raise UsageError(
-                f"{network.name} has no pretrained head, which co_tuning and lwf need: leave the two out or choose "
+                f"{network.name} has no pretrained head, which co_tuning and lwf need: leave both out, or choose "
                 "another --network"
             )
 
@@ -112,7 +113,7 @@ class TwoHeads(Plain):
         return logits
 
     def source_term(self, source_logits: Tensor, batch: Batch) -> Tensor:
-        """The pretrained head's loss."""
+        """The loss of the pretrained head."""
         raise NotImplementedError
 
 
@@ -184,7 +185,7 @@ class BiTuning(Plain):
 
 
 class Penalty(Part):
-    """Adds a function of the weights, or of the features ``[B, F]`` that the new head takes."""
+    """Adds a function of the weights, or of the new head's input features ``[B, F]``."""
 
     def forward(self, features: Tensor) -> Tensor:
         raise NotImplementedError
@@ -229,8 +230,8 @@ class Delta(Part):
     def check(network: Network) -> None:
         if not network.delta_layers:
             raise UsageError(
-                f"delta has no default of modules to compare in {network.name}: name some with --delta-layers, "
-                "e.g. the last one of each stage, or leave delta and delta_attention out"
+                f"{network.name} has no modules that delta compares by default: name some with --delta-layers, e.g. "
+                "the last one of each stage, or leave delta and delta_attention out"
             )
 
     def watch(self, classifier: Any, network: Network, source_dtype: torch.dtype | None) -> None:
@@ -241,10 +242,10 @@ class Delta(Part):
         self.head_norm = L2Regularization(new_head(classifier))
 
     def forward(self, images: Tensor) -> tuple[Any, Tensor]:
-        """What the classifier gives for the images, and what is added to the cross-entropy."""
+        """The classifier's output for the images, and the term to add to the cross-entropy."""
         source = self.source(images)
         target, output = self.target_outputs(images)
-        # the distance is summed over the batch, and its sum over the ranks is their mean times their number
+        # The distance is a sum over the batch. The ranks' losses are averaged, so each multiplies by their number.
         distance = parallel.world_size() * self.distance(source, target)
         return output, self.trade_off * distance + self.head_decay * self.head_norm()
 
@@ -255,7 +256,7 @@ class DeltaAttention(Delta):
         self.channel_dim = network.channel_dim
 
     def prepare(self, classifier: Any, images: InOrder) -> dict[str, Tensor]:
-        # How much a channel matters is what the loss of the new task says when it is missing, which takes a head.
+        # A channel's weight is the rise of the new task's loss without that channel. The loss needs a trained head.
         probe = copy.deepcopy(classifier).requires_grad_(False)
         fit_head(probe, images)
         return dict(
@@ -273,8 +274,8 @@ class StochNorm(Part):
     def check(network: Network) -> None:
         if not any(is_converted(layer) for layer in network.backbone.modules()):
             raise UsageError(
-                f"{network.name} has no batch norm, whose place stochnorm takes: leave stochnorm out or choose another "
-                "--network"
+                f"{network.name} has no batch norm that stochnorm could replace: leave stochnorm out, or choose "
+                "another --network"
             )
 
     def change(self, network: Network) -> None:
@@ -282,26 +283,26 @@ class StochNorm(Part):
 
 
 def is_converted(layer: nn.Module) -> bool:
-    """Whether ``convert_model`` makes a stochastic norm of this layer."""
+    """Whether ``convert_model`` turns this layer into a stochastic norm."""
     if not isinstance(layer, _BatchNorm):
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that it leaves alone
+        warnings.simplefilter("ignore")  # convert_model warns of layers that it does not convert
         return isinstance(convert_model(copy.deepcopy(layer), 0.5), _StochNorm)
 
 
 def new_head(classifier: Any) -> nn.Linear:
-    """The head of the new task, of a classifier with one head or two."""
+    """The head of the new task, in a classifier with one head or two."""
     return classifier.head_target if hasattr(classifier, "head_target") else classifier.head
 
 
 def source_classifier(classifier: Any) -> nn.Module:
-    """The network as it was pretrained, in a classifier with two heads."""
+    """The pretrained network with its own head, in a classifier with two heads."""
     return nn.Sequential(classifier.backbone, classifier.pool_layer, classifier.head_source)
 
 
 def fit_head(model: Any, images: InOrder) -> None:
-    """Train the head alone, on the features that the rest of the model gives for the unchanged images."""
+    """Train the head alone, on the model's features of the images without augmentation."""
     pooled = nn.Sequential(model.backbone, model.pool_layer, model.bottleneck)
     features = lwf.collect_pretrain_labels(images, pooled, images.device, progress=False).to(images.device)
     labels = images.labels.to(features.device)

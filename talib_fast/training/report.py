@@ -1,4 +1,4 @@
-"""What came out: the tables on the terminal and in Markdown, the plots, and the page that has all of it."""
+"""The report: tables on the terminal and in Markdown, plots, and an HTML page with all of them."""
 
 import importlib.util
 import statistics
@@ -17,7 +17,7 @@ from .comparison import by_method, comparisons, mean_and_deviation, points, span
 from .page import Choice, Section, html
 from .recipes import RECIPES, canonical
 
-# of combined methods: none is among C0 to C9
+# colours of combined methods, different from matplotlib's C0 to C9
 COMBINED = ("black", "gold", "navy", "maroon", "teal", "magenta", "darkolivegreen", "coral", "slateblue", "turquoise")
 COLUMNS = ("method", "accuracy, %", "seeds", "s/step", "preparation, s", "peak MiB")
 GAINS = ("method", "points above plain", "by itself", "seeds")
@@ -25,7 +25,7 @@ GAINS = ("method", "points above plain", "by itself", "seeds")
 
 @dataclass(frozen=True)
 class Row:
-    """One method over its seeds: accuracies in %, the medians of time and the largest memory use."""
+    """One method over its seeds: accuracies in %, median times and the largest memory use."""
 
     method: str
     accuracies: tuple[float, ...]
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation; None for a single seed, which shows no spread."""
+        """The sample standard deviation; None for a single seed."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def cells(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Row:
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row per method that has runs, in the methods' usual order, combinations behind them."""
+    """One row per method that has runs, in the order of :func:`by_method`."""
     table = []
     for own in by_method(runs).values():
         table.append(
@@ -71,7 +71,7 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
-    """The report's tables: accuracies, gains over plain fine-tuning, and trials, as far as there are such."""
+    """The report's tables: accuracies, gains over plain fine-tuning, and trials; the last two only if there are any."""
     accuracy = Section(
         "Accuracy by method",
         COLUMNS,
@@ -86,7 +86,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 
 def gains(runs: Sequence[dict[str, Any]]) -> Section | None:
-    """What each method gains over plain fine-tuning; None where no method has two seeds in common with it."""
+    """The gains of each method over plain fine-tuning; None if no method has two seeds in common with plain."""
     found = comparisons(runs)
     if not any(len(one.differences) > 1 for one in found):
         return None
@@ -101,11 +101,12 @@ def gains(runs: Sequence[dict[str, Any]]) -> Section | None:
             bold.add((place, 1))
         table.append((one.method, *cells, str(len(one.differences))))
     number = found[0].number
-    wide = f", so wide that all {number} hold at once (Bonferroni)" if number > 1 else ""
+    wide = f", corrected so that all {number} hold at once (Bonferroni)" if number > 1 else ""
     meant = (
-        f"Mean difference to plain with the same seed ± half its 95 % interval (Student's t){wide}, bold in table.md "
-        "and report.html where it leaves out zero; by itself: the interval of one comparison alone. Intervals are for "
-        "other seeds, which choose labelled images and their order, not for other data, networks or settings."
+        f"Mean difference to plain with the same seed ± half its 95 % interval (Student's t){wide}. It is bold in "
+        "table.md and report.html if the interval excludes zero. By itself: the interval of one comparison alone. The "
+        "intervals are about other seeds, which choose the labelled images and their order, not about other data, "
+        "networks or settings."
     )
     return Section("Points above plain", GAINS, table, meant, [one.sentence() for one in found], bold=frozenset(bold))
 
@@ -116,14 +117,14 @@ def text(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables for a README, with the command that made them."""
+    """The tables in Markdown, with the command that made them."""
     versions = f"talib_fast {results['talib_fast']}, torch {results['torch']}, Python {results['python']}"
     origin = f"`{results['command']}` ({results['device']}; {versions})"
     return "\n\n".join([*(section.markdown() for section in sections(results)), origin]) + "\n"
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the table's figures mean, in a few sentences."""
+    """The meaning of the table's figures, in a few sentences."""
     settings = results["settings"]
     memory = "the GPU's" if settings["device"] == "cuda" else "the whole process's"
     if "processes" in settings:
@@ -151,27 +152,27 @@ def data_name(results: dict[str, Any]) -> str:
 
 
 def choice(results: dict[str, Any]) -> Choice:
-    """The run that the page shows closely: the best one, or the first where nothing chose."""
+    """The run that the page shows in detail: the best one, or the first if nothing chose."""
     runs, best, trial = results["runs"], best_run(results), best_trial(results["trials"])
     run = dict(best or runs[0])
     heading = "The run" if len(runs) == 1 else "The best run" if best else "The first run"
     reason = ""
     if trial and best and canonical(trial["method"]) == canonical(run["method"]):
         right = f"{trial['accuracy']:.1f} % of {len(right_or_wrong(trial)):,} validation images"
-        whole = "" if run["val_images"] else " The model here was then trained on all labelled images."
-        reason = f"Trials chose its method and settings: {right}.{whole}"
+        whole = "" if run["val_images"] else " The model was then trained on all labelled images."
+        reason = f"Trials chose the method and the settings, which reached {right}.{whole}"
     elif trial:
-        reason = f"Trials chose {trial['method']}, of which no run is finished."
+        reason = f"Trials chose {trial['method']}, but no run of it is finished."
     elif best is None:
-        reason = "Nothing chose between the runs: no validation images (--tune or --method auto would choose)."
+        reason = "There are no validation images that could choose the best run (--tune or --method auto would choose)."
     elif len(runs) > 1:
         right = f"{run['val_accuracy']:.1f} % of {run['val_images']:,} validation images"
-        reason = f"It was chosen for being right on {right}."
+        reason = f"It was chosen because it reached {right}."
     return Choice(run, heading, reason)
 
 
 def plots(results: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """What draws each plot of the report, by name; none where matplotlib is missing."""
+    """A function that draws each plot of the report, by name; empty if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
     found: dict[str, Callable[[], Any]] = {
@@ -189,9 +190,9 @@ def files(results: dict[str, Any]) -> list[str]:
 
 
 def write(results: dict[str, Any], folder: Path, test_images: Callable[[int], ImageSet]) -> None:
-    """Write the tables, the page and, where matplotlib is installed, the plots.
+    """Write the tables, the page and, if matplotlib is installed, the plots.
 
-    ``test_images(seed)`` gives those that the seed's runs were tested on.
+    ``test_images(seed)`` gives the images that the seed's runs were tested on.
     """
     write_atomically(folder / "table.md", lambda file: file.write(markdown(results).encode()))
     images: dict[str, bytes] = {}
@@ -202,7 +203,7 @@ def write(results: dict[str, Any], folder: Path, test_images: Callable[[int], Im
         with matplotlib.rc_context(STYLE):
             images = {name: drawn(draw()) for name, draw in drawings.items()}
     else:
-        print("No plots: they need matplotlib (pip install matplotlib).")
+        print("No plots are written, because matplotlib is missing: pip install matplotlib")
     for name in images:
         write_atomically(folder / f"{name}.png", lambda file, name=name: file.write(images[name]))  # type: ignore[misc]
     page = html(results, folder, title(results), sections(results), choice(results), images, test_images)
@@ -210,7 +211,7 @@ def write(results: dict[str, Any], folder: Path, test_images: Callable[[int], Im
 
 
 def draw_accuracy(results: dict[str, Any]) -> Any:
-    """Accuracy by method: a dot per seed, the mean and one standard deviation to either side."""
+    """A matplotlib Figure of accuracy by method: a dot per seed, and the mean ± one standard deviation."""
     from matplotlib.figure import Figure
 
     table = rows(results["runs"])
@@ -242,7 +243,7 @@ def draw_accuracy(results: dict[str, Any]) -> Any:
 
 
 def draw_curves(results: dict[str, Any]) -> Any:
-    """Cross-entropy of the training batches and accuracy over the steps, and accuracy over time; means over seeds."""
+    """A matplotlib Figure of cross-entropy and accuracy over the steps, and of accuracy over time; means over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 4.2), layout="constrained")
@@ -270,7 +271,7 @@ def draw_curves(results: dict[str, Any]) -> Any:
 
 
 def means(series: Iterable[Sequence[float]]) -> list[float]:
-    """The mean at each place of equally long series."""
+    """The element-wise mean of series of equal length."""
     return [statistics.fmean(values) for values in zip(*series, strict=True)]
 
 
@@ -285,7 +286,7 @@ def colours(results: dict[str, Any]) -> dict[str, str]:
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """Each method's own colour, the same in every plot; grey is for plain fine-tuning and the linear probe."""
+    """Each method's colour, the same in every plot; plain fine-tuning and the linear probe are grey."""
     palette = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9"]
     single = [name for name in RECIPES if name not in ("plain", "linear")]
     own = {"plain": "0.35", "linear": "0.65"} | dict(zip(single, palette, strict=True))
@@ -294,5 +295,5 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and the up to ``width`` - 1 values before it."""
+    """For each value, the mean of it and of up to ``width`` - 1 values before it."""
     return [statistics.fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]

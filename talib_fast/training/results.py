@@ -1,4 +1,4 @@
-"""The finished runs of an output folder, and who writes into it."""
+"""The finished runs of an output folder, and the lock that lets one process write into it."""
 
 import json
 import os
@@ -22,12 +22,13 @@ LOCK, HOLDER = ".lock", ".holder"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it no other process writes into the folder; raises UserError, with who does, if one does already."""
+    """A context in which no other process writes into the folder; raises UserError if another one has the lock."""
     try:
         lock = acquired(folder)
     except Timeout as error:
         raise UserError(
-            f"{printable(folder)} is in use by {holder(folder)}: wait until it has ended, or choose another --out"
+            f"{printable(folder)} is in use by {holder(folder)}: wait until that process has ended, or choose another "
+            "--out"
         ) from error
     try:
         write_atomically(folder / HOLDER, lambda file: file.write(json.dumps(myself()).encode()))
@@ -38,16 +39,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquired(folder: Path) -> BaseFileLock:
-    """The folder's lock, held; raises Timeout where another process holds it.
+    """Acquire the lock of the folder; raises Timeout if another process holds it.
 
-    File systems on networks may have no locks. A file that only one process can make serves there.
+    A network file system may have no locks. There, a file that only one process can create is used instead.
     """
     lock: BaseFileLock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise
-    except (NotImplementedError, OSError) as error:  # the former is filelock's own word for it
+    except (NotImplementedError, OSError) as error:  # filelock raises the former for a missing lock
         if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
             raise
         lock = SoftFileLock(folder / f"{LOCK}.made")
@@ -63,24 +64,32 @@ def holder(folder: Path) -> str:
     try:
         held = json.loads((folder / HOLDER).read_text())
         return f"process {held['process']} on {held['host']} since {held['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken the lock, or ended
+    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock, or has just ended
         return "another process"
 
 
 def name_of(method: str, seed: int, **result: Any) -> str:
-    """What a run's files and folders are called."""
+    """The name of a run's files and folders."""
     return f"{method}-seed{seed}"
 
 
 def predictions_file(folder: Path, run: dict[str, Any]) -> Path:
-    """Where a run's answers to the test images are: file, class, predicted class and its probability."""
+    """The CSV file of a run's predictions for the test images: file, class, predicted class and its probability."""
     return folder / "predictions" / f"{name_of(**run)}.csv"
 
 
 class Results:
-    """The runs and trials of an output folder, ``results.json`` in it; raises UserError if they do not belong here.
+    """The runs and trials of an output folder, kept in its ``results.json``.
 
-    Every rank holds them, and rank 0 writes them.
+    Every rank holds them; only rank 0 writes the file.
+
+    Args:
+        folder: the output folder.
+        settings: the settings that all its runs share.
+        environment: further entries of ``results.json``: command, device, versions and images.
+
+    Raises:
+        UserError: the folder holds results of other settings, or a file that cannot be read as results.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -116,14 +125,14 @@ class Results:
         self.write()
 
     def forget(self, methods: tuple[str, ...], seeds: tuple[int, ...]) -> None:
-        """Take out the runs of these methods and seeds, with the models kept of them, and the methods' trials."""
+        """Remove the runs of these methods and seeds, their kept models, and the methods' trials."""
         names = {canonical(method) for method in methods}
         gone = [run for run in self.runs if canonical(run["method"]) in names and run["seed"] in seeds]
         self.content["trials"] = [trial for trial in self.trials if canonical(trial["method"]) not in names]
         self.content["runs"] = [run for run in self.runs if run not in gone]
         self.write()
         for run in gone:
-            if run.get("model"):  # another method may win next time
+            if run.get("model"):  # the next training may keep another method's model
                 shutil.rmtree(self.path.parent / run["model"], ignore_errors=True)
 
     def write(self) -> None:
@@ -132,7 +141,7 @@ class Results:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The settings in which the two differ, in words; empty if there are none."""
+    """The differences of two sets of settings, in words; empty if they are equal."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {show(old.get(name))} and is now {show(new.get(name))}" for name in names)
 

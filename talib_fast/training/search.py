@@ -1,4 +1,4 @@
-"""What is searched for a method: which settings, and between what."""
+"""The search space of a method: its settings and their ranges."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,12 +7,12 @@ from typing import Any
 from .options import Options
 from .recipes import ALONE, RECIPES, Setting, parse
 
-LR_FACTOR, TRADE_OFF_FACTOR = 10, 30  # to either side of what the options say
-P = Setting(0.5, 0.1, 0.9, log=False)  # StochNorm's trade-off is a share of channels
+LR_FACTOR, TRADE_OFF_FACTOR = 10, 30  # the range extends by this factor to either side of the option's value
+P = Setting(0.5, 0.1, 0.9, log=False)  # StochNorm's trade-off is a probability
 
 
 def space(method: str, options: Options) -> dict[str, Setting]:
-    """The settings of a method by name: ``lr``, ``trade_off bss``, ``bss.k``; their defaults are the options'."""
+    """The settings of a method by name (``lr``, ``trade_off bss``, ``bss.k``), with the options' values as defaults."""
     assert options.lr is not None
     found = {"lr": around(options.lr, LR_FACTOR)}
     for part in parse(method):
@@ -25,7 +25,7 @@ def space(method: str, options: Options) -> dict[str, Setting]:
             if name == "k":
                 setting = replace(setting, high=min(setting.high, options.batch_size))
             found[f"{part}.{name}"] = from_default(setting, options.own[f"{part}.{name}"])
-    # what is zero is so on purpose, and has no place on a logarithmic scale
+    # a value of zero was chosen on purpose, and a logarithmic scale has no place for it
     return {name: setting for name, setting in found.items() if setting.default or not setting.log}
 
 
@@ -34,7 +34,7 @@ def around(default: float, factor: float) -> Setting:
 
 
 def from_default(setting: Setting, default: float) -> Setting:
-    """The setting with that default, which lies in its range in any case."""
+    """The setting with another default; its range is widened if needed to contain it."""
     return replace(setting, default=default, low=min(setting.low, default), high=max(setting.high, default))
 
 
@@ -43,7 +43,7 @@ def defaults(settings: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def applied(options: Options, chosen: Mapping[str, Any]) -> Options:
-    """The options with the chosen settings, by the names that :func:`space` gives them."""
+    """The options with the chosen settings, which are named as in :func:`space`."""
     trade_offs = {name: chosen.get(f"trade_off {name}", value) for name, value in options.trade_offs.items()}
     own = {name: chosen.get(name, value) for name, value in options.own.items()}
     return replace(options, lr=chosen.get("lr", options.lr), trade_offs=trade_offs, own=own)
@@ -54,7 +54,7 @@ def in_words(chosen: Mapping[str, Any]) -> str:
 
 
 def as_arguments(chosen: Mapping[str, Any]) -> list[str]:
-    """The options of the command line that say the same, exactly."""
+    """The words of a command line that give exactly these settings."""
     arguments = []
     for name, value in chosen.items():
         if name == "lr":

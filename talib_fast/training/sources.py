@@ -1,4 +1,4 @@
-"""The images of a ``finetune`` command, found, and checked before anything is trained."""
+"""Find the images of a ``finetune`` command, and check them before anything is trained."""
 
 import hashlib
 import os
@@ -21,11 +21,11 @@ class Sources:
     """All images of a command.
 
     Args:
-        name: what they are, for headings.
-        train: what is trained on; without images of their own validation and testing take some of these.
-        val, test: None where they have none of their own.
+        name: the name of the data, for headings.
+        train: the labelled images; validation and testing take some of them if they have no images of their own.
+        val, test: the images for validation and testing; None if there are no separate ones.
         digest: changes with the content of any image, its name or its class.
-        findings: what was found besides good images, for results.json: lists of names.
+        findings: files that were ignored, damaged or repeated: lists of names for results.json.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Sources:
 
 
 def find(options: Options) -> dict[str, ImageFiles]:
-    """The files that the options name, by part: train, val and test; none for what is built in."""
+    """The image files that the options name, by part: train, val and test; the built-in images are no files."""
     if options.sample:
         return {"test": labelled(options.test, "--test", least=1).labelled_as(DIGITS)} if options.test else {}
     folders = parts(options.data)
@@ -51,12 +51,12 @@ def find(options: Options) -> dict[str, ImageFiles]:
 
 
 def check(found: dict[str, ImageFiles], workers: int) -> list[Checked]:
-    """All the files decoded once, with a progress bar, in their order."""
+    """Decode every file once, with a progress bar; the results are in the order of the files."""
     return check_files([path for files in found.values() for path in files.paths], workers, show=True)
 
 
 def assemble(options: Options, found: dict[str, ImageFiles], checked: Sequence[Checked]) -> Sources:
-    """The images that can be used; raises UserError where some are damaged and shall not be left out."""
+    """The images that can be used; raises UserError if some are damaged and ``--skip-damaged`` is not given."""
     paths = [path for files in found.values() for path in files.paths]
     findings = {"ignored": [printable(path) for files in found.values() for path in files.ignored]}
     damaged = [(printable(path), file.damage) for path, file in zip(paths, checked, strict=True) if file.damage]
@@ -83,7 +83,7 @@ def without_damaged(files: ImageFiles, checked: Sequence[Checked]) -> tuple[Imag
 
 
 def content_digest(name: str, good: dict[str, tuple[ImageFiles, list[Checked]]]) -> str:
-    """Twelve digits that change with any image's content, name or part, but not with where the folder lies."""
+    """Twelve hexadecimal digits that depend on every image's content, name and part, but not on the folder's place."""
     digest = hashlib.sha256(name.encode() if name == SAMPLE else b"")
     for part, (files, checked) in good.items():
         for path, file in zip(files.paths, checked, strict=True):
@@ -93,9 +93,10 @@ def content_digest(name: str, good: dict[str, tuple[ImageFiles, list[Checked]]])
 
 
 def repeated(found: dict[str, ImageFiles], checked: Sequence[Checked]) -> dict[str, list[str]]:
-    """Groups of files with the same content, in words, by what is wrong with them.
+    """Groups of files with the same content, in words, by kind.
 
-    Files of two classes contradict each other, files of two parts let a network be tested on what it was trained on.
+    Equal files in two classes contradict each other. Equal files in two parts let a network be tested on images that it
+    was trained on.
     """
     places: list[tuple[str, str, Path]] = [
         (part, files.classes[label], path)
@@ -116,19 +117,19 @@ def repeated(found: dict[str, ImageFiles], checked: Sequence[Checked]) -> dict[s
 
 
 TOLD = {
-    "ignored": "Files that are no images by their suffix, or lie beside the class folders",
-    "damaged": "Images that can't be read and are left out",
+    "ignored": "Files without an image suffix, or beside the class folders",
+    "damaged": "Images that cannot be read and are left out",
     "contradicting": "Files with the same content in different classes",
-    "in several parts": "Files with the same content among training, validation and test",
-    "duplicate": "Files with the same content in one class",
+    "in several parts": "Files with the same content in two of training, validation and test",
+    "duplicate": "Files with the same content in the same class",
 }
 
 
 def told(images: Sources) -> list[str]:
-    """What the user should know of the images, a line each."""
+    """What the user should know about the images, one line each."""
     findings = images.findings.items()
     lines = [f"{TOLD[kind]}: {len(names):,} ({listing(names)})." for kind, names in findings if names]
     nested = [name for name in images.train.classes if "/" in name]
     if nested:
-        lines.append(f"A class is the whole path of the folder that holds its images: {listing(nested, most=3)}.")
+        lines.append(f"Class names are whole paths, since class folders are nested: {listing(nested, most=3)}.")
     return lines

@@ -1,4 +1,4 @@
-"""Which images train, which choose and which test: a function of the seed."""
+"""Split images into training, validation and test images, as a function of the seed."""
 
 import zlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ..images.imageset import ImageSet
 class Splits:
     """The images of one seed's runs, or of a trial.
 
-    ``val`` is None where nothing is held out to choose by, ``test`` in trials.
+    ``val`` is None if no images are held out for validation. ``test`` is None in trials.
     """
 
     train: ImageSet
@@ -28,10 +28,11 @@ class Shares:
     """How images are split.
 
     Args:
-        labels_per_class: labelled images of each class, which train or validate; None: all.
-        val_share: share of these that validates, where validation has no images of its own.
-        test_share: share of all images that tests, where testing has none of its own and ``labels_per_class`` is None.
-        test_images: test on so many at most; None: all.
+        labels_per_class: number of labelled images per class, for training and validation; None: all.
+        val_share: share of the labelled images for validation, if there are no separate images for it.
+        test_share: share of all images for testing, if there are no separate images for it and ``labels_per_class`` is
+            None.
+        test_images: the most images to test on; None: all.
     """
 
     labels_per_class: int | None
@@ -41,16 +42,16 @@ class Shares:
 
 
 def split(train: ImageSet, val: ImageSet | None, test: ImageSet | None, shares: Shares, seed: int) -> Splits:
-    """Training, validation and test images of a seed; the parts that are None come out of the training images.
+    """The training, validation and test images of a seed; parts that are None are taken from the training images.
 
-    Classes keep their shares in each part. Raises UserError where a class has too few images.
+    Each part has the same share of every class. Raises UserError if a class has too few images.
     """
     most = shares.test_images
     chosen, spare = labelled(train, shares, test is None, seed)
     if test is None:
         tested = train.part(torch.cat(limited(spare, most)))
     else:
-        # one test set for all seeds, whose figures are compared
+        # all seeds share one test set, so that their figures can be compared
         members = shuffled(test.labels, len(test.classes), seeded_generator(0, "test"))
         tested = test if most is None or most >= len(test) else test.part(torch.cat(limited(members, most)))
     validated = val
@@ -69,7 +70,7 @@ def split(train: ImageSet, val: ImageSet | None, test: ImageSet | None, shares: 
 
 
 def test_part(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
-    """The images without a share of every class, and that share, which tests whatever the seed is."""
+    """Split off a share of every class for testing, the same for all seeds; returns (the rest, the test images)."""
     members = shuffled(images.labels, len(images.classes), seeded_generator(0, "test"))
     held = [held_out(own, share) for own in members]
     kept = [own[: len(own) - n] for own, n in zip(members, held, strict=True)]
@@ -82,27 +83,27 @@ def test_part(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
 
 
 def folded(images: ImageSet, folds: int, seed: int) -> list[Splits]:
-    """Stratified K-fold cross-validation: every image of a class with two or more validates in one of the folds.
+    """Stratified K-fold cross-validation: every image of a class with two or more images validates in one fold.
 
-    The only image of a class is always trained on. Raises UserError where no class has two, or where the images don't
-    suffice for every fold.
+    The only image of a class is always trained on. Raises UserError if no class has two images, or if there are too few
+    images for the folds.
     """
     members = shuffled(images.labels, len(images.classes), seeded_generator(seed, "folds"))
     if max(map(len, members)) < 2:
         raise UserError(
-            "no class has two labelled images, to train on one and to judge trials by the other: add images, or leave "
-            "out --tune and auto"
+            "no class has two labelled images, one to train on and one that judges trials: add images, or leave out "
+            "--tune and auto"
         )
     judging = sum(len(own) for own in members if len(own) > 1)
     if judging < folds:
         raise UserError(
-            f"--folds {folds} is more than the {judging} labelled images that classes of two or more have, of which "
-            "each fold needs one: lower it, or add images"
+            f"--folds {folds} is more than the {judging} labelled images in classes of two or more, but each fold "
+            "needs one: lower it, or add images"
         )
     place = torch.full((len(images),), -1)
     following = 0
     for own in members:
-        if len(own) > 1:  # each class starts where the one before it ended, so that the folds are of equal size
+        if len(own) > 1:  # each class starts at the fold after the previous class's last, so folds have equal sizes
             place[own] = (torch.arange(len(own)) + following) % folds
             following += len(own)
     indices = torch.arange(len(images))
@@ -112,7 +113,10 @@ def folded(images: ImageSet, folds: int, seed: int) -> list[Splits]:
 
 
 def labelled(images: ImageSet, shares: Shares, tests: bool, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """For each class the images that are trained on, and the others; ``tests``: these have to test."""
+    """For each class, the labelled images and the rest.
+
+    With ``tests`` the rest is for testing, so each class needs at least one image of it.
+    """
     members = shuffled(images.labels, len(images.classes), seeded_generator(seed, "split"))
     wanted = shares.labels_per_class
     chosen, spare = [], []
@@ -122,7 +126,7 @@ def labelled(images: ImageSet, shares: Shares, tests: bool, seed: int) -> tuple[
             use = "for training and at least one for testing" if tests else "for training"
             remedy = "or lower --labels-per-class" if wanted and wanted > 1 else "to that class, or remove it"
             raise UserError(
-                f"class {name} has {count(len(own), 'image')}, but {wanted or 1} {use} are needed: add images {remedy}"
+                f"class {name} has {count(len(own), 'image')}, but needs {wanted or 1} {use}: add images {remedy}"
             )
         train = wanted or len(own) - (held_out(own, shares.test_share) if tests else 0)
         chosen.append(own[:train])
@@ -140,17 +144,17 @@ def shuffled(labels: Tensor, classes: int, generator: torch.Generator) -> list[T
 
 
 def held_out(members: Tensor, share: float) -> int:
-    """How many of a class's images a share is: rounded, one where it is less, but never all."""
+    """The number of a class's images that a share holds out: rounded, at least one, but never all."""
     return min(max(round(share * len(members)), 1), len(members) - 1)
 
 
 def limited(members: Sequence[Tensor], most: int | None) -> list[Tensor]:
-    """``most`` of the images at most, an equal share of each class as far as its images last."""
+    """At most ``most`` images: the same number of each class, or all of a class that has fewer."""
     if most is None:
         return list(members)
     occupied = sum(len(own) > 0 for own in members)
     if most < occupied:
-        raise UserError(f"--test-images {most} is less than one for each of the {occupied} classes: raise it")
+        raise UserError(f"--test-images {most} is less than one image for each of the {occupied} classes: raise it")
     taken = [0] * len(members)
     while (left := most - sum(taken)) > 0:
         open_classes = [c for c, own in enumerate(members) if taken[c] < len(own)]
@@ -163,7 +167,7 @@ def limited(members: Sequence[Tensor], most: int | None) -> list[Tensor]:
 
 
 def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A generator of its own for every combination of arguments; torch's seed alone has 32 bits that count."""
+    """A generator for this combination of arguments; the seed is mixed since only 32 bits of torch's seed count."""
     return torch.Generator().manual_seed(mixed_seed(seed, *purpose))
 
 

@@ -1,4 +1,4 @@
-"""A run's progress: a bar on a terminal, a line per evaluation anywhere else."""
+"""The progress of a run: a bar on a terminal, or a line per evaluation elsewhere."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StepBar:
-    """Use as a context; ``done`` steps of ``total`` are behind already, and nothing is seen unless ``show``."""
+    """A context that shows progress if ``show``; ``done`` of the ``total`` steps are finished already."""
 
     def __init__(self, title: str, total: int, done: int = 0, show: bool = True) -> None:
         self.title, self.total, self.step, self.show = title, total, done, show
@@ -26,7 +26,7 @@ class StepBar:
             self.bar.close()
 
     def update(self, loss: float, accuracies: Sequence[tuple[int, float]]) -> None:
-        """Another step is done, with this loss; ``accuracies`` are the (step, %) pairs so far."""
+        """Count a step with this loss; ``accuracies`` are the (step, %) pairs so far."""
         self.step += 1
         latest = f", accuracy {accuracies[-1][1]:.1f} %" if accuracies else ""
         if self.bar is not None:

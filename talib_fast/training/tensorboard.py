@@ -1,4 +1,4 @@
-"""A run's curves for TensorBoard."""
+"""The curves of a run for TensorBoard."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from ..libraries import needed
 
 
 class Curves:
-    """Use as a context; ``done`` steps are behind already. Writes nothing where ``folder`` is None."""
+    """A context that writes curves to ``folder``, or nothing if it is None; ``done`` steps are finished already."""
 
     def __init__(self, folder: Path | None, done: int = 0) -> None:
         self.step = done
@@ -24,7 +24,7 @@ class Curves:
             self.writer.close()
 
     def update(self, loss: float, accuracies: Sequence[tuple[int, float]], learning_rate: float) -> None:
-        """Another step is done, with this loss; ``accuracies`` are the (step, %) pairs so far."""
+        """Count a step with this loss; ``accuracies`` are the (step, %) pairs so far."""
         self.step += 1
         if self.writer is None:
             return
@@ -35,6 +35,6 @@ class Curves:
 
 
 def summary_writer() -> Any:
-    """torch's SummaryWriter; raises UserError where tensorboard is not installed."""
+    """torch's SummaryWriter; raises UserError if tensorboard is not installed."""
     needed("tensorboard", "--tensorboard")
     return needed("torch.utils.tensorboard", "--tensorboard").SummaryWriter

@@ -1,4 +1,4 @@
-"""One run: train one method with one seed, measure what it costs, and lose nothing when it is interrupted."""
+"""One run: train one method with one seed, measure its cost, and save its state when it is interrupted."""
 
 import math
 import signal
@@ -35,12 +35,12 @@ CHECKPOINT_SECONDS = 30.0
 
 
 class DivergedError(UserError):
-    """The loss of a run is not a number any more."""
+    """The loss of a run is infinite or not a number."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """For each image the class that a network predicts, its probability, and the cross-entropy."""
+    """For each image: the predicted class, its probability, and the cross-entropy."""
 
     predicted: list[int]
     probabilities: list[float]
@@ -50,18 +50,22 @@ class Answers:
         return [label == predicted for label, predicted in zip(images.labels.tolist(), self.predicted, strict=True)]
 
     def accuracy(self, images: InOrder) -> float:
-        """How many of the images are predicted to be what they are, in %."""
+        """The share of the images that are predicted right, in %."""
         return 100 * sum(self.right(images)) / len(self.predicted)
 
 
 @dataclass
 class Record:
-    """What a run has done so far.
+    """The course of a run so far.
 
-    ``losses``, ``cross_entropies`` (the part of the loss that all methods share) and ``step_seconds`` have an entry
-    per step. ``accuracies`` holds (step, % of the validation images, or of the test images where there are none),
-    ``seconds`` what all steps had taken then. ``answers`` is what the network said last, of the validation images in a
-    trial, of the test images else.
+    Attributes:
+        losses, cross_entropies, step_seconds: one entry per step; the cross-entropy is the part of the loss that all
+            methods share.
+        accuracies: pairs of step and accuracy in %, on the validation images or, without any, on the test images.
+        seconds: for each accuracy, the time of all steps until then.
+        preparation_seconds: the time of :meth:`Method.prepare`.
+        peak_mib: the highest memory use.
+        answers: the latest predictions: for the validation images in a trial, else for the test images.
     """
 
     method: str
@@ -80,7 +84,7 @@ class Record:
         return len(self.losses)
 
     def result(self, data: TaskData) -> dict[str, Any]:
-        """What results.json keeps of a finished run."""
+        """The entry of a finished run in results.json."""
         assert data.test is not None and self.answers is not None
         kept = asdict(self)
         del kept["answers"]
@@ -99,19 +103,21 @@ class Record:
 
 
 class Run:
-    """One method trained with the seed of its data.
+    """One method, trained with the seed of its data.
+
+    All random numbers are functions of the seed, the step's number and the rank. So a continued run gives the same
+    result as an uninterrupted one. Several ranks compute the same as one rank with the whole batches.
 
     Args:
+        method: name of the method.
         data: the seed's images.
-        network: stays as it is; the run trains a copy.
-        options: resolved, with the number of steps.
-        settings: what a checkpoint must agree with to be continued.
-        checkpoint: file that an interrupted run leaves and the next one continues.
-        title: for the progress bar.
+        network: the pretrained network; the run trains a copy of it.
+        options: resolved options with the number of steps.
+        device: where the run computes.
+        settings: the settings that a checkpoint must have to be continued.
+        checkpoint: the file that an interrupted run leaves and the next one continues.
+        title: label of the progress bar.
         curves: folder for TensorBoard's files; None: write none.
-
-    Everything random is a function of the seed, the step's number and the rank, so a continued run ends where an
-    uninterrupted one would have. Several ranks compute what one would with the whole batches.
     """
 
     def __init__(
@@ -149,9 +155,11 @@ class Run:
         self.evaluate_at = {math.ceil(self.steps * part / times) for part in range(1, times + 1)}
 
     def finish(self, until: Callable[[Record], bool] | None = None) -> Record:
-        """Train until the last step, or until ``until`` says so after an evaluation.
+        """Train until the last step, or until ``until`` is true after an evaluation.
 
-        Raises KeyboardInterrupt, with everything saved, when the user interrupts.
+        Raises:
+            DivergedError: the loss is infinite or not a number.
+            KeyboardInterrupt: the user interrupted; the state of the run is saved.
         """
         memory = PeakMemory(self.device)
         if not self._load():
@@ -167,7 +175,7 @@ class Run:
         ):
             before = self.record.peak_mib
             batches = self.data.batches(self.record.step, self.steps, self.method.views)
-            ended = self._ended(until)  # by the evaluation before an interrupt
+            ended = self._ended(until)  # an interrupted run may have ended with its last evaluation
             while self.record.step < self.steps and not ended:
                 self._step(batches)
                 if self.record.step in self.evaluate_at:
@@ -177,7 +185,7 @@ class Run:
                 curves.update(self.record.losses[-1], self.record.accuracies, self.optimizer.param_groups[-1]["lr"])
                 self.record.peak_mib = max(before, memory.mib())
                 due = first and time.monotonic() - saved_at > CHECKPOINT_SECONDS
-                # read once: a signal after this is for the next step
+                # the flag is read once per step, so that all ranks stop after the same step
                 stop, save = parallel.summed(interrupted.is_set(), due)
                 if stop or save:
                     parallel.from_first(self._save)
@@ -189,7 +197,7 @@ class Run:
     def _prepare(self) -> None:
         start = time.perf_counter()
         prepared, name = self.data.knowledge, self.method.name
-        if name not in prepared:  # a method's trials with other settings start from the same network
+        if name not in prepared:  # other trials of the method start from the same network, so they share the result
             prepared[name] = parallel.from_first(
                 lambda: {part: value.cpu() for part, value in self.method.prepare(self.data.train).items()}
             )
@@ -202,7 +210,7 @@ class Run:
     def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
         step = self.record.step
-        # rank 0 draws what a single process would; dropout should not be the same for every share of the batch
+        # Rank 0 draws the same numbers as a single process. Other ranks draw others, so that dropout differs.
         own = (parallel.rank(),) if parallel.rank() else ()
         torch.manual_seed(mixed_seed(self.record.seed, "step", step, *own))
         scale = factor(self.options.schedule, step, self.steps, self.options.warmup)
@@ -235,7 +243,7 @@ class Run:
         if self.options.amp:
             remedies.append("or leave out --amp")
         where = f"at step {self.record.step + 1} of {self.steps}"
-        return f"{method} with seed {self.record.seed} diverged, its loss is {loss} {where}: {', '.join(remedies)}"
+        return f"{method} with seed {self.record.seed} diverged with a loss of {loss} {where}: {', '.join(remedies)}"
 
     def _evaluate(self) -> None:
         parallel.share_statistics(self.method.classifier)
@@ -249,7 +257,7 @@ class Run:
         self.record.answers = found
 
     def _ended(self, until: Callable[[Record], bool] | None) -> bool:
-        """Whether the last step was followed by an evaluation of which ``until`` says so."""
+        """Whether the last step had an evaluation and ``until`` is true after it."""
         return until is not None and self.record.step in self.evaluate_at and until(self.record)
 
     def _answers(self, images: InOrder) -> Answers:
@@ -268,7 +276,7 @@ class Run:
         write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
     def _load(self) -> bool:
-        """Continue from the checkpoint; False if there is none."""
+        """Continue from the checkpoint; returns False if there is none."""
         state = parallel.from_first(self._read)
         if state is None:
             return False
@@ -279,7 +287,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             found = state["record"].pop("answers")
             self.record = Record(**state["record"], answers=Answers(**found) if found else None)
-        except Exception as error:  # each part has its own errors for a state that does not fit
+        except Exception as error:  # method, optimiser and scaler raise different errors for a state that does not fit
             raise self._damaged() from error
         return True
 
@@ -289,7 +297,7 @@ class Run:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             difference = differences(state["settings"], self.settings)
-        except Exception as error:  # zip, pickle and torch each have their own errors for a broken file
+        except Exception as error:  # zip, pickle and torch raise different errors for a broken file
             raise self._damaged() from error
         if difference:
             raise UserError(
@@ -299,10 +307,11 @@ class Run:
         return state
 
     def _damaged(self) -> UserError:
-        return UserError(f"the checkpoint {self.checkpoint} is damaged: remove it to start that run anew")
+        return UserError(f"the checkpoint {self.checkpoint} is damaged: remove it to start that run again")
 
 
 def build_optimizer(options: Options, method: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser; ``--weight-decay`` applies to the methods whose recipe has a weight decay."""
     decay = weight_decay(method)
     if decay and options.weight_decay is not None:
         decay = options.weight_decay
@@ -313,7 +322,7 @@ def build_optimizer(options: Options, method: str, groups: list[dict[str, Any]])
 
 @torch.no_grad()
 def answers(classifier: nn.Module, images: InOrder) -> Answers:
-    """What the classifier says of the images, whole on every rank."""
+    """The classifier's predictions for the images; each rank computes a share, and every rank gets all of them."""
     classifier.eval()
     mine = slice(parallel.rank(), None, parallel.world_size())
     found = torch.zeros(3, len(images.labels), dtype=torch.float64)
@@ -331,16 +340,16 @@ def answers(classifier: nn.Module, images: InOrder) -> Answers:
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """A weight for each class, inversely proportional to its number of images; the mean over all images is 1."""
+    """One weight per class, inversely proportional to its number of images; the mean over all images is 1."""
     counts = torch.bincount(labels, minlength=num_classes)
     return len(labels) / (num_classes * counts.float())
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[threading.Event]:
-    """Within it, Ctrl-C and SIGTERM set the event instead of raising; a second one raises at once."""
+    """A context in which Ctrl-C and SIGTERM set the event instead of raising; a second signal raises at once."""
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield interrupted
         return
 

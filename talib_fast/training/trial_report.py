@@ -1,4 +1,4 @@
-"""What trials say: the settings that they found, or how close successive halving's candidates came to its winner."""
+"""The report of trials: the settings that they found, or how close the candidates of successive halving came."""
 
 import math
 from collections import Counter
@@ -17,15 +17,15 @@ Trial = Mapping[str, Any]
 TUNED = ("method", "validation accuracy, %", "with the defaults, %", "finished", "pruned", "time, s", "settings found")
 HALVED = ("method", "steps", "validation accuracy, %", "winner's at that step, %", "difference, points", "settings")
 CHOSEN = (
-    "Accuracies are of validation images; the best is a bit too high, since it was chosen for it, and no test image "
-    "chose anything."
+    "Accuracies are of validation images; test images choose nothing. The best accuracy is a little too high, since it "
+    "is the best of many."
 )
 MOST_COLUMNS = 4
-RATIOS = 10.0  # the colours are of trade-offs from a tenth to ten times the default; what is further out has the last
+RATIOS = 10.0  # the colours range from a tenth to ten times the default trade-off; values outside are clipped
 
 
 def section(results: Mapping[str, Any]) -> Section | None:
-    """The trials' table and what it says; None where none was finished."""
+    """The section about the trials; None if no trial is finished."""
     winner = best_trial(results["trials"])
     if winner is None:
         return None
@@ -37,11 +37,11 @@ def halved(results: Mapping[str, Any]) -> bool:
 
 
 def tuning(results: Mapping[str, Any], winner: Trial) -> Section:
-    """What was found for each method."""
+    """The section of ``--tune``: the settings that were found for each method."""
     trials = results["trials"]
     budget = (
-        f"Settings tuned with {count(results['settings']['tune'], 'trial')} of {count(winner['steps'], 'step')} for "
-        f"every method, pruned where they fell behind: {count(len(trials), 'trial')} in {duration(trials)}."
+        f"Each method had {count(results['settings']['tune'], 'trial')} of {count(winner['steps'], 'step')}, and "
+        f"trials that fell behind were pruned: {count(len(trials), 'trial')} in {duration(trials)}."
     )
     return Section(
         "Settings found by trials",
@@ -54,7 +54,7 @@ def tuning(results: Mapping[str, Any], winner: Trial) -> Section:
 
 
 def tuned_cells(own: Sequence[Trial]) -> tuple[str, ...]:
-    """A method's line: its best trial, the one with the defaults, and what the search took."""
+    """The row of a method: its best trial, the trial with the defaults, and the cost of the search."""
     best = best_trial(own)
     default = best_trial([trial for trial in own if trial["number"] == 0])
     states = Counter(trial["state"] for trial in own)
@@ -70,10 +70,11 @@ def tuned_cells(own: Sequence[Trial]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Rival:
-    """A method's best candidate beside the winner in the last rung that it reached.
+    """A method's best candidate compared with the winner, in the last rung that the candidate reached.
 
-    ``difference`` is in points above the winner, which had the same steps and images, ``half_width`` half its 95 %
-    interval, corrected so that all rivals' hold at once.
+    Attributes:
+        difference: points above the winner after the same steps, on the same images.
+        half_width: half the 95 % interval of the difference, corrected so that all rivals' intervals hold at once.
     """
 
     trial: Trial
@@ -95,7 +96,7 @@ def candidate_cells(trial: Trial, winners: str, difference: str) -> tuple[str, .
 
 
 def rivals(trials: Sequence[Trial], winner: Trial) -> list[Rival]:
-    """The other methods' best candidates, those that came furthest first."""
+    """The other methods' best candidates, those that reached the latest rung first."""
     best = [best_trial(own) for name, own in by_method(trials).items() if name != canonical(winner["method"])]
     ranked = sorted((trial for trial in best if trial), key=lambda trial: (trial["steps"], merit(trial)), reverse=True)
     winners = {trial["rung"]: trial for trial in trials if candidate(trial) == candidate(winner)}
@@ -107,7 +108,7 @@ def rivals(trials: Sequence[Trial], winner: Trial) -> list[Rival]:
 
 
 def halving(results: Mapping[str, Any], winner: Trial) -> Section:
-    """How close the other methods came to the winner."""
+    """The section of ``--method auto``: how close the other methods came to the winner."""
     trials = results["trials"]
     behind = rivals(trials, winner)
     return Section(
@@ -118,8 +119,9 @@ def halving(results: Mapping[str, Any], winner: Trial) -> Section:
             [
                 halving_budget(results),
                 judged_on(winner),
-                "Each method's best candidate beside the winner after the same steps; difference ± half of its 95 % "
-                "interval over the images (Agresti and Min's), so wide that all hold at once (Bonferroni).",
+                "Each row compares a method's best candidate with the winner after the same steps: the difference ± "
+                "half its 95 % interval over the images (Agresti and Min), corrected so that all hold at once "
+                "(Bonferroni).",
                 CHOSEN,
             ]
         ),
@@ -135,34 +137,34 @@ def halving_budget(results: Mapping[str, Any]) -> str:
     sizes = Counter(trial["steps"] for trial in trials)
     rungs = ", ".join(f"{number} of {steps:,} steps" for steps, number in sorted(sizes.items()))
     return (
-        f"{count(len(settings['candidates']), 'method')} with {each}, and the better ones go on: {rungs}, in "
-        f"{duration(trials)}."
+        f"{count(len(settings['candidates']), 'method')} with {each} competed, and the better half of each rung went "
+        f"on: {rungs}, in {duration(trials)}."
     )
 
 
 def closeness(winner: Trial, rivals: Sequence[Rival]) -> list[str]:
-    """Which methods can be told from the winner, in sentences."""
+    """Sentences that say which methods differ from the winner by more than chance."""
     close = [rival.trial["method"] for rival in rivals if not rival.told_apart]
     behind = [rival for rival in rivals if rival.told_apart]
     found = []
     if close:
-        found.append(f"Not told apart from {winner['method']} by these images: {', '.join(close)}.")
+        found.append(f"These images show no difference to {winner['method']} for {', '.join(close)}.")
     if behind:
         names = ", ".join(rival.trial["method"] for rival in behind)
-        found.append(f"Behind {winner['method']} by more than chance, given the steps that they had: {names}.")
+        found.append(f"Worse than {winner['method']} beyond chance, after the same steps: {names}.")
     if any(rival.trial["steps"] < winner["steps"] for rival in rivals):
-        found.append(f"Whether those with fewer than {winner['steps']:,} steps would have caught up was not tried.")
+        found.append(f"Candidates with fewer than {winner['steps']:,} steps might have caught up with more steps.")
     return found
 
 
 def candidate(trial: Trial) -> tuple[str, int]:
-    """What the trials of one candidate in all rungs share."""
+    """The key that identifies a candidate in all rungs."""
     return canonical(trial["method"]), trial["number"]
 
 
 def judged_on(trial: Trial) -> str:
     folds = f" in {trial['of_folds']} folds" if trial["of_folds"] > 1 else ""
-    return f"Judged on {count(len(right_or_wrong(trial)), 'validation image')}{folds}."
+    return f"Judged by {count(len(right_or_wrong(trial)), 'validation image')}{folds}."
 
 
 def words(trial: Trial) -> str:
@@ -171,7 +173,7 @@ def words(trial: Trial) -> str:
 
 
 def duration(trials: Sequence[Trial]) -> str:
-    """How long the trials took together."""
+    """The total time of the trials, in words."""
     seconds = sum(trial.get("seconds", 0.0) for trial in trials)
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
@@ -180,14 +182,14 @@ def duration(trials: Sequence[Trial]) -> str:
 
 
 def draw(results: Mapping[str, Any], title: str, colours: Mapping[str, str]) -> Any:
-    """The trials' plot, a matplotlib Figure; ``colours`` are of methods by their canonical name."""
+    """The plot of the trials, a matplotlib Figure; ``colours`` maps canonical names of methods to colours."""
     figure = draw_rungs(results, colours) if halved(results) else draw_search(results)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
 def draw_rungs(results: Mapping[str, Any], colours: Mapping[str, str]) -> Any:
-    """Validation accuracy over the rungs' steps: a line for each candidate, the winner's thicker."""
+    """Validation accuracy over the steps of the rungs: one line per candidate, the winner's thicker."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -214,7 +216,7 @@ def draw_rungs(results: Mapping[str, Any], colours: Mapping[str, str]) -> Any:
 
 
 def draw_search(results: Mapping[str, Any]) -> Any:
-    """Validation accuracy by learning rate: a panel for each method, of combined ones for each part's trade-off."""
+    """Validation accuracy by learning rate: one panel per method; combinations have one panel per trade-off."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -233,7 +235,7 @@ def draw_search(results: Mapping[str, Any]) -> Any:
     for axes, (own, part) in zip(grid, panels, strict=False):
         draw_panel(axes, own, part, scale, results["settings"])
     for axes in grid[: len(panels)][-columns:]:
-        axes.tick_params(labelbottom=True)  # matplotlib labels the last line alone, which may be a part of one
+        axes.tick_params(labelbottom=True)  # matplotlib labels only the last row, which may not be full
     figure.supxlabel("learning rate", fontsize=10)
     figure.supylabel("validation accuracy, %", fontsize=10)
     if any(part for _, part in panels):
@@ -247,7 +249,7 @@ def draw_search(results: Mapping[str, Any]) -> Any:
 
 
 def draw_panel(axes: Any, own: Sequence[Trial], part: str | None, scale: Any, settings: Mapping[str, Any]) -> None:
-    """One method's trials, coloured by the trade-off of one of its parts."""
+    """Draw one method's trials, coloured by the trade-off of one of its parts."""
     best = best_trial(own)
     for trial in own:
         found = trial["settings"]
@@ -271,7 +273,7 @@ def draw_panel(axes: Any, own: Sequence[Trial], part: str | None, scale: Any, se
 
 
 def searched(own: Sequence[Trial]) -> list[str | None]:
-    """The parts of a method whose trade-offs were searched; one that is no part where none was."""
+    """The parts of a method whose trade-offs were searched; ``[None]`` if there are none."""
     parts = [part for part in parse(own[0]["method"]) if any(trade_off(part) in trial["settings"] for trial in own)]
     return [*parts] or [None]
 

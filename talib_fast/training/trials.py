@@ -1,4 +1,4 @@
-"""Trials of a method's settings, judged on labelled images that are not for testing."""
+"""Trials of a method's settings, judged by labelled images that are not test images."""
 
 import statistics
 import time
@@ -19,15 +19,15 @@ from .splits import Shares, Splits, folded, split
 from .trainer import DivergedError, Record
 
 FOLDS = 3
-FEW = 100  # with fewer images for validation than that, all labelled ones validate, in folds
-EVALUATIONS = 6  # of each fold where a trial may be given up after one
+FEW = 100  # if a share for validation has fewer images, trials are judged by cross-validation instead
+EVALUATIONS = 6  # evaluations of each fold, if a trial may be pruned after one
 
 
 def judges(experiment: Experiment) -> list[Splits]:
-    """What a trial is trained on and judged by, a set of each, or one for each of the folds.
+    """The images that trials are trained on and judged by: one split, or one per fold.
 
-    That is the folder for validation, where there is one and all images are labelled; or a stratified share of the
-    labelled images; or stratified cross-validation over them, where a share would be few.
+    The judges are, in this order: the folder for validation, if there is one and all labels are used; a stratified
+    share of the labelled images, if it is large enough; else stratified cross-validation over the labelled images.
     """
     options, found = experiment.options, experiment.sources
     chosen = options.folds or options.val_share
@@ -42,16 +42,16 @@ def judges(experiment: Experiment) -> list[Splits]:
 
 
 def load(experiment: Experiment) -> list[TaskData]:
-    """The images of :func:`judges`, for all trials of a command."""
+    """Load the images of :func:`judges`, for all trials of a command."""
     seed = experiment.options.seeds[0]
     return [parallel.together(partial(experiment.load, part, seed)) for part in judges(experiment)]
 
 
 def in_words(parts: Sequence[Splits]) -> str:
-    """How trials are judged."""
+    """How trials are judged, in words."""
     images = sum(len(part.val) for part in parts if part.val is not None)
     if len(parts) == 1:
-        return f"judged on {count(images, 'validation image')}"
+        return f"judged by {count(images, 'validation image')}"
     return f"judged by cross-validation over {count(images, 'labelled image')} in {len(parts)} folds"
 
 
@@ -63,12 +63,15 @@ def carry_out(
     label: str,
     hopeless: Callable[[list[float]], bool] | None = None,
 ) -> None:
-    """Train a trial on each of the parts, or go on where it was interrupted, and keep what comes out in its folds.
+    """Train a trial on each of the parts, or continue an interrupted one; the outcome is added to ``trial``.
 
     Args:
-        trial: an entry of the results' trials: its method, number, settings, steps and rung.
-        label: for the progress bar.
-        hopeless: says of the accuracies so far, in %, whether the trial shall end; see :func:`intermediate`.
+        trial: an entry of the results' trials, see :func:`new`; it is changed in place.
+        parts: the images of each fold.
+        experiment: what all trials share.
+        results: where the trial is kept.
+        label: label of the progress bar.
+        hopeless: given the accuracies so far in % (see :func:`intermediate`), returns whether to prune the trial.
     """
     folds = trial["folds"]
     while trial["state"] == "running" and len(folds) < len(parts):
@@ -96,7 +99,7 @@ def fold(
     label: str,
     hopeless: Callable[[list[float]], bool] | None,
 ) -> dict[str, Any]:
-    """Train a trial on one part's images; raises DivergedError."""
+    """Train a trial on the images of one fold; raises DivergedError."""
     options, earlier = experiment.options, trial["folds"]
     assert options.steps is not None
     own = replace(
@@ -124,13 +127,13 @@ def fold(
 
 
 def checkpoint(trial: Mapping[str, Any], experiment: Experiment) -> Path:
-    """What a trial leaves that is interrupted in its next fold."""
+    """The checkpoint file of a trial's next fold."""
     name = f"{trial['method']}-trial{trial['number']}-steps{trial['steps']}-fold{len(trial['folds'])}.pt"
     return experiment.folder / "checkpoints" / name
 
 
 def summary(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """A trial's accuracy, in %, and cross-entropy over all images that have judged it."""
+    """A trial's accuracy in % and its cross-entropy, over all images that have judged it."""
     images = sum(len(fold["right"]) for fold in folds)
     return {
         "accuracy": 100 * sum(fold["right"].count("1") for fold in folds) / images,
@@ -148,12 +151,12 @@ def intermediate(folds: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def found(trials: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    """The method's trials, in their order."""
+    """The trials of a method, in order."""
     return [trial for trial in trials if canonical(trial["method"]) == canonical(method)]
 
 
 def new(method: str, number: int, settings: Mapping[str, Any], steps: int, folds: int, rung: int = 0) -> dict[str, Any]:
-    """A trial that has not begun."""
+    """The entry of a trial that has not begun."""
     return {
         "method": method,
         "number": number,
@@ -168,9 +171,9 @@ def new(method: str, number: int, settings: Mapping[str, Any], steps: int, folds
 
 
 def told(trial: Mapping[str, Any]) -> str:
-    """A finished trial's settings and what came of them."""
+    """A finished trial's settings and their accuracy, in words."""
     words = search.in_words(trial["settings"])
     if trial.get("diverged"):
         return f"{words}: diverged"
-    ended = " when it was given up" if trial["state"] == "pruned" else ""
+    ended = " when it was pruned" if trial["state"] == "pruned" else ""
     return f"{words}: {trial['accuracy']:.1f} %{ended}"

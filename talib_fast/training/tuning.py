@@ -1,10 +1,11 @@
-"""``--tune``: each method's settings searched by Optuna, with the same number of trials for every method.
+"""``--tune``: search each method's settings by Optuna, with the same number of trials for every method.
 
-The first trials are spread evenly over the ranges, with the same learning rates for every method: a method that drew
-better ones would look better than it is. Then the sampler is Optuna's tree-structured Parzen estimator (Bergstra et al.
-2011, https://proceedings.neurips.cc/paper/2011/hash/86e8f7ab32cfd12577bc2619bc635690-Abstract.html). A trial ends early
-where its best accuracy is below the median of those before it. Which settings come next is a function of the seed and
-the trials so far, so an interrupted search ends where an uninterrupted one would have.
+The first trials are spread evenly over the ranges. All methods get the same learning rates there, since a method with
+luckier learning rates would look better than it is. The later trials come from Optuna's tree-structured Parzen
+estimator (Bergstra et al. 2011,
+https://proceedings.neurips.cc/paper/2011/hash/86e8f7ab32cfd12577bc2619bc635690-Abstract.html). A trial is pruned if its
+best accuracy is below the median of the trials before it. The next settings are a function of the seed and the trials
+so far, so an interrupted search gives the same result as an uninterrupted one.
 """
 
 import warnings
@@ -23,15 +24,15 @@ from .results import Results
 from .search import defaults, space
 from .splits import mixed_seed
 
-SPREAD = 4  # trials, after the first one with the defaults, that are spread evenly over the ranges
-STARTUP = 3  # trials that end in no case early
-WARMUP = trials.EVALUATIONS // 2  # evaluations of the first fold after which no trial ends yet: slow ones may be good
+SPREAD = 4  # trials that are spread evenly over the ranges, after the first trial with the defaults
+STARTUP = 3  # the first trials, which are never pruned
+WARMUP = trials.EVALUATIONS // 2  # the first evaluations, after which no trial is pruned: a slow start may end well
 
 
 def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> dict[str, dict[str, Any]]:
-    """Carry out the trials that are missing; returns the settings chosen for each method.
+    """Carry out the missing trials; returns the settings chosen for each method.
 
-    Methods whose trials all diverged are left out of it.
+    A method is left out if all of its trials diverged.
     """
     number, steps = experiment.options.tune, experiment.options.steps
     assert number is not None and steps is not None
@@ -54,12 +55,12 @@ def tune(methods: Sequence[str], experiment: Experiment, results: Results) -> di
         if best is not None:
             chosen[method] = best["settings"]
     if not chosen:
-        raise UserError("every trial diverged: lower --lr, around which it is searched")
+        raise UserError("every trial diverged: lower --lr, the centre of the searched range")
     return chosen
 
 
 class Search:
-    """The search of one method's settings, by the trials so far, which are given to it each time."""
+    """The search of one method's settings; it has no state, so each call takes the trials so far."""
 
     def __init__(self, settings: Mapping[str, Setting], seed: int, method: str) -> None:
         self.settings, self.seed, self.method = settings, seed, method
@@ -71,10 +72,10 @@ class Search:
         return parallel.from_first(lambda: self._ask(earlier, {}).params)
 
     def spread(self, number: int) -> dict[str, Any]:
-        """Settings that no trial suggests, the same on every rank: the defaults for number 0.
+        """Settings that do not depend on earlier trials, the same on every rank; number 0 gives the defaults.
 
-        The others are a Halton sequence, shifted by the seed, which is even however far it is taken. The first setting,
-        the learning rate, has the same values whatever the method is.
+        The others are a Halton sequence shifted by the seed, which is spread evenly at any length. The learning rate,
+        the first setting, has the same values for all methods.
         """
         if number == 0:
             return defaults(self.settings)
@@ -88,7 +89,7 @@ class Search:
         return parallel.from_first(settings)
 
     def pruner(self, earlier: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> Callable[[list[float]], bool]:
-        """Says of the accuracies of a trial with these settings whether it shall end in the light of earlier ones."""
+        """A function of the accuracies of a trial with these settings: whether to prune it, given earlier trials."""
         trial = self._ask(earlier, own) if parallel.rank() == 0 else None
         reported = 0
 
@@ -102,7 +103,7 @@ class Search:
         return lambda values: parallel.from_first(lambda: hopeless(values))
 
     def _ask(self, earlier: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> Any:
-        """Optuna's next trial; what is in ``own`` is as given there, and the sampler chooses the rest."""
+        """Optuna's next trial, with the settings in ``own``; the sampler chooses the settings that are not in it."""
         optuna = library()
         study = optuna.create_study(
             direction="maximize",
@@ -137,9 +138,9 @@ def distribution(setting: Setting) -> Any:
 
 
 def library() -> Any:
-    """Optuna; raises UserError where it is not installed."""
+    """Optuna; raises UserError if it is not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own parts that are new
+        warnings.simplefilter("ignore")  # Optuna warns of its own experimental parts
         optuna = needed("optuna", "--tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

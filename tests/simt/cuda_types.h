@@ -1,4 +1,4 @@
-// What CUDA calls qualifiers, vectors and handles, for the host.
+// CUDA's qualifiers, vector types and handles, for the host.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// `__shared__` stays undefined: SIMT_SHARED declares what is the running block's own.
+// `__shared__` stays undefined, since SIMT_SHARED declares shared memory of the running block.
 
 struct uint3 {
   unsigned x, y, z;

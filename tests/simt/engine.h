@@ -1,5 +1,5 @@
-// What the harness knows of a launch, of the block that runs and of its threads. fibers.h, waiting.h, shared_memory.h
-// and launch.h build on it.
+// The state of a launch, of the running block and of its threads. fibers.h, waiting.h, shared_memory.h and launch.h use
+// it.
 #pragma once
 
 #include <dlfcn.h>
@@ -43,7 +43,7 @@ namespace simt {
 
 using At = std::source_location;
 
-// ThreadSanitizer shall see what kernels do, not how the harness runs them.
+// ThreadSanitizer must see what kernels do, but not what the harness does to run them.
 #define SIMT_UNTRACKED __attribute__((no_sanitize("thread")))
 
 #if defined(__SANITIZE_THREAD__)
@@ -62,20 +62,20 @@ constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxWarps = kMaxThreads / kWarpSize;
 constexpr unsigned kMaxSharedArrays = 64;
-constexpr size_t kDefaultSharedBytes = 48 << 10;  // more needs cudaFuncSetAttribute
+constexpr size_t kDefaultSharedBytes = 48 << 10;  // kernels need cudaFuncSetAttribute for more
 
-// To ThreadSanitizer a fiber is a thread, and what it learns in a block of what others did it knows for ever. Two sets
-// of fibers take the blocks in turn, so that neighbouring blocks know nothing of each other.
+// For ThreadSanitizer a fiber is a thread, and its order with other threads of a block stays for ever. So two sets of
+// fibers run the blocks in turn, and neighbouring blocks are not ordered.
 constexpr unsigned kFiberSets = kThreadSanitizer ? 2 : 1;
-constexpr unsigned kMaxTrackedThreads = 3 * kMaxThreads;  // it can tell 8000 apart
+constexpr unsigned kMaxTrackedThreads = 3 * kMaxThreads;  // ThreadSanitizer can track 8000 threads
 
-// Its address names a happens-before edge to ThreadSanitizer: from those who release it to those who acquire it later.
-// The alignment matters: ThreadSanitizer keeps one clock for each 8 bytes.
+// For ThreadSanitizer the address of a clock is a happens-before edge from threads that release it to threads that
+// acquire it later. The alignment is needed, since ThreadSanitizer keeps one clock for every 8 bytes.
 struct alignas(16) Clock {
   char address;
 };
 
-struct Fiber {  // a machine stack that the processor can switch to
+struct Fiber {  // a stack to which the processor can switch
   char* stack;
   size_t stack_bytes;
 #if defined(SIMT_USES_UCONTEXT)
@@ -94,12 +94,12 @@ struct Fiber {  // a machine stack that the processor can switch to
 struct Thread {
   uint3 index;  // threadIdx
   unsigned lane, warp;
-  Fiber* fiber;  // while it waits
+  Fiber* fiber;  // while the thread waits
 };
 
 enum class Operation { kShuffle, kVote, kSync };
 
-struct Collective {  // a warp operation under way
+struct Collective {  // a warp operation that has begun
   Operation operation;
   unsigned mask, arrived, readers;
   At at;
@@ -113,10 +113,10 @@ struct Warp {
   unsigned pending_count;
   Collective* pending[kWarpSize];
   unsigned syncs;
-  Clock sync_clock[kFiberSets][2];  // in turn, as the block's barrier_clock
+  Clock sync_clock[kFiberSets][2];  // used in turn, like the block's barrier_clock
 };
 
-struct Launch {  // what the blocks of a launch share
+struct Launch {  // the state that the blocks of a launch share
   const char* kernel_name;
   const void* kernel;
   dim3 grid, block;
@@ -127,7 +127,7 @@ struct Launch {  // what the blocks of a launch share
   unsigned blocks_in_flight;
   uint64_t block_count, next_block;
   unsigned engines_running;
-  unsigned events;  // steps forward that any block made: a thread returned or a barrier opened
+  unsigned events;  // progress of all blocks: number of threads that returned and of barriers that opened
 };
 
 struct SharedArray {
@@ -135,7 +135,7 @@ struct SharedArray {
   void* memory;
 };
 
-struct Engine {  // runs one block at a time; plain data, at home in one operating-system thread
+struct Engine {  // runs one block at a time; plain data, used by one operating-system thread
   Launch* launch;
   uint3 block_index;  // blockIdx
   unsigned fiber_set;
@@ -143,17 +143,17 @@ struct Engine {  // runs one block at a time; plain data, at home in one operati
 
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
-  Thread* self;  // the running one; null in the launcher
+  Thread* self;  // the running thread; null in the launcher
   unsigned thread_count, started, live;
-  unsigned order[kMaxThreads];  // in which threads start
+  unsigned order[kMaxThreads];  // the order in which threads start
 
-  unsigned ready[kMaxThreads], ready_head, ready_count;  // a ring of those that can go on
+  unsigned ready[kMaxThreads], ready_head, ready_count;  // a ring of the threads that can continue
   unsigned at_barrier[kMaxThreads], at_barrier_count;
   At barrier_at;
   unsigned barriers;
-  // A thread may reach the next barrier before another has left this one: that must not learn what the first did since.
+  // A thread may reach the next barrier before another thread has left this one. Two clocks keep them unordered.
   Clock barrier_clock[kFiberSets][2];
-  bool votes[2];  // of __syncthreads_or, likewise
+  bool votes[2];  // of __syncthreads_or, used in turn as well
   Clock begin_clock, end_clock;
 
   Fiber launcher;
@@ -199,7 +199,7 @@ SIMT_UNTRACKED inline Engine& engine() {
 SIMT_UNTRACKED inline Thread& self() { return *engine().self; }
 SIMT_UNTRACKED inline unsigned lane() { return self().lane; }
 
-// Says where and aborts.
+// Prints the place and aborts.
 [[noreturn]] SIMT_UNTRACKED inline void die(At at, const char* format, ...) {
   const Engine& e = engine();
   std::fflush(stdout);
@@ -225,7 +225,7 @@ inline uint64_t setting(const char* name, uint64_t otherwise) {
   return text && *text ? std::strtoull(text, nullptr, 0) : otherwise;
 }
 
-// Not memcpy, whose interceptor would show ThreadSanitizer the harness's own accesses.
+// Used instead of memcpy, whose interceptor would show the harness's own accesses to ThreadSanitizer.
 SIMT_UNTRACKED inline void copy_bytes(void* to, const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) {
     static_cast<volatile unsigned char*>(to)[i] = static_cast<const volatile unsigned char*>(from)[i];
@@ -244,7 +244,7 @@ SIMT_UNTRACKED inline void acquire([[maybe_unused]] Clock& clock) {
 #endif
 }
 
-// Allocations between these two are nobody's accesses.
+// ThreadSanitizer ignores allocations between these two.
 SIMT_UNTRACKED inline void hide_writes() {
 #if defined(__SANITIZE_THREAD__)
   AnnotateIgnoreWritesBegin(__FILE__, __LINE__);

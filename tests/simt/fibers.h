@@ -1,4 +1,4 @@
-// CUDA threads as fibers: making them, switching between them, and what goes on when one returns.
+// CUDA threads as fibers: how they are created, switched and ended.
 #pragma once
 
 #include "engine.h"
@@ -6,8 +6,8 @@
 namespace simt {
 
 #if !defined(SIMT_USES_UCONTEXT)
-// Saves the callee's registers on this stack and its pointer to *save, and goes on from `load`. `noipa` keeps GCC from
-// concluding that nothing is clobbered.
+// Saves the callee-saved registers on this stack and the stack pointer to *save, and continues at `load`. `noipa` keeps
+// GCC from assuming that no register is clobbered.
 __attribute__((naked, noipa, no_sanitize("address", "thread", "undefined"))) inline void switch_stack(void** /*save*/,
                                                                                                       void* /*load*/) {
   __asm__ volatile(
@@ -44,7 +44,7 @@ inline void fiber_main();
 
 SIMT_UNTRACKED inline void make_fiber(Fiber* fiber) {
   char* memory = static_cast<char*>(map_memory(kPageBytes + kStackBytes));
-  mprotect(memory, kPageBytes, PROT_NONE);  // an overflow faults
+  mprotect(memory, kPageBytes, PROT_NONE);  // a stack overflow causes a segmentation fault
   fiber->stack = memory + kPageBytes;
   fiber->stack_bytes = kStackBytes;
 #if defined(SIMT_USES_UCONTEXT)
@@ -64,8 +64,8 @@ SIMT_UNTRACKED inline void make_fiber(Fiber* fiber) {
 }
 
 #if defined(__SANITIZE_THREAD__)
-// To ThreadSanitizer fibers are threads, so that each CUDA thread has its own. The launcher makes them: a new one knows
-// what its maker knows.
+// For ThreadSanitizer fibers are threads, so each CUDA thread has a fiber of its own. The launcher creates them, since
+// a new fiber is ordered after everything that its creator did.
 SIMT_UNTRACKED inline void make_fibers() {
   Engine& e = engine();
   for (unsigned thread = 0; thread < e.thread_count; ++thread) {
@@ -108,7 +108,7 @@ SIMT_UNTRACKED inline void make_ready(unsigned thread) {
   e.ready[(e.ready_head + e.ready_count++) % kMaxThreads] = thread;
 }
 
-// Leaves the running thread, which waits or has returned, for another one or for the launcher.
+// Switches from the running thread, which waits or has returned, to another thread or to the launcher.
 SIMT_UNTRACKED inline void dispatch() {
   Engine& e = engine();
   if (e.ready_count && (e.started == e.thread_count || !e.random_state || random_below(2))) {
@@ -166,7 +166,7 @@ SIMT_UNTRACKED inline bool try_complete(Warp& warp, Collective* c) {
   return true;
 }
 
-// A thread that returned no longer holds up its warp or its block.
+// The warp and the block of a thread that returned no longer wait for it.
 SIMT_UNTRACKED inline void finish_thread() {
   Engine& e = engine();
   release(e.end_clock);

@@ -1,4 +1,4 @@
-// Launches: blocks in flight, the operating-system threads that run them, and what a launch is allowed.
+// Launches: the running blocks, the operating-system threads that run them, and the limits of a launch.
 #pragma once
 
 #include "fibers.h"
@@ -59,7 +59,7 @@ SIMT_UNTRACKED inline void run_block(uint64_t number, At at) {
   free_shared_arrays();
 }
 
-// Runs blocks, in the launch's order, until none is left.
+// Runs blocks in the order of the launch until none is left.
 SIMT_UNTRACKED inline void run_blocks(Launch& launch, At at) {
   Engine& e = engine();
   if (e.launch) {
@@ -101,7 +101,7 @@ SIMT_UNTRACKED inline void run_blocks(Launch& launch, At at) {
   __atomic_fetch_sub(&launch.engines_running, 1, __ATOMIC_RELAXED);
 }
 
-// The operating-system threads of the blocks in flight beside the launcher's own. They live as long as the process.
+// The operating-system threads that run blocks beside the launcher's own thread. They live as long as the process.
 class Crew {
  public:
   static Crew& instance() {
@@ -156,7 +156,7 @@ class Crew {
   uint64_t number_ = 0;
 };
 
-// Dynamic shared memory that kernels were allowed by cudaFuncSetAttribute.
+// The dynamic shared memory that cudaFuncSetAttribute allowed for each kernel.
 class SharedMemoryGrants {
  public:
   static SharedMemoryGrants& instance() {
@@ -183,7 +183,7 @@ class SharedMemoryGrants {
   std::map<const void*, size_t> bytes_;
 };
 
-// The one stream that there is: none, nullptr, would hide that a caller forgot to say which.
+// The only stream. It is not nullptr, so that a caller that forgets to pass its stream is found.
 inline CUstream_st* current_stream() {
   static char stream;
   return reinterpret_cast<CUstream_st*>(&stream);
@@ -195,12 +195,12 @@ inline void check_stream(cudaStream_t stream, const char* what, At at) {
   }
 }
 
-inline int driver_version = 0;  // as it was told to a caller who asked
+inline int driver_version = 0;  // the version that was reported to a caller
 
 inline size_t shared_limit() { return setting("SIMT_SHARED_BYTES", kDefaultSharedBytes); }
 
-// A line of SIMT_LOG's file: the launch's size, and the kernel by its place in the library that has it, where `nm`
-// knows it by name and with its template arguments.
+// Writes a line to SIMT_LOG's file: the size of the launch, and the kernel as its offset in its library, for which `nm`
+// gives the name with template arguments.
 inline void log(const Launch& launch, At at) {
   const char* name = std::getenv("SIMT_LOG");
   if (!name || !*name) {

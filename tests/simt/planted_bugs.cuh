@@ -1,5 +1,5 @@
-// Kernels with one bug each, and without it their correct twins. The line that a tool shall name ends with `// BUG` and
-// the kernel's name.
+// Kernels with one bug each, and their correct twins. The line that a tool must report ends with `// BUG` and the name
+// of the kernel.
 #pragma once
 #include "cuda/runtime.cuh"
 
@@ -15,7 +15,7 @@ __global__ void missing_barrier(float* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % 64];  // BUG missing_barrier
 }
 
-// Only one of several barriers is missing: what was ordered before must not hide it.
+// Only one of several barriers is missing; the order that the others make must not hide it.
 template <bool kPlanted>
 __global__ void missing_later_barrier(float* out) {
   SIMT_SHARED(float, values, 64);
@@ -95,7 +95,7 @@ __global__ void deadlock(float* out) {
   __syncthreads();
 }
 
-// Two shuffles, each of half a warp that believes to be whole.
+// Two shuffles, each of half a warp, with the mask of a whole warp.
 template <bool kPlanted>
 __global__ void divergent_shuffle(float* out) {
   float value = 1.0f;
@@ -122,7 +122,7 @@ __global__ void wrong_mask(float* out) {
   out[threadIdx.x] = __shfl_sync(kPlanted ? 0xffffu : 0xffffffffu, 1.0f, 0);  // BUG wrong_mask
 }
 
-// Block 0 hands a value to block 1.
+// Block 0 passes a value to block 1.
 template <bool kPlanted>
 __global__ void missing_release(float* value, unsigned* ready, float* out) {
   if (blockIdx.x == 0) {
@@ -154,7 +154,7 @@ __global__ void missing_acquire(float* value, unsigned* ready, float* out) {
   }
 }
 
-// A block that waits for a later one, which may never start while this one runs.
+// A block waits for a later block, which may never start while this one runs.
 template <bool kPlanted>
 __global__ void endless_wait(unsigned* ready) {
   if (blockIdx.x == (kPlanted ? 0 : 1)) {

@@ -1,4 +1,4 @@
-// An operation with a planted race, to prove that a Python process finds it when it calls the operation through torch.
+// An operation with a planted race. It shows that the race is found when Python calls the operation through torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,10 +1,10 @@
-// Kernels that use everything in runtime.cuh, for both compilers.
+// Kernels that use all of runtime.cuh, for g++ and nvcc.
 #pragma once
 #include "cuda/runtime.cuh"
 
 namespace talib_fast {
 
-// Block sums through shuffles and shared memory, and their total by the block that comes last.
+// Block sums by shuffles and shared memory; the block that finishes last adds them up.
 template <typename T, int V>
 __global__ void __launch_bounds__(256)
     scale_and_sum(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ copy, acc_t<T> factor, int n,
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Block 0 waits for the others; needs all blocks in flight at once, or block 0 last.
+// Block 0 waits for the others. All blocks must run at once, or block 0 must run last.
 template <typename T>
 __global__ void collect_from_others(T* __restrict__ slots, unsigned* arrived, T* __restrict__ sum) {
   SIMT_DYN_SHARED(T, staged);

@@ -1,6 +1,6 @@
 // self_test               runs every test and every correct twin
-// self_test NAME          runs one
-// self_test NAME planted  runs the kernel with the bug
+// self_test NAME          runs one of them
+// self_test NAME planted  runs the kernel with the planted bug
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -121,7 +121,7 @@ unsigned to_bits(T value) {
   return bits;
 }
 
-// All finite values come back; between two neighbours the nearer one is taken, and the even one halfway.
+// All finite values come back. A value between two neighbours becomes the nearer one, and halfway the even one.
 template <typename T>
 void test_rounding(unsigned infinity, double beyond_largest) {
   const float inf = std::numeric_limits<float>::infinity();
@@ -165,7 +165,7 @@ void test_errors(bool) {
   } catch (const std::runtime_error&) {
     thrown = true;
   }
-  EXPECT(thrown && cudaGetLastError() == cudaSuccess);  // the next launch is not told of it
+  EXPECT(thrown && cudaGetLastError() == cudaSuccess);  // the next launch does not see the error
 }
 
 void print_settings(bool) {
@@ -301,7 +301,7 @@ void run_other_stream(bool planted) {
   EXPECT_ALL(out, 1);
 }
 
-// A kernel's limit set for a launch of its own, after a larger one.
+// A limit that is set for a launch, after a larger limit.
 void run_lowered_limit(bool planted) {
   for (const int bytes : {1024, planted ? 512 : 1024}) {
     check(cudaFuncSetAttribute(dynamic_shared_overflow<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -328,7 +328,7 @@ void run_many_parameters(bool planted) {
   EXPECT_ALL(out, 0);
 }
 
-// More dynamic shared memory than a kernel has without asking for it.
+// More dynamic shared memory than a kernel may use without asking for it.
 void run_ungranted_shared(bool planted) {
   std::vector<float> out(32);
   SIMT_LAUNCH(dynamic_shared_overflow<false>, 1, 32, (48 << 10) + (planted ? 1 : 0), kStream, out.data());

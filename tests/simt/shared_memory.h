@@ -5,9 +5,9 @@
 
 namespace simt {
 
-inline char dynamic_tag;  // one array, by whatever names a kernel calls it
+inline char dynamic_tag;  // all names of dynamic shared memory mean the same array
 
-// The running block's array of that tag, at first full of NaN.
+// The running block's array with that tag, initially full of NaN.
 SIMT_UNTRACKED inline void* shared_array(const void* tag, size_t bytes, size_t alignment, At at) {
   Engine& e = engine();
   for (unsigned i = 0; i < e.shared_count; ++i) {

@@ -1,21 +1,21 @@
-// Runs CUDA kernels on the host: g++ compiles them with this header in the place of the CUDA headers, every CUDA thread
-// is a fiber, and every block in flight has an operating-system thread. AddressSanitizer, UndefinedBehaviorSanitizer
-// and ThreadSanitizer see CUDA threads and memory as if they were the host's. The harness itself names deadlocks,
+// Runs CUDA kernels on the host. g++ compiles them with this header instead of the CUDA headers. Every CUDA thread is a
+// fiber, and every running block has an operating-system thread. AddressSanitizer, UndefinedBehaviorSanitizer and
+// ThreadSanitizer see CUDA threads and memory as threads and memory of the host. The harness itself finds deadlocks,
 // divergent barriers and wrong warp operations.
 //
 // A launch reads these environment variables:
-//   SIMT_BLOCKS=k           blocks in flight at once, 1 by default
-//   SIMT_SEED=n             another order of the threads in a block, and other moments at which blocks start
-//   SIMT_MULTIPROCESSORS=n  what the device says it has, 3 by default
-//   SIMT_SHARED_BYTES=n     shared memory that a block can have, 49152 by default
-//   SIMT_THREADS=n          threads that a block can have, 1024 by default
-//   SIMT_CACHE_BYTES=n      its second-level cache, 1048576 by default
-//   SIMT_DRIVER=n           its driver's version, 13000 by default
-//   SIMT_UNSERVED=1         nothing is compiled for it
-//   SIMT_LOG=file           gets a line: blocks, threads, bytes of dynamic shared memory, and which kernel
+//   SIMT_BLOCKS=k           number of blocks that run at once, 1 by default
+//   SIMT_SEED=n             another order of the threads in a block, and other times at which blocks start
+//   SIMT_MULTIPROCESSORS=n  multiprocessors of the device, 3 by default
+//   SIMT_SHARED_BYTES=n     the most shared memory of a block, 49152 by default
+//   SIMT_THREADS=n          the most threads of a block, 1024 by default
+//   SIMT_CACHE_BYTES=n      size of the second-level cache, 1048576 by default
+//   SIMT_DRIVER=n           version of the driver, 13000 by default
+//   SIMT_UNSERVED=1         the library has no code for the device
+//   SIMT_LOG=file           each launch appends a line: blocks, threads, bytes of dynamic shared memory, kernel
 //
-// What it can't tell: speed, bank conflicts, weak memory order (the host's is strong; ThreadSanitizer knows only what
-// is ordered by a barrier or an acquire), or what nvcc's optimiser does.
+// The harness shows nothing about speed, bank conflicts, nvcc's optimiser, or weak memory order (the host's is strong;
+// ThreadSanitizer knows only the order that a barrier or an acquire makes).
 #pragma once
 
 #include <math.h>  // not <cmath>: exp(float) and the like without std::, as in CUDA
@@ -108,14 +108,14 @@ T update_atomically(T* address, Update update, int order = __ATOMIC_RELAXED) {
   }
 }
 
-// Returns when the counter is not below `least`.
+// Waits until the counter is at least `least`.
 inline void wait_acquire(const unsigned* counter, unsigned least, At at = At::current()) {
   while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < least) {
     pause(at);
   }
 }
 
-// Up to `last`, and then from 0 again.
+// Counts up to `last`, then starts again at 0.
 inline unsigned increment(unsigned* address, unsigned last, int order) {
   return update_atomically(address, [=](unsigned old) { return old >= last ? 0 : old + 1; }, order);
 }
@@ -133,7 +133,7 @@ T atomicOr(T* address, std::type_identity_t<T> value) {
   return simt::update_atomically(address, [=](T old) { return old | value; });
 }
 
-// To ThreadSanitizer all fences are ordered, those of unrelated threads too: prefer runtime.cuh's acquire and release.
+// For ThreadSanitizer all fences are ordered, even those of unrelated threads. Prefer runtime.cuh's acquire and release.
 SIMT_UNTRACKED inline void __threadfence() {
   static simt::Clock clock;
   simt::acquire(clock);
@@ -179,7 +179,7 @@ inline float __half2float(__half value) {
   return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
 }
 
-// Round to nearest, ties to even; NaN becomes 0x7fff, as on the device.
+// Rounds to nearest, ties to even; NaN becomes 0x7fff, as on the device.
 inline __half __float2half_rn(float value) {
   uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = bits >> 16 & 0x8000;
@@ -189,7 +189,7 @@ inline __half __float2half_rn(float value) {
     return {0x7fff};
   } else if (bits >= 0x477ff000) {  // 65520, halfway beyond the largest
     result = 0x7c00;
-  } else if (bits < 0x38800000) {  // 2^-14: denormal, and the addition rounds
+  } else if (bits < 0x38800000) {  // below 2^-14: denormal; the addition rounds
     result = std::bit_cast<uint32_t>(std::bit_cast<float>(bits) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
   } else {
     result = (bits + 0xfff + (bits >> 13 & 1) - ((127u - 15) << 23)) >> 13;
@@ -267,7 +267,7 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 }
 
 inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
-  *id = 0;  // there is one
+  *id = 0;  // the only device
   return cudaSuccess;
 }
 

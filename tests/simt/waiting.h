@@ -1,4 +1,4 @@
-// What CUDA threads wait for: barriers, warp operations, other blocks.
+// Waiting of CUDA threads: for barriers, warp operations and other blocks.
 #pragma once
 
 #include "fibers.h"
@@ -27,7 +27,7 @@ SIMT_UNTRACKED inline void barrier(At at) {
   acquire(clock);
 }
 
-// Whether any thread of the block came with a predicate that holds.
+// Whether the predicate is true in any thread of the block.
 SIMT_UNTRACKED inline bool barrier_or(bool predicate, At at) {
   bool& vote = engine().votes[engine().barriers % 2];
   vote = vote || predicate;
@@ -35,7 +35,7 @@ SIMT_UNTRACKED inline bool barrier_or(bool predicate, At at) {
   return vote;
 }
 
-// Brings `bytes` of the calling lane's value to a warp operation and waits for all lanes of the mask.
+// Gives `bytes` of the calling lane's value to a warp operation and waits for all lanes of the mask.
 SIMT_UNTRACKED inline Collective* collect(unsigned mask, Operation operation, const void* value, size_t bytes, At at) {
   Engine& e = engine();
   const Thread& thread = *e.self;
@@ -74,7 +74,7 @@ SIMT_UNTRACKED inline Collective* collect(unsigned mask, Operation operation, co
         static_cast<unsigned>(c->at.line()));
   }
   copy_bytes(c->value[thread.lane], value, bytes);
-  if (operation == Operation::kSync) {  // alone among warp operations it orders memory
+  if (operation == Operation::kSync) {  // the only warp operation that orders memory
     release(*c->clock);
   }
   c->arrived |= own;
@@ -96,7 +96,7 @@ SIMT_UNTRACKED inline void leave(Collective* c) {
   }
 }
 
-// `own`: the source is beyond the segment, and the lane keeps its value.
+// `own`: the source lane is outside the segment, so the lane keeps its own value.
 template <typename T>
 SIMT_UNTRACKED T shuffle(unsigned mask, T value, unsigned source, bool own, At at) {
   static_assert(sizeof(T) <= 16 && std::is_trivially_copyable_v<T>);
@@ -121,7 +121,7 @@ SIMT_UNTRACKED inline unsigned ballot(unsigned mask, bool predicate, At at) {
   return votes;
 }
 
-// Lets other threads and blocks go on; a thread that nobody can release any more is a deadlock.
+// Lets other threads and blocks continue. If no thread can release this one any more, that is a deadlock.
 SIMT_UNTRACKED inline void pause(At at = At::current()) {
   constexpr unsigned kAloneLimit = 1'000'000, kCompanyLimit = 200'000, kBusyPauses = 1000;
   Engine& e = engine();
