@@ -148,7 +148,7 @@ measure() {  # NAME SECONDS OPTIONS...
 
 if [[ $half == first ]]; then
   host_only=(architectures batch_norm_tools build build_parts distributed fusion kernels_on_host norm_act packages pages)
-  host_only+=(autograd_versions gpu_model machine_code recipes simt torch_private)  # reach no GPU
+  host_only+=(autograd_versions examples gpu_model machine_code simt torch_private)  # reach no GPU
   host_only+=(cli finetune images inference_commands inference_metrics networks training_data training_recipes)
   host_only+=(training_report)
   others=("${host_only[@]/#/--ignore=tests/test_}")

@@ -29,7 +29,6 @@ templates_path = ["_templates"]
 
 myst_heading_anchors = 6  # links to page.md#heading
 myst_enable_extensions = ["html_image"]
-suppress_warnings = ["toc.not_readable"]  # until every page that a toctree names is there
 highlight_language = "bash"  # of blocks without a language
 copybutton_exclude = ".linenos, .gp, .go"  # of examples copy what is typed
 

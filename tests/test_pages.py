@@ -28,7 +28,7 @@ import pytest
 import report
 import simt_support
 from process_support import PATIENCE
-from test_recipes import run
+from test_examples import run_python
 
 import talib_fast
 from talib_fast.__main__ import build_parser
@@ -97,11 +97,10 @@ def test_links_and_anchors_are_found():
 
 
 def blocks(language: str) -> list:
-    """The blocks in that language on all pages but recipes.md, whose own test runs them."""
+    """The blocks in that language on all pages."""
     return [
         pytest.param(code, id=f"{name_of(page)}-{number}")
         for page in PAGES
-        if page.name != "recipes.md"
         for number, (found, code) in enumerate(FENCED.findall(page.read_text()))
         if found == language
     ]
@@ -124,7 +123,7 @@ def test_python_runs(code, tmp_path):
     for module, names in re.findall(r"^from (talib_fast\S*) import (.+)$", code, re.M):
         assert all(hasattr(importlib.import_module(module), name) for name in names.split(", "))
     if not free_names(code):  # else it is a part of a script of the reader's
-        run(code, tmp_path)
+        run_python(code, tmp_path)
 
 
 def test_free_names_are_found():
@@ -141,6 +140,8 @@ def test_every_block_is_looked_at():
 
 @functools.cache
 def options_of(script: Path) -> frozenset[str]:
+    if script.parent.name == "examples":  # which import what may not be here
+        return frozenset(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", script.read_text()))
     module = importlib.import_module(script.stem)
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         getattr(module, "parse", module.main)(["--help"])
@@ -194,7 +195,8 @@ def check_command(line: str) -> None:
         if program in ("python", "python3"):
             check_python(arguments)
         elif program == "torchrun":
-            check_python(arguments[arguments.index("-m") :])
+            assert arguments[0] == "--nproc-per-node", f"{command}: no test knows this"
+            check_python(arguments[2:])
         elif program == "talib-fast":
             check_python(["-m", "talib_fast", *arguments])
         elif program == "make":
@@ -217,7 +219,7 @@ def check_command(line: str) -> None:
 @functools.cache
 def sources() -> str:
     """All text of the tree that is no page."""
-    folders = ("talib_fast", "csrc", "tools", "tests", "benchmarks", "docs/example")
+    folders = ("talib_fast", "csrc", "tools", "tests", "benchmarks", "examples", "docs/example")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
     kinds = (".py", ".h", ".cuh", ".cpp", ".cu", ".txt", ".sh")
     files = [path for path in files if path.suffix in kinds and path.name != Path(__file__).name]
@@ -243,6 +245,7 @@ def test_commands_in_sentences_are_there(page):
         "make nothing", "python -m talib_fast train", "python -m talib_fast finetune --nothing", "FAST=1 make test",
         "python benchmarks/nothing.py", "python benchmarks/bench_stoch_norm.py --nothing", "rm -rf build",
         "python -m pytest tests/nothing.py", "cmake --build build --target nothing", "cmake -S . -B build -DNOTHING=1",
+        "python examples/timm_stochnorm.py --nothing", "torchrun --nproc-per-node 2 examples/nothing.py",
         "pip install '.[nothing]'", "bash nothing.sh", "make test && make nothing", "python -m nothing",
     ],
 )  # fmt: skip
