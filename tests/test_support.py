@@ -1,10 +1,9 @@
-"""What PyTorch's users expect of a layer or a loss: a test for every column of the README's matrix, a case for every
-part behind its rows."""
+"""What PyTorch's users expect of a layer or a loss: a test for every column of docs/support.md, a case for every part
+behind its rows."""
 
 import copy
 import io
 import pickle
-import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ from talib_fast.finetune.stochnorm import (
 
 pytestmark = pytest.mark.no_cover  # coverage would follow torch.compile's own Python: half as much time again
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 CLASSES = 4
 
 
@@ -136,7 +135,7 @@ SUBJECTS = {
         ),
     },
     "BSS": {"BatchSpectralShrinkage": (lambda: BatchSpectralShrinkage(1), lambda: (torch.randn(5, 9),))},
-    "Co-Tuning's, LWF's losses": {
+    "the losses of Co-Tuning and LWF": {
         "CoTuningLoss": (CoTuningLoss, features),
         "KnowledgeDistillationLoss": (lambda: KnowledgeDistillationLoss(T=3), features),
     },
@@ -162,23 +161,23 @@ SUPPORT = {
     "dynamic shapes": ("test_compiles_once_for_all_batch_sizes", ALL),
     "AMP": ("test_mixed_precision", ALL),
     "export, ONNX": ("test_exports_in_evaluation", NETWORKS),
-    "copy, pickle, state": ("test_copies_pickles_and_loads", ALL),
-    "checkpointing": ("test_activation_checkpointing", NETWORKS[:2]),
+    "copy, pickle, state dict": ("test_copies_pickles_and_loads", ALL),
+    "activation checkpointing": ("test_activation_checkpointing", NETWORKS[:2]),
     "double backward": ("test_double_backward", ALL),
     "`torch.func`": ("test_function_transforms", ALL[:-1]),
     "determinism": ("test_deterministic_algorithms", ALL),
-    "CUDA graph": ("test_cuda_graph", ALL),
-    "side stream": ("test_side_stream", ALL),
+    "CUDA graphs": ("test_cuda_graph", ALL),
+    "side streams": ("test_side_stream", ALL),
     "`cuda:1`, DataParallel": ("test_second_gpu", ALL),
 }
-ON_GPUS = ("CUDA graph", "side stream", "`cuda:1`, DataParallel")
+ON_GPUS = ("CUDA graphs", "side streams", "`cuda:1`, DataParallel")
 
 
 # the same in compiled code
 COMPILED = {
     "AMP": "test_compiled_mixed_precision",
-    "copy, pickle, state": "test_compiled_models_copy_and_load",
-    "checkpointing": "test_compiled_activation_checkpointing",
+    "copy, pickle, state dict": "test_compiled_models_copy_and_load",
+    "activation checkpointing": "test_compiled_activation_checkpointing",
     "double backward": "test_compiled_double_backward_is_refused",
     "`torch.func`": "test_compiled_function_transforms",
     "determinism": "test_compiled_deterministic_algorithms",
@@ -543,15 +542,13 @@ def test_second_gpu(make, inputs):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_the_readmes_matrix_is_what_is_tested():
-    lines = README.read_text().partition("## Support")[2].splitlines()
+def test_the_page_says_what_is_tested():
+    lines = PAGE.read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    header, _, *rows = rows[: len(SUBJECTS) + 2]
-    assert header == ["", *SUPPORT]
-    marks = ["○" if column in ON_GPUS else "✓" for column in SUPPORT]
-    having = [rows_having for _, rows_having in SUPPORT.values()]
-    expected = [[mark if row in its else "–" for mark, its in zip(marks, having, strict=True)] for row in SUBJECTS]
-    assert rows == [[row, *cells] for row, cells in zip(SUBJECTS, expected, strict=True)]
-    named = re.findall(r"`(test_\w+)`", "\n".join(lines))
-    tests = {test for test, _ in SUPPORT.values()} | set(COMPILED.values())
-    assert tests <= set(named) and tests <= set(globals())
+    matrix, tests = rows[: len(SUBJECTS) + 2], rows[len(SUBJECTS) + 2 :]
+    columns = {column: having for column, (_, having) in SUPPORT.items() if column not in ON_GPUS}
+    assert matrix[0] == ["", *columns]
+    assert matrix[2:] == [[row, *("✓" if row in having else "–" for having in columns.values())] for row in SUBJECTS]
+    compiled = {column: f"`{test}`" for column, test in COMPILED.items()}
+    assert tests[2:] == [[column, f"`{test}`", compiled.get(column, "")] for column, (test, _) in SUPPORT.items()]
+    assert {test for test, _ in SUPPORT.values()} | set(COMPILED.values()) <= set(globals())
