@@ -133,7 +133,8 @@ T atomicOr(T* address, std::type_identity_t<T> value) {
   return simt::update_atomically(address, [=](T old) { return old | value; });
 }
 
-// For ThreadSanitizer all fences are ordered, even those of unrelated threads. Prefer runtime.cuh's acquire and release.
+// For ThreadSanitizer all fences are ordered, even those of unrelated threads. Prefer runtime.cuh's acquire and
+// release.
 SIMT_UNTRACKED inline void __threadfence() {
   static simt::Clock clock;
   simt::acquire(clock);
