@@ -36,7 +36,7 @@ docs: .venv/docs
 	$(SITE) -b doctest docs build/doctests
 
 test: lint docs
-	$(BIN)/python -m pytest $(TOGETHER) -p no:benchmark --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest $(TOGETHER) -p no:benchmark --durations=20 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	TALIB_FAST_AUTOGRAD=python $(BIN)/python -m pytest $(TOGETHER) -p no:benchmark $(LAYERS) -k 'not (TestOperation or TestKernels or compile)'
 
 compilers: .venv/torch
