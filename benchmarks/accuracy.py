@@ -1,13 +1,15 @@
-"""Trains all methods on photographs with few and with all labels: what each is worth beside plain fine-tuning.
+"""Trains all methods on photographs with few and with all labels, and compares each with plain fine-tuning.
 
     python benchmarks/accuracy.py [--data DIR] [--labels N|all ...] [--seeds N] [--trials N] [-- FINETUNE OPTIONS]
 
-First all methods and some combinations compete, by ``python -m talib_fast finetune --method auto`` at five labels per
-class; the two combinations that validation likes best join the methods. Then ``finetune --tune`` searches every
-method's settings and trains it, for each number of labels per class. The method that validation likes best with all
-labels is trained once more on larger images, as the literature has them. Everything goes to folders of its own below
-``runs/``, and an interrupted command goes on where it stopped; ``results.json``, ``table.md`` and ``plot.png`` are
-written at the end. Five hours on two CPU cores. The photographs: docs/finetune.md says where they come from.
+1. All methods and some combinations compete by ``python -m talib_fast finetune --method auto``, at five labels per
+   class. The two combinations with the best validation results join the methods.
+2. ``finetune --tune`` searches the settings of every method and trains it, for each number of labels per class.
+3. The method with the best validation result with all labels is trained again on larger images, as in the literature.
+
+Each step writes to a folder of its own below ``runs/``. After an interrupt, the same command continues. At the end it
+writes ``results.json``, ``table.md`` and ``plot.png``. All of it takes five hours on two CPU cores. docs/finetune.md
+says where the photographs come from.
 """
 
 import argparse
@@ -46,12 +48,12 @@ COMBINATIONS = (
     *("bi_tuning+stochnorm", "co_tuning+bss", "lwf+bss"),
 )
 BEST = 2  # combinations that join the methods
-# what others report of these photographs, %, from convolutional networks that the abstract does not name
+# reported accuracy on these photographs, %, of convolutional networks that the abstract does not name
 LITERATURE = ("[Antioquia 2021](https://animorepository.dlsu.edu.ph/faculty_research/9103)", "86.0")
 
 
-def main_job(failure: str, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """What ``finetune`` with these arguments writes into ``folder``; ``failure`` is said where it fails."""
+def run_finetune(failure: str, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run ``finetune``; returns the results that it writes into ``folder``, or exits with ``failure``."""
     command = [sys.executable, "-m", "talib_fast", "finetune", *arguments]
     if subprocess.run(command).returncode:
         sys.exit(f"{failure}: see above")
@@ -68,9 +70,16 @@ def finetune(
     size: int = SIZE,
     settings: Sequence[str] = (),
 ) -> Any:
-    """The main job's results for these methods with that many labels per class, in a folder of that name.
+    """The results of ``finetune`` for some methods with ``labels`` per class.
 
-    ``settings`` are further options of the main job.
+    Args:
+        name: name of the output folder.
+        labels: number of labels per class, or ``all``.
+        methods: the methods.
+        trials: number of trials of each method.
+        options: the options of this script.
+        size: side of the images in pixels.
+        settings: further options of ``finetune``.
     """
     folder = options.runs / name
     if options.gather:
@@ -79,11 +88,11 @@ def finetune(
     arguments += ["--steps", str(STEPS.get(labels, STEPS["5"])), "--evaluations", "1", "--keep", "none"]
     arguments += ["--method", ",".join(methods), "--tune", str(trials), "--out", str(folder)]
     arguments += ["--seeds", str(options.seeds or SEEDS.get(labels, SEEDS["5"]))]
-    return main_job(f"accuracy.py: no results in {folder}", folder, [*arguments, *settings, *options.finetune])
+    return run_finetune(f"accuracy.py: no results in {folder}", folder, [*arguments, *settings, *options.finetune])
 
 
 def on_larger_images(found: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The method that validation likes best with all labels, with its settings, which are not searched anew."""
+    """The method with the best validation result with all labels, trained with the settings found before."""
     best = best_trial(found["trials"])
     assert best is not None
     settings = as_arguments(best["settings"])
@@ -95,7 +104,7 @@ def on_larger_images(found: Mapping[str, Any], options: argparse.Namespace) -> d
 
 
 def best_combinations(trials: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The combinations that went farthest in the competition, and there were the best."""
+    """The combinations that reached the last rungs of the competition, the best of them first."""
     best: dict[str, Mapping[str, Any]] = {}
     for name in COMBINATIONS:
         own = best_trial([trial for trial in trials if canonical(trial["method"]) == canonical(name)])
@@ -105,7 +114,7 @@ def best_combinations(trials: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def same_commit(environment: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The environment that the runs were started in; ends where more would be trained at another commit."""
+    """The environment in which the runs were started; exits if this commit is another one and would train more."""
     path = options.runs / "environment.json"
     if path.exists():
         started = json.loads(path.read_text())
@@ -120,7 +129,7 @@ def same_commit(environment: dict[str, Any], options: argparse.Namespace) -> dic
 
 
 def runs(name: str, found: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is kept of the runs of several main jobs, which differ in the setting of that name."""
+    """The kept entries of the runs of several commands, which differ in the setting ``name``."""
     kept = ("method", "seed", "accuracy", "seconds_per_step", "chosen")
     return [
         {name: value, **{key: run[key] for key in kept if key in run}}
@@ -130,7 +139,7 @@ def runs(name: str, found: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def searched(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is kept of their trials: settings and what came of them."""
+    """The kept entries of the trials of several commands, by number of labels per class."""
     kept = ("method", "number", "settings", "steps", "rung", "state", "accuracy", "cross_entropy", "seconds")
     return [
         {"labels_per_class": labels, **{key: trial[key] for key in kept}}
@@ -177,7 +186,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def multiply_adds(name: str, size: int) -> int:
-    """Of the forward pass of one image through the network without its head."""
+    """The multiply-adds of a forward pass of one image through the network without its head."""
     backbone = networks.build(name, size).backbone.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.zeros(1, 3, size, size))
@@ -185,19 +194,19 @@ def multiply_adds(name: str, size: int) -> int:
 
 
 def closest(competition: Mapping[str, Any]) -> Section:
-    """What the competition's own report says of its candidates."""
+    """The section about the candidates in the report of the competition."""
     found = trial_report.section(competition)
     assert found is not None
     return found
 
 
 def judged(results: Mapping[str, Any]) -> str:
-    """By what trials were judged, in words."""
+    """The sentence about the images that judged the trials."""
     return trial_report.judged_on(results["trials"][0])
 
 
 def counts(results: Mapping[str, Any]) -> list[str]:
-    """The numbers of labels per class, in their order."""
+    """The numbers of labels per class, in the order of the runs."""
     return list(dict.fromkeys(run["labels_per_class"] for run in results["runs"]))
 
 
@@ -206,7 +215,7 @@ def of(results: Mapping[str, Any], labels: str) -> list[dict[str, Any]]:
 
 
 def methods(results: Mapping[str, Any]) -> list[str]:
-    """Those that have runs, in their usual order, combinations behind them."""
+    """The methods that have runs, in their usual order, then the combinations."""
     return [own[0]["method"] for own in by_method(results["runs"]).values()]
 
 
@@ -215,7 +224,7 @@ def headings(results: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def gains(results: Mapping[str, Any], labels: str) -> dict[str, Comparison]:
-    """Each method beside plain fine-tuning with that many labels."""
+    """The comparison of each method with plain fine-tuning, with ``labels`` per class."""
     return {one.method: one for one in comparisons(of(results, labels))}
 
 
@@ -273,7 +282,7 @@ def trials_of(results: Mapping[str, Any], labels: str, method: str) -> list[dict
 
 
 def again(results: Mapping[str, Any], labels: str, method: str, size: int | None = None) -> str:
-    """The command that repeats a cell of the table, all seeds of it, or the same with another size of images."""
+    """The command that repeats all seeds of a cell of the table, or does so with another size of images."""
     best = best_trial(trials_of(results, labels, method))
     assert best is not None
     words = ["python -m talib_fast finetune --data", DATA, "--labels-per-class", labels, "--method", method]
@@ -360,10 +369,10 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """A panel per number of labels: what each method gains by seed, the mean and both of its intervals.
+    """The figure: the gain of each method by seed, its mean and both intervals, a panel per number of labels.
 
-    All panels have one axis, with zero in the middle, on which the intervals and seeds fill two thirds: the wider
-    intervals, which with three seeds are many times as wide, may end outside.
+    All panels have the same axis, with zero in the middle. The seeds and the narrow intervals fill two thirds of it.
+    The wide intervals may end outside, because with three seeds they are many times as wide.
     """
     from matplotlib.figure import Figure
 
@@ -415,7 +424,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--out", type=Path, help="folder; results/ beside this file, --runs for anything but a full run")
     made.add_argument("--gather", action="store_true", help="train nothing, put together what is in --runs")
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write tables and plot anew")
-    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
+    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="further options of finetune")
     options = made.parse_args(arguments)
     if options.seeds is not None and options.seeds < 2:
         made.error(f"expected 2 seeds or more, got {options.seeds}")
@@ -423,7 +432,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def place(options: argparse.Namespace, device: str) -> Path:
-    """Only a full run writes beside the benchmarks."""
+    """The folder of the results. Only a full run writes to ``results`` beside this file."""
     whole = set(options.labels) >= set(LABELS) and options.seeds is None and options.trials >= TRIALS
     return options.out or (command.RESULTS / device / "accuracy" if whole else options.runs)
 

@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy_over_time.py [--data DIR] [--seeds N] [-- FINETUNE OPTIONS]
 
-trains both by ``python -m talib_fast finetune`` on all labelled photographs, in turns by seed, follows them by the
-validation images, and writes ``results.json``, ``table.md`` and ``plot.png``. Ten minutes on two idle CPU cores.
+trains both by ``python -m talib_fast finetune`` on all labelled photographs, in turn for each seed. It measures the
+accuracy on validation images while they train, and writes ``results.json``, ``table.md`` and ``plot.png``. This takes
+ten minutes on two idle CPU cores.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     arguments = ["--data", str(options.data), "--image-size", str(SIZE), "--steps", str(STEPS), "--keep", "none"]
     arguments += ["--evaluations", str(EVALUATIONS), "--method", ",".join(METHODS), "--seeds", str(options.seeds)]
     arguments += ["--out", str(folder), *options.finetune]
-    results = accuracy.main_job(f"accuracy_over_time.py: no results in {folder}", folder, arguments)
+    results = accuracy.run_finetune(f"accuracy_over_time.py: no results in {folder}", folder, arguments)
     kept = ("method", "seed", "accuracy", "val_accuracy", "accuracies", "seconds", "preparation_seconds")
     first = results["runs"][0]
     return {
@@ -45,17 +46,17 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def of(results: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
-    """A method's runs in the seeds' order."""
+    """A method's runs in the order of the seeds."""
     return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
 
 
 def duration(run: Mapping[str, Any]) -> float:
-    """Seconds of all steps, and of what the method does before the first one."""
+    """Seconds of all steps and of the method's preparation."""
     return run["seconds"][-1] + run["preparation_seconds"]
 
 
 def reached(run: Mapping[str, Any], seconds: float) -> float:
-    """The last accuracy on validation images that a run had measured after so many seconds of training."""
+    """The last accuracy on validation images that a run measured within ``seconds`` of training."""
     measured = zip(run["accuracies"], run["seconds"], strict=True)
     return next((value for (_, value), time in reversed(list(measured)) if time <= seconds), 0.0)
 
@@ -86,7 +87,7 @@ def table(results: Mapping[str, Any]) -> Section:
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Accuracy on validation images over steps and over seconds: a thin line per seed, the mean thick."""
+    """The figure: accuracy on validation images over steps and over seconds, thin for a seed, thick for the mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
@@ -123,7 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--runs", type=Path, default=Path("runs/over_time"), metavar="DIR", help="%(default)s")
     made.add_argument("--out", type=Path, help="folder; results/ beside this file")
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write table and plot anew")
-    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
+    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="further options of finetune")
     return made.parse_args(arguments)
 
 

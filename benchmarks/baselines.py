@@ -1,4 +1,4 @@
-"""What the operations are measured against, besides ``nn.BatchNorm2d`` and a plain copy."""
+"""The code that the operations are compared with, besides ``nn.BatchNorm2d`` and a plain copy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,10 @@ from talib_fast.ops.stoch_norm_operators import _forward as operation_forward
 class UpstreamComposition(nn.BatchNorm2d):
     """Stochastic normalisation in training as the Transfer-Learning-Library composes it, written from the formulas.
 
-    In its order: batch norm with the running statistics; batch norm with the batch's, which moves the running ones;
-    a mask of ones (probability p) and zeros, drawn by numpy on the host and moved to the device; the blend of both
-    outputs. Both batch norms carry weight and bias. The running branch's backward pass reads the running statistics
-    after they moved, and half precision comes out as float32, as it does there.
+    The order is upstream's: batch norm with the running statistics; batch norm with the batch statistics, which updates
+    the running statistics; a mask of ones (probability p) and zeros, drawn by numpy on the host and moved to the
+    device; the blend of both outputs. Both batch norms have weight and bias. As in upstream, the running branch's
+    backward pass reads the updated running statistics, and half precision gives float32.
     """
 
     def __init__(self, num_features: int, p: float = 0.5, **options: Any) -> None:
@@ -75,7 +75,7 @@ class _InPyTorch(torch.autograd.Function):
 
 
 class PyTorchStochNorm2d(StochNorm2d):
-    """The layer on the operation's PyTorch implementation, also where a compiled kernel serves the operation."""
+    """The layer on the operation's PyTorch implementation, even if a compiled kernel serves the operation."""
 
     def _forward_training(self, input: Tensor, *followed_by: Any) -> Tensor:
         drawn, (mean, variance), _ = draw(input, self.running_mean, self.running_var)
@@ -86,7 +86,7 @@ class PyTorchStochNorm2d(StochNorm2d):
 
 
 class RecordingStochNorm2d(StochNorm2d):
-    """The layer itself, with its masks remembered, by the state of what drew them: the memory floor depends on them."""
+    """The layer, which also keeps the generator's states: the memory floor depends on the masks drawn from them."""
 
     def __init__(self, num_features: int, p: float = 0.5, **options: Any) -> None:
         super().__init__(num_features, p=p, **options)
@@ -99,7 +99,7 @@ class RecordingStochNorm2d(StochNorm2d):
         return super().followed_by(input, *follows)
 
     def batch_share(self) -> float:
-        """The share of channels that took the batch's statistics since the last call."""
+        """The share of channels that took batch statistics since the last call."""
         device = self.running_mean.device
         again = torch.Generator(device)
         masks = [
@@ -119,7 +119,7 @@ def upstream_behavioral(sources: Sequence[Tensor], targets: Sequence[Tensor]) ->
 
 
 def upstream_attention(sources: Sequence[Tensor], targets: Sequence[Tensor], attention: Sequence[Tensor]) -> Tensor:
-    """DELTA with channel attention, likewise."""
+    """DELTA with channel attention as the Transfer-Learning-Library composes it, written from the formula."""
     total = torch.zeros((), device=targets[0].device)
     for source, target, weight in zip(sources, targets, attention, strict=True):
         batch, channels, height, width = target.shape
@@ -132,7 +132,7 @@ def upstream_attention(sources: Sequence[Tensor], targets: Sequence[Tensor], att
 
 
 def upstream_l2(parameters: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> Tensor:
-    """L2, and with the starting point L2-SP, likewise."""
+    """L2, or L2-SP if there is a starting point, as the Transfer-Learning-Library composes it."""
     total = torch.zeros((), device=parameters[0].device)
     for j, parameter in enumerate(parameters):
         total = total + 0.5 * torch.norm(parameter if start is None else parameter - start[j]) ** 2
@@ -154,7 +154,7 @@ class _DistanceInPyTorch(torch.autograd.Function):
 def distance_in_pytorch(
     targets: Sequence[Tensor], sources: Sequence[Tensor] = (), weights: Sequence[Tensor] = ()
 ) -> Tensor:
-    """``squared_distance`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
+    """``squared_distance`` by its PyTorch implementation, even if a compiled kernel serves the operation."""
     return _DistanceInPyTorch.apply([source.detach() for source in sources], list(weights), 1, *targets)
 
 
@@ -164,7 +164,7 @@ def upstream_channel_attention(
 ) -> Tensor:
     """DELTA's channel attention as the Transfer-Learning-Library's script computes it, for one layer and batch.
 
-    Each of the layer's filters is zeroed in turn and the whole network run; the layer has no bias.
+    It zeroes one of the layer's filters after another, and runs the whole network each time. The layer has no bias.
     """
     weight = model.get_submodule(layer).get_parameter("weight")
     whole = F.cross_entropy(model(x), labels)
@@ -190,7 +190,7 @@ def upstream_spectral_tail(features: Tensor, k: int) -> Tensor:
 
 
 def spectral_tail_by_eigvalsh(features: Tensor, k: int) -> Tensor:
-    """The same from the eigenvalues of the Gram matrix, in float64 for their digits."""
+    """The same from the eigenvalues of the Gram matrix, in float64, because float32 has too few digits for them."""
     features = features.double()
     return torch.linalg.eigvalsh(features @ features.mT)[:k].sum().float()
 
@@ -210,16 +210,20 @@ class _TailInPyTorch(torch.autograd.Function):
 
 
 def spectral_tail_in_pytorch(features: Tensor, k: int) -> Tensor:
-    """``spectral_tail`` by its PyTorch implementation, also where a compiled kernel serves the operation."""
+    """``spectral_tail`` by its PyTorch implementation, even if a compiled kernel serves the operation."""
     return _TailInPyTorch.apply(features, k)
 
 
 class UpstreamBiTuning(BiTuning):
     """Bi-Tuning's training step as the Transfer-Learning-Library composes it, written from what it computes.
 
-    In its order: the key encoder's parameters are replaced; sample by sample the queue's columns are put in the
-    sample's order and compared with its projection, and its key is written into the queues; every class's weight is
-    compared with every feature in the queue; sample by sample its class's similarities are put in its order.
+    The order is upstream's:
+
+    1. It replaces the key encoder's parameters.
+    2. For each sample, it puts the queue's columns in the sample's order, compares them with its projection, and writes
+       its key into the queues.
+    3. It compares every class's weight with every feature in the queue.
+    4. For each sample, it puts the similarities of its class in the sample's order.
     """
 
     def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]

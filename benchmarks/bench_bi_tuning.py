@@ -78,7 +78,7 @@ class Setting:
         return kind(query, key, self.classes, self.K).to(self.device)
 
     def candidates(self) -> list[Candidate]:
-        """Everything that is timed, ours first."""
+        """Everything that is timed, talib_fast first."""
         found = []
         for name, kind in ((OURS, BiTuning), (UPSTREAM, UpstreamBiTuning)):
             model = self.model(kind)
@@ -114,7 +114,7 @@ def timed(setting: Setting, rounds: int) -> Case:
 
 
 def calls(setting: Setting) -> dict[str, dict[str, int]]:
-    """How many operators a forward pass calls outside the encoders, and how many of them ask for a value."""
+    """The number of operators that a forward pass calls outside the encoders, and how many of them ask for a value."""
     found = {}
     for name, kind in ((OURS, BiTuning), (UPSTREAM, UpstreamBiTuning)):
         model, feed = setting.model(kind), setting.feed()
@@ -125,7 +125,7 @@ def calls(setting: Setting) -> dict[str, dict[str, int]]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the step is to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     ours, found = results["calls"][OURS], []
     if results["settings"]["device"] == "cuda":
         main = [case for case in results["cases"] if (case["classes"], case["batch"], case["K"]) == (C, B, K)]
@@ -150,7 +150,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 
 
 def limit(case: Case) -> Spread:
-    """How many times as long as the one product that no way can spare upstream's step takes."""
+    """Upstream's time over that of the product which every way has to compute."""
     pairs = zip(seconds(case, UPSTREAM, "both"), seconds(case, LIMIT, "forward"), strict=True)
     return Spread.of([upstream / product for upstream, product in pairs])
 
@@ -227,7 +227,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     draw_results = functools.partial(draw, results)
     report.publish(results, folder, table(results), caption(results), goals(results), draw_results)
 

@@ -93,7 +93,7 @@ def channels_of(model: nn.Module, layer: str) -> int:
 
 
 def ways(model: nn.Module, layer: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Each way to the attention ``[C]`` of a layer, from a batch."""
+    """The ways to compute the attention ``[C]`` of a layer from a batch."""
 
     def ours(x: Tensor, labels: Tensor, method: str) -> Tensor:
         return channel_attention(model, [(x, labels)], [layer], method=method, progress=False)[layer]
@@ -138,7 +138,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def counted(network: Network, device: torch.device) -> Iterator[Case]:
-    """Operations alone, of one image."""
+    """Operations of one image, without times."""
     torch.manual_seed(0)
     model = ResNet50(network.width, CLASSES).to(device).eval()
     x = torch.randn(1, 3, network.image, network.image, device=device)
@@ -150,7 +150,7 @@ def counted(network: Network, device: torch.device) -> Iterator[Case]:
 
 
 def measured(network: Network, batch: int, rounds: int, device: torch.device) -> Iterator[Case]:
-    """Operations, raw samples, and how far the ways agree."""
+    """Operations, raw samples, and the differences between the ways."""
     progress(f"{network.label}: training")
     model, batches = trained(network, batch, device)
     first = batches[0]
@@ -190,7 +190,7 @@ def together(cases: Sequence[Case]) -> Case:
 
 
 def rows(results: dict[str, Any]) -> list[Case]:
-    """The cases, network by network, each network with all its layers together at the end."""
+    """The cases of each network, followed by one for all of its layers together."""
     networks: dict[str, list[Case]] = {}
     for case in results["cases"]:
         networks.setdefault(case["network"], []).append(case)
@@ -198,12 +198,12 @@ def rows(results: dict[str, Any]) -> list[Case]:
 
 
 def fewer(case: Case, way: str) -> float:
-    """How many times as many operations brute force takes."""
+    """The operations of brute force over those of a way."""
     return case["flops"][BRUTE_FORCE] / case["flops"][way]
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the exact way is to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     timed = [row for row in rows(results) if row["label"] == ALL and "samples" in row]
     return [
         Goal(
@@ -253,7 +253,7 @@ CAPTION = (
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """The figure: by layer how many times as much brute force takes, a panel for operations and one for time."""
+    """The figure: brute force over the other ways by layer, a panel for operations and one for time."""
     from matplotlib.figure import Figure
 
     found = rows(results)
@@ -292,7 +292,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), CAPTION, goals(results), functools.partial(draw, results))
 
 

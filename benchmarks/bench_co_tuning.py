@@ -77,7 +77,7 @@ def in_batches(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def preparations(device: torch.device) -> list[tuple[str, list[Candidate], list[Feed]]]:
-    """The same of what has no backward pass."""
+    """Label, candidates and inputs of everything without a backward pass."""
     logits, labels = source_logits()
     batches, given = in_batches(logits, labels), nn.Identity()
     relationship = Relationship(batches, given, device)
@@ -119,7 +119,7 @@ def parts_of(case: Case) -> Sequence[str]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What is to be reached, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     return [
         Goal(
             f"no loss and no relationship slower than upstream (at least {SLACK}×, for noise)",
@@ -178,7 +178,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), CAPTION, goals(results), functools.partial(draw, results))
 
 

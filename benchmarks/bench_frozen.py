@@ -47,7 +47,7 @@ Sides = dict[str, Callable[[Tensor], Any]]
 
 
 def passes(network: nn.Module, layers: Sequence[str], device: str) -> Sides:
-    """What gives the maps of ``layers``, by candidate."""
+    """The functions that give the maps of ``layers``, by candidate."""
     bare = copy.deepcopy(network)
     leave_norms_out(bare)
 
@@ -64,7 +64,7 @@ def batches_of(images: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def labels(classifier: nn.Module, device: str) -> Sides:
-    """LWF's preparation."""
+    """The ways of LWF's preparation, by candidate."""
 
     def upstream(images: Tensor) -> Tensor:
         found = []
@@ -80,7 +80,7 @@ def labels(classifier: nn.Module, device: str) -> Sides:
 
 
 def relationship(classifier: nn.Module, device: str) -> Sides:
-    """Co-Tuning's."""
+    """The ways of Co-Tuning's preparation, by candidate."""
     return {
         OURS: lambda images: Relationship(batches_of(images), classifier, device, progress=False),
         EVALUATION: lambda images: baselines.upstream_relationship(
@@ -90,7 +90,7 @@ def relationship(classifier: nn.Module, device: str) -> Sides:
 
 
 def work(name: str, device: str) -> list[tuple[str, Sides]]:
-    """What is timed with a network: labels and candidates."""
+    """The labels and candidates of everything that is timed with a network."""
     torch.manual_seed(0)
     network = WORKLOADS[name].build()
     backbone = network.backbone.eval().requires_grad_(False)
@@ -115,12 +115,12 @@ def error(sides: Sides, images: Tensor, candidate: str) -> float:
 
 
 def over_evaluation(case: Case, candidate: str) -> Spread:
-    """How many times as long as in evaluation a candidate takes."""
+    """A candidate's time over that of evaluation."""
     return speedup(case, candidate, EVALUATION, "forward")
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What is to be reached, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     passes = [case for case in results["cases"] if case["work"] == PASS]
     rest = [case for case in results["cases"] if case["work"] != PASS]
     bare = {case["network"]: over_evaluation(case, BARE).median for case in passes}
@@ -174,7 +174,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), CAPTION, goals(results), functools.partial(draw, results))
 
 

@@ -45,12 +45,12 @@ MOST = {
 
 
 def together() -> list[str]:
-    """What is timed beside single layers."""
+    """The names of what is timed besides single layers."""
     return [CHAIN, *([WITH_ACTIVATION] if find_spec("timm") else [])]
 
 
 def layer(what: str, candidate: str, channels: int) -> nn.Module:
-    """What is timed: one layer, a chain, or a layer with its activation."""
+    """A module to time: one layer, a chain, or a layer with its activation."""
     if what == CHAIN:
         return nn.Sequential(*[layer(ALONE, candidate, channels) for _ in range(DEPTH)])
     if what == ALONE:
@@ -77,7 +77,7 @@ def in_python(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def candidates(what: str, channels: int, device: torch.device) -> list[Candidate]:
-    """Everything that is timed, ours first."""
+    """Everything that is timed, talib_fast first."""
     names = [OURS, *([IN_PYTHON] if ops.compiled_nodes().loaded else []), BATCH_NORM, COMPOSITION]
     found = []
     for name in names:
@@ -98,17 +98,17 @@ def timed(what: str, shape: tuple[int, ...], rounds: int, device: torch.device) 
 
 
 def parts(results: dict[str, Any]) -> tuple[str, ...]:
-    """On a GPU the host's clock over a whole step; on a CPU also its two passes."""
+    """The measures of a case: on a GPU the host's time of a whole step, on a CPU the step and its two passes."""
     return ("wall",) if results["settings"]["device"] == "cuda" else ("both", "forward", "backward")
 
 
 def overhead(case: Case, candidate: str, part: str) -> Spread:
-    """How many times as long as BatchNorm the candidate takes."""
+    """The candidate's time over BatchNorm's."""
     return speedup(case, candidate, BATCH_NORM, part)
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What a layer is to cost at most."""
+    """The aims: a layer's time, at most."""
     part, found = parts(results)[0], []
     for name, most in MOST.items():
         for what, limit in most.items():
@@ -158,7 +158,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), CAPTION, goals(results), functools.partial(draw, results))
 
 

@@ -74,7 +74,7 @@ def images_of(folder: Path, in_memory: bool = False) -> ImageSet:
 
 
 def task(images: ImageSet, options: argparse.Namespace, workers: int) -> TaskData:
-    """The main job's data for plain fine-tuning with standard augmentation."""
+    """The data of ``finetune`` for plain fine-tuning with standard augmentation."""
     network = WORKLOADS["mobilenet_v2"].build()
     preprocessing = replace(network.preprocessing, size=QUICK_SIZE if options.quick else SIZE)
     splits = split(images, None, None, Shares(None, test_share=0.1), seed=0)
@@ -90,7 +90,7 @@ def task(images: ImageSet, options: argparse.Namespace, workers: int) -> TaskDat
 
 
 class Training:
-    """Plain fine-tuning on batches that keep coming."""
+    """Plain fine-tuning on an endless iterator of batches."""
 
     def __init__(self, batches: Iterator[Batch], num_classes: int, device: str) -> None:
         self.batches = batches
@@ -110,7 +110,7 @@ class Training:
 
 
 def timed(folder: Path, options: argparse.Namespace) -> Case:
-    """Seconds of so many steps by candidate, a sample a round, and the time of each in turn."""
+    """The raw samples: seconds per step of each candidate, one sample per round, in rotating order."""
     rounds, device = options.rounds, torch.device(options.device)
     last = 10**6
     workers = default_workers()
@@ -136,7 +136,7 @@ def timed(folder: Path, options: argparse.Namespace) -> Case:
 
 
 def peak_mib(folder: Path, options: argparse.Namespace) -> float:
-    """The most memory that training a few steps on a folder takes, in a process of its own, with its largest worker."""
+    """The peak memory of a process that trains a few steps on a folder, and of its largest worker."""
     words = [sys.executable, __file__, "--memory-of", str(folder), "--device", options.device]
     words += ["--batch", str(options.batch), *(["--quick"] if options.quick else [])]
     return float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -156,7 +156,7 @@ def train_and_tell(options: argparse.Namespace) -> None:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What is to be reached, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     (case,) = results["cases"]
     growth = case["peak_mib"][str(case["files"][1])] / case["peak_mib"][str(case["files"][0])]
     return [
@@ -171,7 +171,7 @@ def over(case: Case, candidate: str) -> float:
 
 
 def ratio(case: Case, candidate: str) -> Spread:
-    """How many times as long as with images in memory a step of a candidate takes."""
+    """A step's time over that with images in memory."""
     return speedup(case, candidate, MEMORY, "step")
 
 
@@ -214,7 +214,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), caption(results), goals(results), functools.partial(draw, results))
 
 

@@ -67,7 +67,7 @@ class Setting:
 
 
 def candidates(k: int) -> list[Candidate]:
-    """Everything that is timed, ours first."""
+    """Everything that is timed, talib_fast first."""
     functions: dict[str, Callable[[Tensor, int], Tensor]] = {
         OURS: spectral_tail,
         UPSTREAM: baselines.upstream_spectral_tail,
@@ -132,7 +132,7 @@ def errors(device: torch.device) -> list[dict[str, Any]]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the operation is to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     device = results["settings"]["device"]
 
     def named(shape: tuple[int, int]) -> list[Case]:
@@ -245,7 +245,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     caption = f"{CAPTION}\n\n{report.markdown(error_table(results))}"
     report.publish(results, folder, table(results), caption, goals(results), functools.partial(draw, results))
 

@@ -91,7 +91,7 @@ class Setting:
 
 
 def in_halves(distance: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[..., Tensor]:
-    """``distance(sources, targets)`` as a function of a feed's arguments: the targets, then the sources."""
+    """``distance(sources, targets)`` as a function of a feed's arguments, the targets and then the sources."""
 
     def of_all(*tensors: Tensor) -> Tensor:
         middle = len(tensors) // 2
@@ -101,7 +101,7 @@ def in_halves(distance: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Calla
 
 
 def candidates(setting: Setting, feed: Feed) -> list[Candidate]:
-    """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
+    """Everything that is timed, talib_fast first; ``feed`` is one of the inputs."""
     ours: Callable[..., Tensor]
     if setting.label == L2:
         l2 = L2Regularization(nn.ParameterList(feed.leaves))
@@ -149,7 +149,7 @@ def candidates(setting: Setting, feed: Feed) -> list[Candidate]:
 
 
 def peak_bytes(setting: Setting) -> dict[str, int]:
-    """By how much a forward and backward pass of each candidate raises memory at its peak."""
+    """The bytes by which each candidate's forward and backward pass raise memory at their peak."""
     torch.manual_seed(0)
     feed = setting.feeds()[0]
     own = [candidate for candidate in candidates(setting, feed) if candidate.parameters is not None]
@@ -187,25 +187,25 @@ def floor_bytes(case: Case, part: str) -> float:
 
 
 def _copying(case: Case, copy: str, part: str) -> list[float]:
-    """How long a copy would take over the floor's bytes, round by round."""
+    """The seconds in which a copy would move the floor's bytes, round by round."""
     passes = floor_bytes(case, part) / (2 * case["target_bytes"])
     return [passes * copying for copying in seconds(case, copy, "forward")]
 
 
 def bandwidth_share(case: Case, part: str, copy: str = COPY) -> Spread:
-    """Our floor bytes per second over a copy's bytes per second."""
+    """The floor's bytes per second of talib_fast over a copy's bytes per second."""
     rounds = zip(_copying(case, copy, part), seconds(case, OURS, part), strict=True)
     return Spread.of([copying / own for copying, own in rounds])
 
 
 def limit(case: Case, part: str) -> Spread:
-    """The speed over upstream's of something that moves the floor's bytes as fast as a plain copy moves its own."""
+    """The speed over upstream of a kernel that moves the floor's bytes as fast as a plain copy moves its own."""
     rounds = zip(seconds(case, UPSTREAM, part), _copying(case, COPY, part), strict=True)
     return Spread.of([base / copying for base, copying in rounds])
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the kernels are to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
 
     def named(label: str) -> list[Case]:
         return [case for case in results["cases"] if case["label"] == label]
@@ -272,7 +272,7 @@ CAPTION = (
 
 
 def publish(results: dict[str, Any], folder: Any) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(
         results, folder, table(results), CAPTION, goals(results), functools.partial(draw_speedups, results, UPSTREAM)
     )

@@ -59,7 +59,7 @@ DELTA, REDUCED, WITH_DELTA = "delta", "delta, source in bfloat16", "stochnorm + 
 WITH_STOCHNORM = (STOCHNORM, BOTH)
 # what is compared with plain fine-tuning
 WAYS = (*(name for name in RECIPES if name not in ALONE), BOTH, REDUCED, WITH_DELTA)
-# the method that trains where a way is more than one, StochNorm being a change of the network
+# the method of ``finetune`` that trains a way with another name; StochNorm only changes the network
 TRAINED_BY = {STOCHNORM: PLAIN, BOTH: "bss", REDUCED: DELTA, WITH_DELTA: DELTA}
 SAMPLES = 256  # images whose source logits LWF remembers
 LR = 0.01
@@ -71,7 +71,7 @@ MANY, FEW = {"cpu": 9, "cuda": 15}, {"cpu": 5, "cuda": 15}  # rounds
 
 @dataclass(frozen=True)
 class Workload:
-    """What a network is trained on, and how, and what is aimed at."""
+    """A network, its training, and the aims for it."""
 
     build: Callable[[], Network]
     size: int
@@ -79,8 +79,8 @@ class Workload:
     rounds: Mapping[str, int]
     keys: int = 0  # in Bi-Tuning's queue, of each class
     ways: Sequence[str] = WAYS
-    kept: float | None = None  # at most, of what StochNorm keeps for the backward pass over what plain keeps
-    delta: Mapping[str, float] = field(default_factory=dict)  # at most, of a step with DELTA over plain's, by way
+    kept: float | None = None  # aim: at most, what StochNorm keeps for the backward pass over what plain keeps
+    delta: Mapping[str, float] = field(default_factory=dict)  # aim: at most, a step with DELTA over plain's, by way
 
 
 def mobilenet_v2() -> Network:
@@ -137,7 +137,7 @@ class Setting:
 
 
 def method_of(setting: Setting, way: str, upstream: bool) -> Method:
-    """The method with all that it learns before the first step, made up."""
+    """The method, with made-up results of its preparation."""
     work = setting.workload
     network = work.build()
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def method_of(setting: Setting, way: str, upstream: bool) -> Method:
 
 
 def convert(backbone: nn.Module, p: float, upstream: bool) -> None:
-    """Turn every BatchNorm into ours, with what follows it, or into upstream's composition."""
+    """Turn every BatchNorm into StochNorm, fused with its activation, or into upstream's composition."""
     if not upstream:
         fuse_activations(convert_model(backbone, p))
         return
@@ -183,7 +183,7 @@ def convert(backbone: nn.Module, p: float, upstream: bool) -> None:
 
 
 class Composed(nn.Module):
-    """A function in a module's place."""
+    """A module that calls a function."""
 
     def __init__(self, function: Callable[..., Any], *first: Any) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Composed(nn.Module):
 
 
 def compose_as_upstream(part: Any, way: str, method: Method) -> None:
-    """Put upstream's compositions where the part has the project's parts."""
+    """Replace the functions of a part by upstream's compositions."""
     backbone = list(method.classifier.backbone.parameters())
     if way == "l2":
         part.squared_norm = Composed(baselines.upstream_l2, list(method.classifier.parameters()))
@@ -218,7 +218,7 @@ def compose_as_upstream(part: Any, way: str, method: Method) -> None:
 
 
 def leave_norms_out(module: nn.Module) -> None:
-    """Nothing stands where batch norms were, and activations, which timm's norms have inside."""
+    """Replace batch norms and activations by nothing. timm's norms contain their activations."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU)):
             setattr(module, name, nn.Identity())
@@ -254,13 +254,13 @@ class Step:
         return loss.detach()
 
     def kept_bytes(self, arguments: Sequence[Tensor]) -> int:
-        """What autograd keeps for the backward pass, but for parameters, buffers and the batch."""
+        """The bytes that autograd keeps for the backward pass, without parameters, buffers and the batch."""
         given = (*self.method.parameters(), *self.method.buffers(), *arguments)
         return harness.kept_bytes(lambda: self(*arguments), given)
 
 
 def sides(setting: Setting) -> dict[str, Callable[[], Step]]:
-    """How to make the step of each side, ours first."""
+    """Functions that make the step of each side, talib_fast's first."""
     return {
         OURS: lambda: Step(setting, setting.way),
         PLAIN: lambda: Step(setting, PLAIN),
@@ -282,7 +282,7 @@ def feed_of(setting: Setting) -> Feed:
 
 
 def timed(setting: Setting) -> Case:
-    """The raw samples of one setting, whose ``forward`` is a whole step, and what is kept for its backward pass."""
+    """The raw samples of one setting, whose ``forward`` is a whole step, and the bytes kept for its backward pass."""
     feed = feed_of(setting)
     steps = {name: make() for name, make in sides(setting).items()}
     kept = {name: step.kept_bytes(feed.arguments) for name, step in steps.items()}
@@ -301,7 +301,7 @@ def timed(setting: Setting) -> Case:
 
 
 def peak_bytes(setting: Setting) -> dict[str, int]:
-    """By how much a step raises memory at its peak, when weights and optimizer state are there."""
+    """The bytes by which a step raises memory at its peak, above weights and optimizer state."""
     device, arguments = torch.device(setting.device), feed_of(setting).arguments
     peaks = {}
     for name, make in sides(setting).items():
@@ -318,32 +318,32 @@ def peak_bytes(setting: Setting) -> dict[str, int]:
 
 
 def over_plain(case: Case, candidate: str) -> Spread:
-    """How many times as long as plain fine-tuning's a candidate's step takes."""
+    """The time of a candidate's step over plain fine-tuning's."""
     return speedup(case, candidate, PLAIN, "forward")
 
 
 def kept_over_plain(case: Case, candidate: str) -> float:
-    """How many times as much as plain fine-tuning a candidate keeps for its backward pass."""
+    """The bytes that a candidate keeps for its backward pass, over plain fine-tuning's."""
     return case["kept_bytes"][candidate] / case["kept_bytes"][PLAIN]
 
 
 def without_norms(case: Case) -> str:
-    """How many times as long as plain fine-tuning's a step takes that has no norms and activations."""
+    """The time of a step without norms and activations over plain fine-tuning's."""
     return str(over_plain(case, BARE)) if BARE in case["samples"] else "-"
 
 
 def limit(case: Case) -> float:
-    """About how short a step with StochNorm can be, over plain fine-tuning's.
+    """An estimate of the shortest step with StochNorm, over plain fine-tuning's.
 
-    The convolutions stay. A fused norm moves 8 of the 13 times an activation's bytes that norm and activation move one
-    by one, where no cache holds them (docs/operations/stoch_norm.md).
+    The convolutions stay. Where no cache holds an activation, a fused norm and activation move 8 times its bytes, and
+    separate ones move 13 times its bytes (docs/operations/stoch_norm.md).
     """
     convolutions = over_plain(case, BARE).median
     return convolutions + (1 - convolutions) * 8 / 13
 
 
 def measured(results: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Those of the candidates that were timed beside any method."""
+    """The candidates among ``names`` that were timed in any case."""
     return [name for name in names if any(name in case["samples"] for case in results["cases"])]
 
 
@@ -352,7 +352,7 @@ def place(case: Case) -> str:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What is to be reached, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     cases = results["cases"]
     if results["settings"]["device"] == "cuda":
         figures = {place(case): over_plain(case, OURS).median for case in cases if case["way"] == BOTH}
@@ -438,7 +438,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     report.publish(results, folder, table(results), CAPTION, goals(results), functools.partial(draw, results))
 
 

@@ -103,7 +103,7 @@ class Setting:
 
 
 def followed(norm: Callable[[Tensor], Tensor], block: str) -> Callable[..., Tensor]:
-    """The norm and what the block has behind it, in place."""
+    """The norm, then the other operators of the block, in place."""
 
     def run(input: Tensor, *residual: Tensor) -> Tensor:
         output = norm(input)
@@ -115,7 +115,7 @@ def followed(norm: Callable[[Tensor], Tensor], block: str) -> Callable[..., Tens
 
 
 def candidates(setting: Setting, feed: Feed, compiled: bool = False) -> list[Candidate]:
-    """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
+    """Everything that is timed, talib_fast first; ``feed`` is one of the inputs."""
     channels, block, device = setting.channels, setting.block, feed.grad.device
 
     def candidate(
@@ -168,7 +168,7 @@ def _seed() -> None:
 
 
 def peak_bytes(setting: Setting) -> dict[str, int]:
-    """By how much a forward and backward pass of each candidate raises memory at its peak."""
+    """The bytes by which each candidate's forward and backward pass raise memory at their peak."""
     _seed()
     (feed,) = setting.feeds(1)
     device = feed.grad.device
@@ -212,7 +212,7 @@ def channel_bytes(case: Case) -> int:
 
 
 def sign_bytes(case: Case) -> int:
-    """A bit for each element where a residual is added: the backward pass learns from it what the relu let through."""
+    """A bit for each element if a residual is added: the backward pass reads from it where the relu was positive."""
     return math.prod(case["shape"]) // 8 if "add" in case["parts"] else 0
 
 
@@ -230,7 +230,7 @@ def floor_bytes(case: Case, measure: str, on_chip: int | None) -> list[float]:
 
 
 def bandwidth_share(cases: Sequence[Case], measure: str, copy: str, on_chip: int | None) -> Spread:
-    """Our floor bytes per second over a copy's bytes per second, over all layers that ``cases`` stand for."""
+    """The floor's bytes per second of talib_fast over a copy's, for all layers that ``cases`` represent."""
 
     def total(rows: list[list[float]]) -> list[float]:
         return [
@@ -246,9 +246,9 @@ def bandwidth_share(cases: Sequence[Case], measure: str, copy: str, on_chip: int
 
 
 def limit(cases: Sequence[Case], baseline: str, on_chip: int | None) -> Spread:
-    """The speed over a baseline's of something that moves the floor's bytes as fast as a plain copy moves its own.
+    """The speed over a baseline of a kernel that moves the floor's bytes as fast as a plain copy moves its own.
 
-    It is that of all layers together that ``cases`` stand for.
+    It is the speed of all layers that ``cases`` represent, together.
     """
     slow, fast = [0.0] * len(seconds(cases[0], baseline, "both")), [0.0] * len(seconds(cases[0], COPY, "forward"))
     for case in cases:
@@ -280,7 +280,7 @@ def network(cases: Sequence[Case], label: str) -> Case:
 
 
 def members(case: Case) -> list[Case]:
-    """The cases that a case of ``network`` sums up; of any other case itself."""
+    """The cases that a case of ``network`` sums up; any other case has itself alone."""
     return case.get("members", [case])
 
 
@@ -289,7 +289,7 @@ def is_alone(case: Case) -> bool:
 
 
 def in_blocks(cases: Sequence[Case]) -> list[Case]:
-    """What the network's blocks are made of: of the norms alone only those that nothing follows there."""
+    """The cases of the network's blocks: a norm alone only where nothing follows it in the network."""
     alone = {f"{channels}@{size}": blocks[NORM] for channels, size, blocks in LAYERS if NORM in blocks}
     found = []
     for case in cases:
@@ -310,7 +310,7 @@ def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
 
 
 def all_layers(group: Sequence[Case]) -> Case:
-    """The norms of the network, each with nothing behind it."""
+    """The norms of the network without what follows them."""
     return network(list(filter(is_alone, group)), "layers")
 
 
@@ -332,7 +332,7 @@ BLOCKS_GOALS = {("contiguous", "float32"): 2.0, ("channels_last", "float32"): 1.
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the kernels are to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     cases, on_chip = results["cases"], results["settings"]["on_chip_bytes"]
     alone = list(filter(is_alone, cases))
     both = "forward + backward"
@@ -417,7 +417,7 @@ GPU_CAPTION = " Times are the GPU's; host-bound is the clock's on the host, with
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     lines = table(results)
     caption = CAPTION + (GPU_CAPTION if results["settings"]["device"] == "cuda" else "")
     plotted = []

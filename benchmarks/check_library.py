@@ -1,8 +1,8 @@
-"""Says whether the compiled library that is here is of these sources, and serves every operation on this GPU.
+"""Checks that the compiled library was built from these sources and serves every operation on this GPU.
 
     python benchmarks/check_library.py
 
-Exits with 1 and the reason if it does not: PyTorch would serve in its place, and be tested and measured.
+If not, it prints the reason, and its exit status is 1. PyTorch would serve instead, and would be tested and measured.
 """
 
 import sys
@@ -20,12 +20,12 @@ import build_parts  # noqa: E402
 
 
 def fault(found: Compiled, of_these_sources: bool, served: Mapping[str, tuple[str, str]]) -> str:
-    """Why it is not what is wanted; empty if it is.
+    """The reason why the library does not serve this GPU; empty if it does.
 
     Args:
-        found: what came of loading it.
-        of_these_sources: whether it was built from them.
-        served: by operation, which backend serves it on this GPU, and why.
+        found: the outcome of loading the library.
+        of_these_sources: whether it was built from these sources.
+        served: by operation, the backend that serves it on this GPU, and why.
     """
     if not found.loaded:
         return found.status
@@ -36,7 +36,7 @@ def fault(found: Compiled, of_these_sources: bool, served: Mapping[str, tuple[st
 
 
 def is_of(sources: Path, package: Path) -> bool:
-    """Whether the library in ``package`` was built from ``sources``; False where there is none."""
+    """Whether the library in ``package`` was built from ``sources``; False if there is no library."""
     symbol = build_parts.sources_symbol(sources).encode()
     return any(symbol in library.read_bytes() for library in package.glob("_C*.so"))
 

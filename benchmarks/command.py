@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share."""
+"""The options that the benchmarks' command lines share."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ QUICK_BATCH, QUICK_ROUNDS = 4, 3
 def parser(
     description: str | None, dtypes: bool = True, layouts: bool = True, batch: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser of the options that every benchmark has, and of those that most have."""
+    """A parser of the options that all benchmarks have, and of ``--dtype``, ``--layouts`` and ``--batch`` if asked."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if dtypes:
@@ -53,9 +53,17 @@ def parse(
     rounds: Mapping[str, int] = DEFAULT_ROUNDS,
     dtypes: Mapping[str, list[str]] = DEFAULT_DTYPES,
 ) -> argparse.Namespace:
-    """The options with their defaults: ``batches``, if any, ``rounds`` and ``dtypes`` by device.
+    """The parsed options, with their defaults filled in. Only a full run writes to ``results`` beside this file.
 
-    Only a full run writes beside the benchmarks.
+    Args:
+        made: a parser of :func:`parser`, perhaps with more options.
+        arguments: the words of the command line; None: those of this process.
+        operation: the name of the benchmark's folder of results.
+        batches: default of ``--batch`` by device; None: there is no such option.
+        fewest: the smallest batch.
+        full: whether the options that only this benchmark has are those of a full run.
+        rounds: default of ``--rounds`` by device.
+        dtypes: default of ``--dtype`` by device.
     """
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available() and options.from_json is None:
@@ -84,7 +92,7 @@ def collect_and_publish(
     publish: Callable[[dict[str, Any], Path], None],
     place: Callable[[str], Path],
 ) -> None:
-    """Publish what ``collect`` finds, where ``place`` says by the device's type; or anew what --from-json holds."""
+    """Collect results and publish them in the folder ``place(device)``; or publish those of ``--from-json`` again."""
     if options.from_json:
         publish(json.loads((options.from_json / "results.json").read_text()), options.from_json)
         return

@@ -1,4 +1,4 @@
-"""Compares two runs of benchmarks by what does not depend on how fast the machine was that day: ratios within a run."""
+"""Compares two runs of benchmarks by ratios within a run, which depend less on the machine's speed on that day."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from typing import Any
 from report import Case, Spread, align, speedup
 
 OURS = ("talib_fast", "exact", "taylor")  # the candidates whose speed over the others is compared
-TOLERANCE = 0.05  # a smaller change of a median is none, however narrow the quartiles are
+TOLERANCE = 0.05  # a smaller change of a median does not count, however near the quartiles are
 
 
 @dataclass(frozen=True)
 class Change:
-    """Ours over a baseline in a case of two runs."""
+    """The speed of talib_fast over a baseline, in the same case of two runs."""
 
     name: str
     before: Spread
@@ -22,7 +22,7 @@ class Change:
 
     @property
     def slower(self) -> bool:
-        """Beyond both runs' own spread: the quartiles don't meet."""
+        """Whether it is slower beyond the spread of both runs: the quartiles do not overlap."""
         return self.after.upper < self.before.lower and self.after.median < (1 - TOLERANCE) * self.before.median
 
     @property
@@ -35,11 +35,11 @@ class Change:
 
 
 class NothingToCompare(Exception):
-    """A path holds no results, or two have no case in common; the message says so."""
+    """A path has no results, or two paths have no case in common."""
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:
-    """The results in ``path``, by operation: a results.json, a folder with one, or a folder of such folders."""
+    """The results in ``path``, by operation. It is a results.json, a folder with one, or a folder of such folders."""
     files = [path] if path.is_file() else sorted([*path.glob("results.json"), *path.glob("*/results.json")])
     found = {}
     for file in files:
@@ -55,7 +55,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _by_name(results: dict[str, Any]) -> dict[str, Case]:
-    """The timed cases, by all that is said of them in words."""
+    """The timed cases, by a name that joins all their texts."""
     return {
         ", ".join(text for text in case.values() if isinstance(text, str)): case
         for case in results["cases"]
@@ -64,7 +64,7 @@ def _by_name(results: dict[str, Any]) -> dict[str, Case]:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
-    """What both runs of a benchmark have measured: a whole pass where there are two, else the one."""
+    """The changes in all cases that both runs have: of forward and backward pass together, or of the forward pass."""
     old, new = _by_name(before), _by_name(after)
     for name in (name for name in old if name in new):
         shared = [candidate for candidate in old[name]["samples"] if candidate in new[name]["samples"]]
@@ -77,10 +77,10 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
 
 
 def compare(before: Path, after: Path) -> bool:
-    """Print what changed between two runs; whether nothing became slower.
+    """Print what changed between two runs; returns whether nothing became slower.
 
     Raises:
-        NothingToCompare: the message says what is missing.
+        NothingToCompare: there are no results, or no case is in both runs.
     """
     old, new = load(before), load(after)
     lines = [["speed", "before", "after", ""]]

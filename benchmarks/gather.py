@@ -1,4 +1,4 @@
-"""Puts what gpu.sh found so far into one JSON: ``python benchmarks/gather.py SUMMARY RESULTS JSON``."""
+"""Puts the results of gpu.sh so far into one file: ``python benchmarks/gather.py SUMMARY RESULTS JSON``."""
 
 import json
 import sys
@@ -6,7 +6,13 @@ from pathlib import Path
 
 
 def main(summary: str, results: str, target: str) -> None:
-    """SUMMARY is a line of its own and one per step; RESULTS a folder with a folder for each benchmark."""
+    """Write ``target``.
+
+    Args:
+        summary: a text file: a line about the run, then a line for each step.
+        results: a folder that has a folder for each benchmark.
+        target: the JSON file.
+    """
     first, *steps = Path(summary).read_text().splitlines()
     benchmarks = {
         file.parent.name: json.loads(file.read_text()) for file in sorted(Path(results).glob("*/results.json"))

@@ -7,7 +7,7 @@
 //   stoch_norm (float32|bfloat16) (forward|backward) (plain|fused) OUTER CHANNELS INNER
 //   squared_distance (float32|bfloat16) (sources|none) ELEMENTS...
 //
-// gpu_model.py compiles it with the header of tests/simt that stands in for CUDA's.
+// gpu_launches.py compiles it with the header of tests/simt that stands in for CUDA's.
 #include "cuda/squared_distance.cuh"
 #include "cuda/stoch_norm.cuh"
 

@@ -1,8 +1,8 @@
-"""Measures candidates against each other: interleaved timing on a machine that drifts, and peak memory.
+"""Times candidates in turn, on a machine whose speed drifts, and measures their peak memory.
 
-One round times every candidate once, in rotating order, so whatever the machine does meets all of them alike; the
-ratio of two candidates is taken round by round. A sample is a few forward passes whose outputs are kept, as in
-training, and then their backward passes. Inputs rotate through more sets than the largest cache holds.
+A round times every candidate once, in rotating order, so a slow spell of the machine meets all of them. The ratio of
+two candidates is taken round by round. A sample is a few forward passes whose outputs are kept, as in training, and
+then their backward passes. The inputs rotate through more sets than the largest cache holds.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MOST_SETS = 32
 _MOST_REPETITIONS = 16
 _SAMPLE_SECONDS = {"cpu": 0.005, "cuda": 0.001}
-# From here on malloc takes fresh memory from the system every time, which on a virtual machine may have gone back to
-# the host within seconds; fetching it again costs far more than a page fault. An untimed pass before each sample, as
-# training has one, leaves memory of the right kind behind.
+# For sizes from here on, malloc takes fresh memory from the system every time. A virtual machine may have returned this
+# memory to its host, and to get it back costs far more than a page fault. So an untimed pass comes before each sample,
+# as a step comes before each step in training.
 _MAPPED_BYTES = 32 * 2**20
 
 
 @dataclass
 class Feed:
-    """A candidate's arguments, with the gradient of its output: first those that receive gradients, then the others."""
+    """A candidate's arguments, first those that receive gradients (``leaves``), and the gradient of its output."""
 
     leaves: tuple[Tensor, ...]
     grad: Tensor
@@ -53,11 +53,11 @@ class Feed:
 
     @property
     def nbytes(self) -> int:
-        """What the leaves take, and so their gradients."""
+        """The bytes of the leaves, and so of their gradients."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def grad_for(self, output: Tensor) -> Tensor:
-        """The gradient in the output's dtype, converted once: a candidate may return another dtype than it takes."""
+        """The gradient in the output's dtype, converted once. A candidate may return another dtype than it takes."""
         if output.dtype == self.grad.dtype:
             return self.grad
         if output.dtype not in self._converted:
@@ -67,10 +67,13 @@ class Feed:
 
 @dataclass
 class Candidate:
-    """Something to time: ``forward`` maps a feed's arguments to an output.
+    """Something to time.
 
-    ``parameters`` receive gradients beside the feed's leaves; None: there is no backward pass. ``observe`` gives
-    further figures of the sample just taken, such as what was drawn at random in it.
+    Attributes:
+        name: the name in results and tables.
+        forward: maps a feed's arguments to an output.
+        parameters: they receive gradients beside the feed's leaves; None: there is no backward pass.
+        observe: gives further figures of the last sample, such as the share of channels that were drawn.
     """
 
     name: str
@@ -84,7 +87,7 @@ class Candidate:
 
 
 def sets_beyond_cache(device: torch.device, bytes_per_set: int) -> int:
-    """How many sets of inputs don't all stay in the device's largest cache."""
+    """The number of sets of inputs that exceeds the device's largest cache."""
     return min(_MOST_SETS, max(1, math.ceil(last_cache_bytes(device) / bytes_per_set)))
 
 
@@ -96,7 +99,7 @@ def feeds(
     sets: int | None = None,
     leaves: int = 1,
 ) -> list[Feed]:
-    """Random inputs and gradients: enough of them that they don't all stay in the device's largest cache."""
+    """Random inputs and gradients, in so many sets that the device's largest cache cannot hold all of them."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def draw() -> Tensor:
@@ -122,18 +125,18 @@ def last_cache_bytes(device: torch.device) -> int:
 
 
 def on_chip_bytes(device: torch.device) -> int | None:
-    """What one worker keeps at hand: a block's shared memory, or a core's own cache. None: unknown."""
+    """The bytes of a block's shared memory, or of a core's own cache; None if that is unknown."""
     if device.type == "cuda":
         return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     return _cache_bytes(2)
 
 
 class Stopwatch:
-    """Seconds that work takes: wall clock on a CPU; on a GPU what lies between two events.
+    """Seconds that work takes: by the wall clock on a CPU, between two events on a GPU.
 
-    On a GPU the host first queues a spinning kernel of about ``head_start`` seconds and then the work behind it, so
-    that the device, not the speed at which Python issues kernels, is timed. Work that waits for the device gets no
-    head start by that and shows its waiting.
+    On a GPU the host first queues a spinning kernel of about ``head_start`` seconds, and the work after it. This times
+    the device, not the speed at which Python issues kernels. Work that waits for the device has no head start, so its
+    waiting is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -194,7 +197,7 @@ def _sample(
 
 
 def _untimed(candidate: Candidate, fed: Sequence[Feed], stopwatch: Stopwatch) -> float:
-    """The host's seconds for a pass that is no sample: what it draws is not kept."""
+    """The host's seconds for a pass that is no sample; its observed figures are dropped."""
     seconds = sum(_sample(candidate, fed, stopwatch.wall).values())
     if candidate.observe is not None:
         candidate.observe()
@@ -206,8 +209,8 @@ def interleaved(
 ) -> tuple[Samples, int]:
     """Raw samples, ``{candidate: {measure: [seconds or observed figure, one per round]}}``, and passes per sample.
 
-    Measures are ``forward`` and ``backward``; on a GPU also ``wall``, the host's clock over both with nothing queued
-    before, which is what a step that is bound by Python sees.
+    Measures are ``forward`` and ``backward``. On a GPU there is also ``wall``, the host's time for both with nothing
+    queued before. This is the time of a step that Python limits.
     """
     stopwatch = Stopwatch(device)
     supply: Iterator[Feed] = itertools.cycle(inputs)
@@ -246,8 +249,8 @@ def interleaved(
 
 
 def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
-    """By how many bytes one forward and backward pass raises memory at its peak, above what is there before it."""
-    if feed.grad.dtype != torch.float32:  # a gradient in a candidate's own dtype is an input too
+    """The bytes by which a forward and a backward pass raise memory at their peak."""
+    if feed.grad.dtype != torch.float32:  # a gradient that is converted for the candidate counts as an input
         feed.grad_for(candidate.forward(*feed.arguments))
     release_memory()
     peak = PeakMemory(device)
@@ -258,7 +261,7 @@ def peak_rise(device: torch.device, candidate: Candidate, feed: Feed) -> int:
 
 
 def kept_bytes(work: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """How many bytes autograd keeps for the backward passes of ``work``, but for the memory of ``given`` tensors."""
+    """The bytes that autograd keeps for the backward passes of ``work``, without those of the ``given`` tensors."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -274,7 +277,7 @@ def kept_bytes(work: Callable[[], object], given: Iterable[Tensor]) -> int:
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Records the names of the operators that are called, but for those inside some modules' forward passes."""
+    """Records the names of all operators that are called outside the forward passes of some modules."""
 
     def __init__(self, *excluded: nn.Module) -> None:
         super().__init__()
@@ -301,13 +304,13 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:  # M_MMAP_THRESHOLD: what is freed leaves the process, so that every rise is seen
+        if mallopt is not None:  # M_MMAP_THRESHOLD: freed memory leaves the process, so that every rise is visible
             mallopt(-3, 64 * 2**10)
 
 
 @contextlib.contextmanager
 def clean_process() -> Iterator[ProcessPoolExecutor]:
-    """A fresh process to measure memory in, with this one's number of threads."""
+    """A fresh process in which memory is measured, with the same number of threads."""
     with ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (torch.get_num_threads(),)) as pool:
         yield pool
 
@@ -318,10 +321,16 @@ def measure(
     peak_bytes: Callable[[Any], dict[str, int]],
     warm_up: Any,
 ) -> Iterator[dict[str, Any]]:
-    """What ``timed`` finds in each setting, with ``peak_bytes``, which a first pass of ``warm_up`` keeps clean.
+    """The case of each setting: the result of ``timed``, and that of ``peak_bytes`` under this name.
 
-    Settings have ``label``, ``layout``, ``dtype`` and ``device``. On a CPU a process of its own measures memory, and
-    waits while this one takes time.
+    On a CPU another process measures memory and waits while this one measures time. It measures ``warm_up`` first, so
+    that what is loaded only once does not count.
+
+    Args:
+        settings: they have ``label``, ``layout``, ``dtype`` and ``device``.
+        timed: times a setting.
+        peak_bytes: measures the memory of a setting, by candidate.
+        warm_up: a setting.
     """
     with contextlib.ExitStack() as stack:
         peak = peak_bytes
@@ -331,7 +340,7 @@ def measure(
             def peak(setting: Any) -> dict[str, int]:
                 return process.submit(peak_bytes, setting).result()
 
-            peak(warm_up)  # loads what is loaded only once
+            peak(warm_up)
         for number, setting in enumerate(settings, 1):
             progress(f"{number}/{len(settings)} {setting.label} {setting.layout} {setting.dtype}")
             yield {**timed(setting), "peak_bytes": peak(setting)}

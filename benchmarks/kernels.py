@@ -1,10 +1,10 @@
-"""Says how each CUDA kernel uses the GPU: time, launch, occupancy, and the bandwidth of each pass over its floor.
+"""Measures how each CUDA kernel uses the GPU: time, launch, occupancy, and the bandwidth of each pass.
 
     python benchmarks/kernels.py [--out DIR]
 
-writes ``results.json``, after every pass, and ``table.md``. The figures are those of PyTorch's profiler; the floor's
-bytes, which a pass has to move whatever the kernel, are the operations' benchmarks'. A pass never finds its inputs in
-the cache, where these are more than a cache holds, nor the memory that its output goes to. It needs a GPU.
+writes ``table.md``, and ``results.json`` after every pass. The figures come from PyTorch's profiler. Bandwidth is that
+of the memory floor: the bytes that a pass has to move with any kernel, as the operations' benchmarks count them. Feeds
+rotate, so that a pass finds neither its inputs nor its output's memory in the cache. It needs a GPU.
 """
 
 import argparse
@@ -38,7 +38,7 @@ COPIED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Pass:
-    """What is profiled: ``work``, and the bytes that it has to move."""
+    """Work to profile, and the bytes that it has to move."""
 
     label: str
     floor_bytes: float
@@ -47,7 +47,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's part in a pass, as the profiler tells it."""
+    """One kernel in a pass, as the profiler reports it."""
 
     name: str
     launches: float  # in a pass
@@ -60,7 +60,7 @@ class Kernel:
 
 
 def in_turns(work: Callable[[Feed], object], feeds: Sequence[Feed]) -> Callable[[], object]:
-    """``work`` on one feed after the other. As many results are kept, so that each goes to other memory too."""
+    """``work`` on one feed after the other. As many results are kept, so that each result gets other memory."""
     supply, kept = itertools.cycle(feeds), collections.deque[object](maxlen=len(feeds))
     return lambda: kept.append(work(next(supply)))
 
@@ -84,7 +84,7 @@ def both_passes(
 
 
 def stoch_norm_passes(device: str, dtype: str, batch: int) -> Iterator[list[Pass]]:
-    """Half of the channels take the batch's statistics."""
+    """Passes of stoch_norm. Half of the channels take the batch statistics."""
     on_chip = on_chip_bytes(torch.device(device))
     for layout, (channels, size), block in itertools.product(command.LAYOUTS, MAPS, norm.BLOCKS):
         setting = norm.Setting(channels, size, 1, layout, dtype, batch, device, block)
@@ -117,7 +117,7 @@ def spectral_tail_passes(device: str, dtype: str) -> Iterator[list[Pass]]:
 
 
 def passes(device: str, dtypes: Iterable[str], batch: int) -> Iterator[list[Pass]]:
-    """Passes that live at the same time: a copy's first, against which bandwidth is measured."""
+    """Groups of passes that share their memory; the first has a copy, with which bandwidths are compared."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     yield [Pass("copy_", 2 * COPIED_BYTES, lambda: target.copy_(source))]
@@ -135,7 +135,7 @@ def short(name: str) -> str:
 
 
 def read(trace: dict[str, Any], repetitions: int) -> list[Kernel]:
-    """The kernels of a trace, and what else the GPU did (copies, fills), longest first."""
+    """The kernels, copies and fills of a trace, the longest first."""
     grouped: dict[tuple[Any, ...], list[float]] = {}
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -155,7 +155,7 @@ def read(trace: dict[str, Any], repetitions: int) -> list[Kernel]:
 
 
 def profiled(work: Callable[[], object]) -> list[Kernel]:
-    """What the GPU does for ``work``."""
+    """The kernels, copies and fills that ``work`` runs on the GPU."""
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -173,7 +173,7 @@ def profiled(work: Callable[[], object]) -> list[Kernel]:
 
 
 def measured() -> Iterator[Case]:
-    """What the profiler tells of every pass."""
+    """The profile of every pass."""
     for group in passes("cuda", command.DEFAULT_DTYPES["cuda"], distance.BATCHES["cuda"]):
         for one in group:
             progress(one.label)

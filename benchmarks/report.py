@@ -1,4 +1,4 @@
-"""What a benchmark reports: where it ran, statistics of raw samples, goals, a table, a plot and the JSON."""
+"""The report of a benchmark: its environment, statistics of raw samples, aims, a table, a plot and the JSON."""
 
 import argparse
 import json
@@ -25,17 +25,17 @@ from talib_fast.ops import backends, compiled
 from talib_fast.plots import STYLE
 from talib_fast.storage import write_atomically
 
-if TYPE_CHECKING:  # kernels are measured where the main job's libraries may be missing
+if TYPE_CHECKING:  # kernels are measured on machines that may lack the libraries of finetune
     from talib_fast.training.page import Section
 
 Case = dict[str, Any]
 
-# Okabe and Ito's colours: told apart with every kind of colour vision; the markers tell them apart without colour
+# Okabe and Ito's colours, which people with any colour vision can tell apart; the markers differ without colour too
 LOOKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
 
 
 def _said(*command: str, folder: Path | None = None) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -43,12 +43,12 @@ def _said(*command: str, folder: Path | None = None) -> str | None:
 
 
 def without_folders(text: str) -> str:
-    """``text`` with every absolute path cut to its last part: results don't tell where on a machine they were made."""
+    """``text`` with every absolute path cut to its last part, so that results do not name a machine's folders."""
     return re.sub(r"(?<![\w.~-])~?/(?:[^\s/:'\"=,;]+/)*(?=[^\s/:'\"=,;])", "", text)
 
 
 def progress(text: str) -> None:
-    """Say what is going on: in one line of a terminal, in lines of a log."""
+    """Print the present step: in one line of a terminal, or as a line of a log."""
     if sys.stderr.isatty():
         print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
     elif text:
@@ -65,9 +65,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of the package that is measured, or ``COMMIT`` where git can't tell, as in a copy without .git.
+    """The commit of the measured package; without git it is the environment variable ``COMMIT``.
 
-    It ends in ``-dirty`` if files differ from it, other than results, which the benchmark before may just have written.
+    It ends in ``-dirty`` if files differ from it. Results do not count, since an earlier benchmark may have written
+    them.
     """
     folder = Path(talib_fast.__file__).parent
     commit = _said("git", "describe", "--always", folder=folder)
@@ -103,9 +104,9 @@ def _served(operation: str, device: torch.device) -> dict[str, str]:
 
 
 def environment(device: torch.device, operation: str | None = None) -> dict[str, Any]:
-    """Hardware, versions, commit and command of a run, and what serves ``operation`` on ``device``.
+    """Hardware, versions, commit and command of a run, and the backend that serves ``operation`` on ``device``.
 
-    Nothing in it names the machine or its folders.
+    No entry names the machine or its folders.
     """
     compiler = _said(os.environ.get("CXX", "c++"), "--version")
     cpu = _cpu_model()
@@ -130,7 +131,7 @@ def environment(device: torch.device, operation: str | None = None) -> dict[str,
 
 
 def backend_warning(operation: str, where: dict[str, Any]) -> str | None:
-    """A sentence where no compiled kernel was measured."""
+    """A sentence if no compiled kernel was measured, else None."""
     if where.get("backend", "compiled") == "compiled":
         return None
     return (
@@ -140,7 +141,7 @@ def backend_warning(operation: str, where: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some figures and the quartiles around it."""
+    """The median and the quartiles of some figures."""
 
     median: float
     lower: float
@@ -158,7 +159,7 @@ class Spread:
 
 
 def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
-    """What reaches from the medians to the quartiles, as matplotlib wants it."""
+    """The distances from the medians to the quartiles, in matplotlib's form."""
     return [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
 
 
@@ -171,7 +172,7 @@ def seconds(case: Case, candidate: str, measure: str) -> list[float]:
 
 
 def speedup(case: Case, baseline: str, candidate: str, measure: str) -> Spread:
-    """How many times as long as the candidate the baseline takes, from the ratios of the single rounds."""
+    """The baseline's time over the candidate's, from the ratios of the single rounds."""
     pairs = zip(seconds(case, baseline, measure), seconds(case, candidate, measure), strict=True)
     return Spread.of([base / own for base, own in pairs])
 
@@ -181,11 +182,16 @@ GOAL_COLUMNS = ("aim", "outcome", "kept in", "worst", "limit there", "where")
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound that measured figures are to keep: at least ``threshold``, or at most ``threshold`` where ``at_most``.
+    """An aim: a bound for measured figures.
 
-    ``figures`` are named by the place where they were measured. ``limits`` has, for some of these places, the best
-    figure that memory or arithmetic allows on the machine of the run. A place whose limit does not keep the bound is
-    not judged: no code could keep it there.
+    A place whose limit does not keep the bound is not judged, because no code could keep it there.
+
+    Attributes:
+        text: the aim in words.
+        threshold: the bound.
+        figures: the measured figures, by the place of the measurement.
+        at_most: whether the figures should be at most ``threshold``; otherwise at least.
+        limits: for some places, the best figure that memory or arithmetic allows on the machine of the run.
     """
 
     text: str
@@ -208,7 +214,7 @@ class Goal:
 
     @property
     def passed(self) -> bool | None:
-        """None where there is nothing to judge."""
+        """Whether all judged figures keep the bound; None if no figure is judged."""
         return all(map(self._keeps, self.judged.values())) if self.judged else None
 
     def row(self) -> list[str]:
@@ -225,7 +231,7 @@ class Goal:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Rows under a header for a terminal: the first column to the left, figures to the right."""
+    """A header and rows for a terminal, the first column aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
@@ -242,7 +248,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def with_block(page: str, name: str, block: str) -> str:
-    """A page's text with ``block`` in the place of what stands between its markers of that name.
+    """A page's text with ``block`` between the page's markers of that name.
 
     Raises:
         ValueError: the page lacks the markers.
@@ -256,7 +262,7 @@ def with_block(page: str, name: str, block: str) -> str:
 
 
 def origin(where: dict[str, Any]) -> str:
-    """Command, code and machine of a run in a line."""
+    """One line with command, commit and machine of a run."""
     machine = f"{where['device']}, {where['cores']} CPU cores, {where['threads']} threads"
     if "driver" in where:
         machine = f"{where['device']}, driver {where['driver']}, CUDA {where['cuda']}"
@@ -267,7 +273,7 @@ def origin(where: dict[str, Any]) -> str:
 
 
 def write_json(results: dict[str, Any], folder: Path) -> None:
-    """Write ``results.json``, with every float to five digits, one case a line."""
+    """Write ``results.json``, with five digits for every float and one line for each case."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, float):
@@ -290,7 +296,7 @@ def publish(
     goals: Sequence[Goal],
     draw: Callable[[], Any],
 ) -> None:
-    """Print a table and what became of the goals; write ``table.md`` and, from the figure drawn, ``plot.png``."""
+    """Print a table and the outcomes of the goals; write ``table.md``, and the figure of ``draw`` as ``plot.png``."""
     where, outcomes = results["environment"], [GOAL_COLUMNS, *(goal.row() for goal in goals)]
     warning = backend_warning(results["operation"], where)
     print(align(lines), caption, align(outcomes), origin(where), sep="\n\n", end="\n\n")
@@ -303,9 +309,9 @@ def publish(
 
 
 def collect(results: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``results`` with all of their ``cases``, of which each is in ``results.json`` as soon as it is measured.
+    """``results`` with a list of all ``cases``. Each case is in ``results.json`` as soon as it is measured.
 
-    What a run that was stopped leaves behind has no ``goals``.
+    The file of a stopped run has no ``goals``.
     """
     cases: list[Case] = []
     for case in results["cases"]:
@@ -321,9 +327,9 @@ def run(
     goals: Callable[[dict[str, Any]], Sequence[Goal]],
     publish: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """Measure, and write and publish the results; or publish anew those that ``--from-json`` names.
+    """Measure, then write and publish the results; or publish those of ``--from-json`` again.
 
-    The ``cases`` that ``measure`` gives are measured one by one, as they are taken.
+    ``measure`` gives results whose ``cases`` are an iterator. Taking a case measures it.
     """
     folder = options.from_json
     if folder is None:
@@ -335,14 +341,14 @@ def run(
 
 
 def write_sections(sections: "Sequence[Section]", where: dict[str, Any], folder: Path) -> None:
-    """Print some sections, and write them to ``table.md`` with the run's origin."""
+    """Print sections, and write them to ``table.md`` with the origin of the run."""
     print("\n\n".join(section.text() for section in sections))
     page = "\n\n".join([*(section.markdown() for section in sections), origin(where)]) + "\n"
     write_atomically(folder / "table.md", lambda file: file.write(page.encode()))
 
 
 def write_plot(file: Path, draw: Callable[[], Any]) -> None:
-    """Write the figure that ``draw`` makes, where matplotlib is installed."""
+    """Write the figure that ``draw`` makes, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -353,13 +359,13 @@ def write_plot(file: Path, draw: Callable[[], Any]) -> None:
 
 
 def entitle(figure: Any, title: str, results: dict[str, Any]) -> None:
-    """Give a figure its title, and below it where and how often its samples were taken."""
+    """Give a figure its title, and below it the device and the number of rounds."""
     where, rounds = results["environment"]["device"], results["settings"]["rounds"]
     figure.suptitle(f"{title}\n{where}, median and quartiles of {rounds} rounds", fontsize=11)
 
 
 def label_rows(axes: Any, labels: Sequence[str]) -> None:
-    """A row for each label, the first one on top, and a line where two candidates take the same time."""
+    """Label the rows, the first one on top, and draw a line at 1, where two candidates take the same time."""
     axes.axvline(1, color="0.3", lw=1, ls=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)

@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images [B, 3, H, W] to logits [B, classes]; ``width`` channels behind the first convolution."""
+    """Images [B, 3, H, W] → logits [B, classes]; the first convolution gives ``width`` channels."""
 
     def __init__(self, width: int = 64, classes: int = 1000) -> None:
         super().__init__()

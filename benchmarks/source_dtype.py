@@ -1,11 +1,11 @@
-"""What DELTA loses when its pretrained network computes in half precision: distances on real maps, and accuracy.
+"""Measures what DELTA loses when its pretrained network computes in half precision: distances, gradients, accuracy.
 
     python benchmarks/source_dtype.py [--dtype float16] [--seeds N] [-- FINETUNE OPTIONS]
 
-trains delta and delta_attention by ``python -m talib_fast finetune``, with the pretrained network as it is and in
-that dtype, at five labels per class, and writes ``results.json`` and ``table.md``. In between it trains delta once
-more and compares, as the network drifts from the pretrained one, the distance between their maps, and its gradient,
-with those of the pretrained network's own precision. A quarter of an hour on two CPU cores.
+trains delta and delta_attention by ``python -m talib_fast finetune`` at five labels per class, with the pretrained
+network as it is and in half precision, and writes ``results.json`` and ``table.md``. Before that it trains delta once.
+While the network drifts from the pretrained one, it compares the distance of their maps and its gradient in both
+precisions. This takes a quarter of an hour on two CPU cores.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from talib_fast.training.trainer import MOMENTUM
 METHODS = ("delta", "delta_attention")
 LABELS, SEEDS = 5, 5
 STEPS = (0, 10, 30, 60, 120)  # after which distances are compared
-LR, BATCH, SIZE = 0.02, 24, 64  # the main job's
+LR, BATCH, SIZE = 0.02, 24, 64  # as in finetune
 
 
 def finetune(source_dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The main job's results with the pretrained network in that dtype."""
+    """The results of ``finetune`` with the pretrained network in this dtype."""
     folder = options.runs / source_dtype
     arguments = ["--method", ",".join(METHODS), "--seeds", str(options.seeds), "--labels-per-class", str(LABELS)]
     arguments += ["--source-dtype", source_dtype, "--out", str(folder), *options.finetune]
     failure = f"source_dtype.py: no results with the pretrained network in {source_dtype}"
-    return accuracy.main_job(failure, folder, arguments)
+    return accuracy.run_finetune(failure, folder, arguments)
 
 
 def relative(found: Tensor, right: Tensor) -> float:
@@ -52,7 +52,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 
 def distances(dtype: torch.dtype) -> list[dict[str, float]]:
-    """How far distance and gradient are from those of the network's own precision, as delta trains."""
+    """The relative errors of distance and gradient in this dtype, at several steps of a training with delta."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = networks.build("mobilenet_v2", SIZE)
     splits = split(load_sample(), None, None, Shares(LABELS, test_images=10), seed=0)
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--runs", type=Path, default=Path("runs/source_dtype"), metavar="DIR", help="%(default)s")
     made.add_argument("--out", type=Path, help="folder; results/ beside this file")
     made.add_argument("--from-json", type=Path, metavar="DIR", help="train nothing, write the tables anew")
-    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="options of the main job")
+    made.add_argument("finetune", nargs="*", metavar="-- OPTIONS", help="further options of finetune")
     options = made.parse_args(arguments)
     if options.seeds < 2:
         made.error(f"expected 2 seeds or more, got {options.seeds}")

@@ -1,12 +1,13 @@
-"""Runs every benchmark, each in a process of its own, and says what became of all goals; or compares two runs.
+"""Runs all benchmarks, each in a process of its own, and prints how many aims each reached; or compares two runs.
 
     python benchmarks/suite.py [--device cuda] [--quick] [--only NAME ...] [--out DIR]
     python benchmarks/suite.py --compare BEFORE AFTER
 
-A full run writes ``results/<device>/<name>/`` beside this file: results.json, table.md and plot.png, and a summary of
-all. ``--quick`` takes minutes, says whether all works, not how fast it is, and writes below ``runs/``. Exits with 1 if
-a benchmark fails; missed goals are figures, not failures. ``--compare`` takes a results.json or a folder of results on
-each side and exits with 1 if ours became slower against a baseline beyond both runs' own spread.
+A full run writes ``results/<device>/<name>/`` beside this file (results.json, table.md and plot.png), and a summary of
+all. ``--quick`` takes minutes and writes below ``runs/``; it shows whether everything works, not how fast. The exit
+status is 1 if a benchmark fails; a missed aim is no failure. ``--compare`` takes two results.json, or two folders of
+results. Its exit status is 1 if talib_fast became slower than before, compared with a baseline and beyond the spread of
+both runs.
 """
 
 import argparse
@@ -28,7 +29,7 @@ NAMES = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("b
 
 
 def run_one(name: str, device: str, quick: bool, folder: Path) -> list[str]:
-    """A line for the table at the end: what became of a benchmark, which prints its own table."""
+    """Run a benchmark, which prints its own table; returns its row of the table at the end."""
     print(f"== {name}", flush=True)
     started = time.monotonic()
     script = str(FOLDER / f"bench_{name}.py")

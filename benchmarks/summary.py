@@ -1,11 +1,11 @@
-"""A device's results on one page, from what each benchmark measured.
+"""Puts the main results of a device on one page.
 
-Whole steps with StochNorm over plain fine-tuning's, the speed of each part over upstream's, and all aims with their
-outcomes.
+The page has whole steps with StochNorm over plain fine-tuning's, the speed of each part over upstream's, and all aims
+with their outcomes.
 
     python benchmarks/summary.py [FOLDER]
 
-reads ``FOLDER/<name>/results.json`` (``results/cpu`` beside this file unless said) and writes ``summary.md``,
+reads ``FOLDER/<name>/results.json`` (by default ``results/cpu`` beside this file) and writes ``summary.md``,
 ``steps.png`` and ``parts.png`` there. From ``results/cpu`` it also writes the aims into docs/benchmarks.md.
 """
 
@@ -109,11 +109,11 @@ def step_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def no_rows(results: dict[str, Any]) -> list[Row]:
-    """Of a benchmark that compares nothing with upstream's code."""
+    """The rows of a benchmark that compares nothing with upstream's code: none."""
     return []
 
 
-# each benchmark's module, and what it adds to the table of parts
+# each benchmark's module, and the function that gives its rows of the table of parts
 BENCHMARKS: dict[str, tuple[Any, Callable[[dict[str, Any]], list[Row]]]] = {
     "stoch_norm": (norm, stoch_norm_rows),
     "squared_distance": (distance, squared_distance_rows),
@@ -129,7 +129,7 @@ BENCHMARKS: dict[str, tuple[Any, Callable[[dict[str, Any]], list[Row]]]] = {
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results that a summary is made of, by benchmark."""
+    """The results in a folder, by benchmark."""
     files = {name: folder / name / "results.json" for name in BENCHMARKS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
@@ -140,7 +140,7 @@ def parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
 
 
 def aims(found: dict[str, dict[str, Any]], folder: str | None) -> list[list[str]]:
-    """A row per aim, with its benchmark and, where ``folder`` leads to the results, a link to its table."""
+    """A row per aim, with its benchmark; if ``folder`` is the folder of the results, with a link to its table."""
     lines = [[*report.GOAL_COLUMNS, "from"]]
     for name, results in found.items():
         for goal in BENCHMARKS[name][0].goals(results):
@@ -149,7 +149,7 @@ def aims(found: dict[str, dict[str, Any]], folder: str | None) -> list[list[str]
 
 
 def steps(found: dict[str, dict[str, Any]]) -> list[Case]:
-    """The measured steps with StochNorm, in the layout that all networks were trained in."""
+    """The measured steps with StochNorm in channels_last, in which all networks were trained."""
     cases = found["step"]["cases"] if "step" in found else []
     return [case for case in cases if case["way"] == step.STOCHNORM and case["layout"] == "channels_last"]
 
@@ -166,7 +166,7 @@ def steps_table(cases: Sequence[Case]) -> list[list[str]]:
 
 
 def table(rows: Sequence[tuple[str, Row]], folder: str | None) -> list[list[str]]:
-    """A row per part, with its benchmark and, where ``folder`` leads to the results, a link to its table."""
+    """A row per part, with its benchmark; if ``folder`` is the folder of the results, with a link to its table."""
     lines = [[label, str(spread), linked(name, folder)] for name, (label, spread) in rows]
     return [["part", "speed over upstream", "from"], *lines]
 
@@ -216,7 +216,7 @@ def label_bars(axes: Any, spreads: Sequence[Spread], places: Sequence[float], di
 
 
 def draw(draw_rows: Callable[[Any, Any], None], rows: Sequence[Any], height: float, device: str) -> Any:
-    """A figure of what ``draw_rows`` makes of some rows, each ``height`` inches high."""
+    """A figure in which ``draw_rows`` draws the rows, each ``height`` inches high."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 1.3 + height * len(rows)), layout="constrained")

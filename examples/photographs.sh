@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a folder of photographs to predictions, by the command line alone.
 #
-#   pip install ".[finetune,export]"    # with the packages that docs/install.md names for the tool
+#   pip install ".[finetune,export]"    # and the other packages that docs/install.md names for the command line
 #   bash examples/photographs.sh
 #   bash examples/photographs.sh photographs --epochs 10 --seeds 3
 #

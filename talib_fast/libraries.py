@@ -31,15 +31,19 @@ def needed(name: str, purpose: str) -> ModuleType:
         import_library(package)
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = str(error.name)
-        # without --no-deps torchvision would change the installed torch
-        words = {"PIL": "pillow", "torchvision": "--no-deps torchvision"}.get(missing, missing)
+        words = install_words(str(error.name))
         raise UserError(f"{purpose} needs {words.split()[-1]}, which is not installed: pip install {words}") from error
     except Exception as error:  # a build for another torch may fail with any error
         raise UserError(
             f"{purpose} needs {package}, which cannot be imported ({first_line(error)}): install one that fits "
             f"torch {torch.__version__}"
         ) from error
+
+
+def install_words(module: str) -> str:
+    """The words for ``pip install`` that install a module; ``--no-deps`` keeps pip from changing torch."""
+    words = {"PIL": "pillow", "timm": "--no-deps timm", "torchvision": "--no-deps torchvision"}
+    return words.get(module, module)
 
 
 def import_library(name: str) -> ModuleType:

@@ -44,18 +44,16 @@ from talib_fast.ops.library import Compiled
 pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
 
 ROOT = Path(__file__).parent.parent
-BENCHMARK = "benchmarks/bench_stoch_norm.py"
+
+FINETUNE_ONLY = ("filelock", "jinja2", "PIL", "matplotlib", "optuna", "scipy", "tqdm")
 
 
-MAIN_JOB_ONLY = ("filelock", "jinja2", "PIL", "matplotlib", "optuna", "scipy", "tqdm")
-
-
-def test_kernels_are_measured_without_the_main_jobs_libraries():
+def test_kernels_are_measured_without_the_libraries_of_finetune():
     """As on a machine with a GPU that has torch, pytest and little else."""
     code = f"""
 import sys
 sys.path.insert(0, "benchmarks")
-sys.modules.update(dict.fromkeys({MAIN_JOB_ONLY}))
+sys.modules.update(dict.fromkeys({FINETUNE_ONLY}))
 import bench_bi_tuning, bench_channel_attention, bench_co_tuning, bench_host_overhead, bench_spectral_tail
 import bench_squared_distance, bench_stoch_norm, check_library, compare, kernels, report
 """

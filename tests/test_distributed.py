@@ -1,4 +1,4 @@
-"""Several processes train as one would: the layers under DDP and FSDP2, and the main job under torchrun."""
+"""Several processes train as one would: the layers under DDP and FSDP2, and ``finetune`` under torchrun."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The main job from end to end: what it accepts, keeps, refuses and says."""
+"""``finetune`` from end to end: what it accepts, keeps, refuses and says."""
 
 import csv
 import errno

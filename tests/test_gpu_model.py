@@ -5,10 +5,13 @@ import itertools
 import json
 import math
 
+import gpu_launches
 import gpu_model
+import gpu_times
 import pytest
 from compiler_support import needs
-from gpu_model import Gpu, Kernel, Loop, Model, Steps, Sums, Task, Traffic
+from gpu_launches import Gpu, Kernel, Loop
+from gpu_times import Model, Steps, Sums, Task, Traffic
 
 pytestmark = pytest.mark.no_cover  # what is tested here is not of the package
 
@@ -20,7 +23,7 @@ FREE = Steps(
         for field in dataclasses.fields(Steps)
     }
 )
-H100, _ = gpu_model.GPUS
+H100, _ = gpu_launches.GPUS
 # a cycle a second, and nothing takes any time
 INFINITE = Gpu(
     "infinite", 1 << 20, copy=math.inf, kept_bytes=1e6, multiprocessors=4, clock=1.0, fabric=math.inf,
@@ -116,10 +119,10 @@ class TestTime:
     def test_shorter_of_work_and_memory_leaks(self):
         gpu = dataclasses.replace(INFINITE, copy=1000.0, memory_latency=2)
         predicted = model(gpu).stoch_norm(CASE, "forward", resident())
-        assert predicted.seconds == pytest.approx(4.096 + gpu_model.LEAK * 2)
+        assert predicted.seconds == pytest.approx(4.096 + gpu_times.LEAK * 2)
 
     def test_rounds_of_equal_blocks(self):
-        assert [gpu_model.quantisation(rounds) for rounds in (1, 1.5, 2, 10)] == pytest.approx([1, 4 / 3, 1, 1.05])
+        assert [gpu_times.quantisation(rounds) for rounds in (1, 1.5, 2, 10)] == pytest.approx([1, 4 / 3, 1, 1.05])
 
     @pytest.mark.parametrize(
         ("threads", "registers", "shared", "blocks"),
@@ -207,13 +210,13 @@ class TestTraffic:
             (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1),
             (0, 0, 1), (0, 0, 0), (0, 1, 1), (0, 1, 0),
         )  # fmt: skip
-        assert gpu_model.between_passes(order) == {(3, 1): 1, (2, 0): 1, (1, 3): 1, (0, 2): 1}
+        assert gpu_times.between_passes(order) == {(3, 1): 1, (2, 0): 1, (1, 3): 1, (0, 2): 1}
         # 100 bytes an item: 400, 200, 400 and 200. Of those beside 200 a cache that keeps 200 has half, of others none.
         traffic = Traffic(first=400, again=400, beside=0, written_early=0, written_late=400)
         assert traffic.found_again(sliced(order, slices=2, blocks=1), kept=200) == (0 + 0.5 + 0 + 0.5) / 4
 
     def test_share_that_the_cache_has(self):
-        shares = [gpu_model.hit_share(touched, 100) for touched in (0, 75, 100, 112.5, 125, 1000)]
+        shares = [gpu_times.hit_share(touched, 100) for touched in (0, 75, 100, 112.5, 125, 1000)]
         assert shares == pytest.approx([1, 1, 0.5, 0.25, 0, 0])
 
     @pytest.mark.parametrize(("kept", "read"), [(1e9, 2048), (1.0, 2048 + 1024)])
@@ -230,20 +233,20 @@ class TestTraffic:
 class TestSlices:
     def test_the_second_pass_waits_for_the_merge(self):
         tasks = [Task(True, 0, 10.0)] * 2 + [Task(False, 0, 4.0, waits=True)] * 2
-        assert gpu_model.makespan(tasks, 2, merge=3) == 10 + 3 + 4
-        assert gpu_model.makespan(tasks, 1, merge=3) == 10 + 10 + 3 + 4 + 4
+        assert gpu_times.makespan(tasks, 2, merge=3) == 10 + 3 + 4
+        assert gpu_times.makespan(tasks, 1, merge=3) == 10 + 10 + 3 + 4 + 4
 
     def test_what_needs_no_constants_waits_for_nothing(self):
         tasks = [Task(True, 0, 10.0), Task(False, 0, 4.0)]
-        assert gpu_model.makespan(tasks, 2, merge=3) == 13
+        assert gpu_times.makespan(tasks, 2, merge=3) == 13
 
     def test_a_block_holds_its_next_ticket(self):
         """The second block is done at 1 and 2, but the third item is the first block's already."""
         tasks = [Task(True, group, cycles) for group, cycles in enumerate((10.0, 1.0, 1.0, 1.0))]
-        assert gpu_model.makespan(tasks, 2, merge=0) == 11
+        assert gpu_times.makespan(tasks, 2, merge=0) == 11
 
     def test_more_blocks_than_items(self):
-        assert gpu_model.makespan([Task(True, 0, 10.0)], 8, merge=2) == 12
+        assert gpu_times.makespan([Task(True, 0, 10.0)], 8, merge=2) == 12
 
     def test_work_of_a_plan(self):
         """Two channels in two slices each, of which one takes the batch's statistics; two blocks."""
@@ -347,18 +350,18 @@ class TestBatchNorm:
         case = {**CASE, "shape": [48, 256, 56, 56], **case}
         launches = 3e-6 * (len(case["parts"]) - (direction == "backward" and "add" in case["parts"]))
         expected = launches + passes * 48 * 256 * 56 * 56 * 4 / 3e12
-        assert gpu_model.batch_norm_seconds(case, direction, H100) == pytest.approx(expected)
+        assert gpu_times.batch_norm_seconds(case, direction, H100) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return gpu_model.build_plans(tmp_path_factory.mktemp("plans"))
+    return gpu_launches.build_plans(tmp_path_factory.mktemp("plans"))
 
 
 @needs_gxx
 class TestPlans:
     def test_a_sliced_plan(self, program):
-        (plan,) = gpu_model.plans(program, H100, ["stoch_norm float32 forward plain 48 64 3136"])
+        (plan,) = gpu_launches.plans(program, H100, ["stoch_norm float32 forward plain 48 64 3136"])
         order = plan.pop("order")
         # a channel has 48 · 3136 / 4 vectors, 602,112 bytes: more than a block's 227 KB
         expected = {"resident": False, "threads": 256, "blocks": 264, "groups": 64, "steps": 37632, "columns": 1}
@@ -374,7 +377,7 @@ class TestPlans:
         assert [is_first for is_first, *_ in order[: ahead + 4]] == [1] * ahead + [0, 1, 0, 1]
 
     def test_a_resident_plan(self, program):
-        (plan,) = gpu_model.plans(program, H100, ["stoch_norm float32 forward fused 48 256 196"])
+        (plan,) = gpu_launches.plans(program, H100, ["stoch_norm float32 forward fused 48 256 196"])
         # 48 · 196 · 4 bytes are 37,632, and there are channels for half of the 132 multiprocessors
         expected = {"resident": True, "blocks": 256, "threads": 256, "slices": 1, "steps": 2352, "order": ()}
         assert {name: plan[name] for name in expected} == expected
@@ -384,12 +387,12 @@ class TestPlans:
     def test_another_device_has_another_plan(self, program):
         request = "stoch_norm float32 forward plain 48 256 196"
         small = dataclasses.replace(H100, shared_bytes=32 << 10)
-        assert [gpu_model.plans(program, gpu, [request])[0]["resident"] for gpu in (H100, small)] == [True, False]
+        assert [gpu_launches.plans(program, gpu, [request])[0]["resident"] for gpu in (H100, small)] == [True, False]
 
     def test_a_list(self, program):
         chunks = {"float32 none": 16384, "float32 sources": 8192, "bfloat16 none": 32768, "bfloat16 sources": 16384}
         requests = [f"squared_distance {kind} 1000 2000000 50" for kind in chunks]
-        for plan, elements in zip(gpu_model.plans(program, H100, requests), chunks.values(), strict=True):
+        for plan, elements in zip(gpu_launches.plans(program, H100, requests), chunks.values(), strict=True):
             (launch,) = plan["launches"]
             # 64 KB of target and source a block
             assert launch["chunk"] == elements
@@ -409,7 +412,7 @@ class TestPlans:
     )
     def test_what_is_no_request(self, program, request_):
         with pytest.raises(RuntimeError, match=f"no request: {request_}"):
-            gpu_model.plans(program, H100, [request_])
+            gpu_launches.plans(program, H100, [request_])
 
 
 @pytest.fixture
@@ -450,8 +453,8 @@ def machine_code(tmp_path):
 class TestCommand:
     def test_results_and_table(self, machine_code, tmp_path, capsys):
         every = [*gpu_model.stoch_norm_cases(), *(case for case, _ in gpu_model.squared_distance_cases())]
-        millisecond = {part: {"seconds": 1e-3} for part in gpu_model.PASSES}
-        older = [{"gpu": gpu.name, **case, **millisecond} for gpu in gpu_model.GPUS for case in every]
+        millisecond = {part: {"seconds": 1e-3} for part in gpu_times.PASSES}
+        older = [{"gpu": gpu.name, **case, **millisecond} for gpu in gpu_launches.GPUS for case in every]
         before = tmp_path / "before.json"
         before.write_text(json.dumps({"environment": {"commit": "0123456"}, "cases": older}))
         gpu_model.main(["--machine-code", str(machine_code), "--out", str(tmp_path), "--before", str(before)])
@@ -461,7 +464,7 @@ class TestCommand:
         assert {gpu["name"] for gpu in results["settings"]["gpus"]} == {case["gpu"] for case in layers}
         assert len(layers) == 2 * 2 * 2 * 12
         assert sum(case["count"] for case in layers) == 2 * 2 * 2 * 53
-        assert all(0 < case[part]["copy_share"] < 1.3 for case in results["cases"] for part in gpu_model.PASSES)
+        assert all(0 < case[part]["copy_share"] < 1.3 for case in results["cases"] for part in gpu_times.PASSES)
         table = (tmp_path / "table.md").read_text()
         assert "A prediction, not a measurement" in table and "commit 0123456" in table
         rows = {
@@ -471,19 +474,19 @@ class TestCommand:
         }
         own = [case for case in layers if gpu_model.identity(case)[1::2] == ("H100", "contiguous")]
         own = [case for case in own if case["dtype"] == "float32"]
-        milliseconds = 1e3 * sum(case["count"] * case[part]["seconds"] for case in own for part in gpu_model.PASSES)
+        milliseconds = 1e3 * sum(case["count"] * case[part]["seconds"] for case in own for part in gpu_times.PASSES)
         cells = rows["all 53 layers", "contiguous", "float32"]
         assert cells[:2] == ["106.0", f"{milliseconds:.1f}"]
         assert cells[-1] == ""  # nothing is measured
         assert ("64@112×1", "channels_last", "bfloat16") in rows and ("L2-SP", "contiguous", "float32") in rows
 
     def test_more_bandwidth_takes_no_longer(self, machine_code, program):
-        kernels, _ = gpu_model.read_machine_code(machine_code)
+        kernels, _ = gpu_launches.read_machine_code(machine_code)
         times = []
         for factor in (0.5, 1, 1000):
             gpu = dataclasses.replace(H100, copy=factor * H100.copy)
             cases = list(gpu_model.predict(Model(gpu, kernels, Steps()), program))
-            times.append([case[part]["seconds"] for case in cases for part in gpu_model.PASSES])
+            times.append([case[part]["seconds"] for case in cases for part in gpu_times.PASSES])
         for slower, faster in itertools.pairwise(times):
             assert all(map(float.__ge__, slower, faster))
         assert sum(times[0]) > 1.5 * sum(times[-1])
@@ -533,7 +536,7 @@ def test_recorded_results_are_of_these_kernels():
     advice = "python benchmarks/gpu_model.py --page brings them up to date"
     assert recorded["before"] == found["before"], advice
     for old, new in zip(recorded["cases"], found["cases"], strict=True):
-        for part in gpu_model.PASSES:
+        for part in gpu_times.PASSES:
             assert new[part]["seconds"] == pytest.approx(old[part]["seconds"], rel=1e-3), (advice, new["label"], part)
 
 

@@ -172,7 +172,7 @@ class TestLoad:
         [
             (
                 {"format": 2},
-                r"config.json has format 2, but this talib_fast reads formats up to 1: pip install --upgrade",
+                r"config.json has format 2, but this talib_fast reads formats up to 1: update talib_fast",
             ),
             ({"format": "x"}, r"is damaged \(format is wrong\)"),
             ({"network": None}, r"is damaged \(network is wrong\)"),

@@ -716,7 +716,7 @@ def test_state_that_does_not_fit_is_refused(timm, monkeypatch):
     with pytest.raises(UserError, match="this talib_fast has no network own: update talib_fast"):
         networks.restored("own", "fc", 5, state)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match="needs timm, which is not installed: pip install timm"):
+    with pytest.raises(UserError, match="needs timm, which is not installed: pip install --no-deps timm, or use"):
         networks.restored("timm:pooled", "fc", 5, state)
 
 

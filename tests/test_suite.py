@@ -348,7 +348,7 @@ class TestSourceDtype:
         source_dtype.main(["--from-json", str(tmp_path)])
         assert (tmp_path / "table.md").read_text() == before
 
-    def test_runs_the_main_job_in_both_dtypes(self, tmp_path, monkeypatch):
+    def test_runs_finetune_in_both_dtypes(self, tmp_path, monkeypatch):
         commands = []
 
         def run(command):
@@ -465,7 +465,7 @@ class TestKernels:
 
 class TestAccuracy:
     def job(self, labels, methods, candidates=None):
-        """What the main job leaves: plain reaches 50 to 52 %, the others gain 1, 2 and 3 points by seed."""
+        """The results of finetune: plain reaches 50 to 52 %, the others gain 1, 2 and 3 points by seed."""
         runs = [
             {"method": method, "seed": seed, "accuracy": 50.0 + seed + (method != "plain") * (seed + 1), "model": None}
             | {"seconds_per_step": 30.0, "chosen": {"lr": 0.03}, "test_images": 10, "train_images": 8}
@@ -485,7 +485,7 @@ class TestAccuracy:
 
     @pytest.fixture
     def commands(self, monkeypatch):
-        """The main job's command lines, which leave results at once."""
+        """The command lines of finetune, which leave results at once."""
         commands = []
 
         def run(command):
@@ -604,7 +604,7 @@ class TestAccuracyOverTime:
         reached = [accuracy_over_time.reached(run, seconds) for seconds in (7.4, 7.5, 14.9, 15.0, 99)]
         assert reached == [0.0, 54.0, 54.0, 74.0, 74.0]
 
-    def test_runs_the_main_job_once(self, tmp_path, monkeypatch):
+    def test_runs_finetune_once(self, tmp_path, monkeypatch):
         commands = []
 
         def run(command):

@@ -122,7 +122,7 @@ def test_a_candidate_is_the_same_whatever_the_order_of_its_parts():
 
 
 def test_a_winner_without_rivals():
-    section = trial_report.section(results_of([trial("bss", 0, 50)], candidates=["bss"]))
+    section = trial_report.section(results_of([trial("bss", 0, 50)], tune=3, candidates=["bss"]))
     assert section.rows == [("bss", "120", "50.0", "-", "-", "defaults")] and not section.findings
 
 

@@ -21,6 +21,7 @@ from ..errors import UsageError, UserError, first_line, printable
 from ..images.decoding import read, to_rgb
 from ..images.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing, as_floats
 from ..libraries import import_library, needed
+from ..networks.weights import NEW_HEAD
 from ..storage import synchronize, write_atomically
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def load(folder: str | PathLike[str], device: str | torch.device = "cpu") -> "Im
     folder = find(folder)
     config = read_config(folder / CONFIG)
     state = read_weights(folder / WEIGHTS)
-    classes, head = len(config["classes"]), config["head"] or "talib_fast_head"
+    classes, head = len(config["classes"]), config["head"] or NEW_HEAD
     if f"{head}.weight" in state and len(state[f"{head}.weight"]) != classes:
         raise damaged(folder, f"the head has {len(state[f'{head}.weight'])} outputs for {classes} classes")
     try:
@@ -186,7 +187,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(config["format"], int) and config["format"] > FORMAT:
         raise UserError(
             f"{printable(path)} has format {config['format']}, but this talib_fast reads formats up to {FORMAT}: "
-            "pip install --upgrade talib_fast"
+            "update talib_fast"
         )
     types: dict[str, Any] = {
         "format": int,

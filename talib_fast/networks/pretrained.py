@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, UserError, first_line
 from ..images.preprocessing import CROP_MODES, Preprocessing, as_floats
-from ..libraries import INSTALL_COMMAND, import_library, packaged_file
+from ..libraries import INSTALL_COMMAND, import_library, install_words, packaged_file
 from . import delta_layers as layers_of_delta
 from . import mobilenet_v2 as own
 from .network import Network
@@ -82,8 +82,8 @@ def library_model(library: str, name: str, pretrained: bool) -> nn.Module:
         module = import_library(library)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--network {library}:{name} needs {error.name}, which is not installed: pip install {error.name}, "
-            "or use --network mobilenet_v2"
+            f"--network {library}:{name} needs {error.name}, which is not installed: pip install "
+            f"{install_words(str(error.name))}, or use --network mobilenet_v2"
         ) from error
     except Exception as error:  # a build for another version of torch can raise any error
         raise UserError(

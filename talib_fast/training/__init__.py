@@ -1,1 +1,1 @@
-"""The main job, ``python -m talib_fast finetune``: fine-tune a pretrained network with each method and compare them."""
+"""``python -m talib_fast finetune``: fine-tune a pretrained network with each method and compare them."""

@@ -133,12 +133,12 @@ def halving(results: Mapping[str, Any], winner: Trial) -> Section:
 
 def halving_budget(results: Mapping[str, Any]) -> str:
     trials, settings = results["trials"], results["settings"]
-    each = f"{count(settings['tune'], 'setting')} each" if settings["tune"] else "default settings"
     sizes = Counter(trial["steps"] for trial in trials)
     rungs = ", ".join(f"{number} of {steps:,} steps" for steps, number in sorted(sizes.items()))
+    methods = count(len(settings["candidates"]), "method")
     return (
-        f"{count(len(settings['candidates']), 'method')} with {each} competed, and the better half of each rung went "
-        f"on: {rungs}, in {duration(trials)}."
+        f"{methods} with {count(settings['tune'], 'setting')} each competed, and the better half of each rung went on: "
+        f"{rungs}, in {duration(trials)}."
     )
 
 

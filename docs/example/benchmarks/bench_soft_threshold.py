@@ -36,7 +36,7 @@ OURS, SOFTSHRINK, COPY = "talib_fast", "softshrink", "copy_"
 
 
 def candidates(feed: Feed) -> list[Candidate]:
-    """Everything that is timed, ours first; ``feed`` is one of the inputs that will come."""
+    """Everything that is timed, talib_fast first; ``feed`` is one of the inputs."""
     place = torch.empty_like(feed.grad)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ def bandwidth_share(case: Case, part: str) -> Spread:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """What the kernels are to reach, with the figures that decide it."""
+    """The aims, with the figures that decide them."""
     figures = {
         f"{case['label']} {case['dtype']}": speedup(case, SOFTSHRINK, OURS, "both").median for case in results["cases"]
     }
@@ -105,7 +105,7 @@ CAPTION = (
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and write table and plot."""
+    """Print the results, and write the table and the plot."""
     draw = functools.partial(draw_speedups, results, SOFTSHRINK)
     report.publish(results, folder, table(results), CAPTION, goals(results), draw)
 
