@@ -125,7 +125,7 @@ def calls(setting: Setting) -> dict[str, dict[str, int]]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     ours, found = results["calls"][OURS], []
     if results["settings"]["device"] == "cuda":
         main = [case for case in results["cases"] if (case["classes"], case["batch"], case["K"]) == (C, B, K)]

@@ -203,7 +203,7 @@ def fewer(case: Case, way: str) -> float:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     timed = [row for row in rows(results) if row["label"] == ALL and "samples" in row]
     return [
         Goal(

@@ -119,7 +119,7 @@ def parts_of(case: Case) -> Sequence[str]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     return [
         Goal(
             f"no loss and no relationship slower than upstream (at least {SLACK}×, for noise)",

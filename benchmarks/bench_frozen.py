@@ -120,7 +120,7 @@ def over_evaluation(case: Case, candidate: str) -> Spread:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     passes = [case for case in results["cases"] if case["work"] == PASS]
     rest = [case for case in results["cases"] if case["work"] != PASS]
     bare = {case["network"]: over_evaluation(case, BARE).median for case in passes}
@@ -148,7 +148,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 CAPTION = (
     f"Times over {EVALUATION}'s: median (quartiles) of the rounds' ratios. {OURS}: batch norms folded and "
     f"weights packed, in float32; bfloat16, float16: in that dtype besides; {BARE}: evaluation without batch norms and "
-    "activations, which is also the limit beside the aims. Error: the largest relative error of a layer's map."
+    "activations, which is also the limit beside the goals. Error: the largest relative error of a layer's map."
 )
 
 

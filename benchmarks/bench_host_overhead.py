@@ -108,7 +108,7 @@ def overhead(case: Case, candidate: str, part: str) -> Spread:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims: a layer's time, at most."""
+    """The goals: a layer's time, at most."""
     part, found = parts(results)[0], []
     for name, most in MOST.items():
         for what, limit in most.items():

@@ -156,7 +156,7 @@ def train_and_tell(options: argparse.Namespace) -> None:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     (case,) = results["cases"]
     growth = case["peak_mib"][str(case["files"][1])] / case["peak_mib"][str(case["files"][0])]
     return [

@@ -132,7 +132,7 @@ def errors(device: torch.device) -> list[dict[str, Any]]:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     device = results["settings"]["device"]
 
     def named(shape: tuple[int, int]) -> list[Case]:

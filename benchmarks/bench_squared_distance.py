@@ -205,7 +205,7 @@ def limit(case: Case, part: str) -> Spread:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
 
     def named(label: str) -> list[Case]:
         return [case for case in results["cases"] if case["label"] == label]

@@ -71,7 +71,7 @@ MANY, FEW = {"cpu": 9, "cuda": 15}, {"cpu": 5, "cuda": 15}  # rounds
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, its training, and the aims for it."""
+    """A network, its training, and the goals for it."""
 
     build: Callable[[], Network]
     size: int
@@ -79,8 +79,8 @@ class Workload:
     rounds: Mapping[str, int]
     keys: int = 0  # in Bi-Tuning's queue, of each class
     ways: Sequence[str] = WAYS
-    kept: float | None = None  # aim: at most, what StochNorm keeps for the backward pass over what plain keeps
-    delta: Mapping[str, float] = field(default_factory=dict)  # aim: at most, a step with DELTA over plain's, by way
+    kept: float | None = None  # goal: at most, what StochNorm keeps for the backward pass over what plain keeps
+    delta: Mapping[str, float] = field(default_factory=dict)  # goal: at most, a step with DELTA over plain's, by way
 
 
 def mobilenet_v2() -> Network:
@@ -352,7 +352,7 @@ def place(case: Case) -> str:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     cases = results["cases"]
     if results["settings"]["device"] == "cuda":
         figures = {place(case): over_plain(case, OURS).median for case in cases if case["way"] == BOTH}
@@ -403,7 +403,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 CAPTION = (
     "A step is forward, backward and SGD with Nesterov's momentum. Times: median (quartiles) of the rounds' ratios. "
     f"{BARE}: plain without batch norms and activations, which StochNorm cannot be faster than. The limit beside the "
-    "aims adds 8/13 of the rest, the share of the bytes that a fused norm has to move; it depends on the processor. "
+    "goals adds 8/13 of the rest, the share of the bytes that a fused norm has to move; it depends on the processor. "
     "Peak: what a step takes at most beyond weights, gradients and optimizer state; kept: what autograd saves for the "
     "backward pass, but for parameters, buffers and images."
 )

@@ -332,7 +332,7 @@ BLOCKS_GOALS = {("contiguous", "float32"): 2.0, ("channels_last", "float32"): 1.
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     cases, on_chip = results["cases"], results["settings"]["on_chip_bytes"]
     alone = list(filter(is_alone, cases))
     both = "forward + backward"

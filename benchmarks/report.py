@@ -1,4 +1,4 @@
-"""The report of a benchmark: its environment, statistics of raw samples, aims, a table, a plot and the JSON."""
+"""The report of a benchmark: its environment, statistics of raw samples, goals, a table, a plot and the JSON."""
 
 import argparse
 import json
@@ -177,17 +177,17 @@ def speedup(case: Case, baseline: str, candidate: str, measure: str) -> Spread:
     return Spread.of([base / own for base, own in pairs])
 
 
-GOAL_COLUMNS = ("aim", "outcome", "kept in", "worst", "limit there", "where")
+GOAL_COLUMNS = ("goal", "outcome", "kept in", "worst", "limit there", "where")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """An aim: a bound for measured figures.
+    """A goal: a bound for measured figures.
 
     A place whose limit does not keep the bound is not judged, because no code could keep it there.
 
     Attributes:
-        text: the aim in words.
+        text: the goal in words.
         threshold: the bound.
         figures: the measured figures, by the place of the measurement.
         at_most: whether the figures should be at most ``threshold``; otherwise at least.

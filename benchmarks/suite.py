@@ -1,11 +1,11 @@
-"""Runs all benchmarks, each in a process of its own, and prints how many aims each reached; or compares two runs.
+"""Runs all benchmarks, each in a process of its own, and prints how many goals each reached; or compares two runs.
 
     python benchmarks/suite.py [--device cuda] [--quick] [--only NAME ...] [--out DIR]
     python benchmarks/suite.py --compare BEFORE AFTER
 
 A full run writes ``results/<device>/<name>/`` beside this file (results.json, table.md and plot.png), and a summary of
 all. ``--quick`` takes minutes and writes below ``runs/``; it shows whether everything works, not how fast. The exit
-status is 1 if a benchmark fails; a missed aim is no failure. ``--compare`` takes two results.json, or two folders of
+status is 1 if a benchmark fails; a missed goal is no failure. ``--compare`` takes two results.json, or two folders of
 results. Its exit status is 1 if talib_fast became slower than before, compared with a baseline and beyond the spread of
 both runs.
 """

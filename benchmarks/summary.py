@@ -1,12 +1,12 @@
 """Puts the main results of a device on one page.
 
-The page has whole steps with StochNorm over plain fine-tuning's, the speed of each part over upstream's, and all aims
+The page has whole steps with StochNorm over plain fine-tuning's, the speed of each part over upstream's, and all goals
 with their outcomes.
 
     python benchmarks/summary.py [FOLDER]
 
 reads ``FOLDER/<name>/results.json`` (by default ``results/cpu`` beside this file) and writes ``summary.md``,
-``steps.png`` and ``parts.png`` there. From ``results/cpu`` it also writes the aims into docs/benchmarks.md.
+``steps.png`` and ``parts.png`` there. From ``results/cpu`` it also writes the goals into docs/benchmarks.md.
 """
 
 import json
@@ -139,8 +139,8 @@ def parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, Row]]:
     return [(name, row) for name, results in found.items() for row in BENCHMARKS[name][1](results)]
 
 
-def aims(found: dict[str, dict[str, Any]], folder: str | None) -> list[list[str]]:
-    """A row per aim, with its benchmark; if ``folder`` is the folder of the results, with a link to its table."""
+def goals(found: dict[str, dict[str, Any]], folder: str | None) -> list[list[str]]:
+    """A row per goal, with its benchmark; if ``folder`` is the folder of the results, with a link to its table."""
     lines = [[*report.GOAL_COLUMNS, "from"]]
     for name, results in found.items():
         for goal in BENCHMARKS[name][0].goals(results):
@@ -238,20 +238,20 @@ PARTS_CAPTION = (
 )
 
 
-AIMS_CAPTION = (
-    "An aim is missed where any judged place misses it. The limit is the best figure that memory or arithmetic allows "
+GOALS_CAPTION = (
+    "A goal is missed where any judged place misses it. The limit is the best figure that memory or arithmetic allows "
     "on this machine, by what the same run measured; the benchmark's table says how it is calculated. A place whose "
-    "limit leaves no room for the aim is not judged. Shown is the worst judged place."
+    "limit leaves no room for the goal is not judged. Shown is the worst judged place."
 )
 
 
-def with_aims(page: str, found: dict[str, dict[str, Any]]) -> str:
-    """The text of docs/benchmarks.md with the aims of these results.
+def with_goals(page: str, found: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/benchmarks.md with the goals of these results.
 
     Raises:
         ValueError: the page lacks the markers.
     """
-    return report.with_block(page, "aims", markdown(aims(found, "../benchmarks/results/cpu/")))
+    return report.with_block(page, "goals", markdown(goals(found, "../benchmarks/results/cpu/")))
 
 
 def main(folder: Path = RESULTS / "cpu") -> None:
@@ -260,12 +260,12 @@ def main(folder: Path = RESULTS / "cpu") -> None:
     if not rows:
         sys.exit(f"summary.py: {folder} holds no results of {', '.join(BENCHMARKS)}")
     device = ", ".join(dict.fromkeys(results["environment"]["device"] for results in found.values()))
-    tables = (steps_table(cases), table(rows, None), aims(found, None))
+    tables = (steps_table(cases), table(rows, None), goals(found, None))
     print(*map(align, tables), device, sep="\n\n")
     page = [
         *("## A training step with StochNorm", markdown(steps_table(cases)), STEPS_CAPTION),
         *("## Single parts", markdown(table(rows, "")), PARTS_CAPTION),
-        *("## Aims and outcomes", markdown(aims(found, "")), AIMS_CAPTION),
+        *("## Goals and outcomes", markdown(goals(found, "")), GOALS_CAPTION),
         f"{device}.",
     ]
     write_atomically(folder / "summary.md", lambda file: file.write(("\n\n".join(page) + "\n").encode()))
@@ -273,7 +273,7 @@ def main(folder: Path = RESULTS / "cpu") -> None:
         report.write_plot(folder / "steps.png", partial(draw, draw_steps, cases, 0.5, device))
     report.write_plot(folder / "parts.png", partial(draw, draw_parts, rows, 0.3, device))
     if folder == RESULTS / "cpu":
-        text = with_aims(PAGE.read_text(), found)
+        text = with_goals(PAGE.read_text(), found)
         write_atomically(PAGE, lambda file: file.write(text.encode()))
 
 

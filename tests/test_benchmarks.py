@@ -304,7 +304,7 @@ class TestGoals:
         return [goal.passed for goal in bench.goals(results(*cases, **options))]
 
     def test_cpu(self):
-        fast = {"copy": (0.5,)}  # a copy so fast that the limits leave room for every aim
+        fast = {"copy": (0.5,)}  # a copy so fast that the limits leave room for every goal
         assert self.verdicts(case(composition=(6, 12), batch_norm=(2, 4), **fast), block(**fast)) == [True] * 4
         assert self.verdicts(case(**fast), case(batch_norm=(2, 3.9), **fast), block(**fast)) == [
             True,
@@ -447,7 +447,7 @@ class TestCommand:
         table = (tmp_path / "table.md").read_text()
         cases, _, rest = table.partition("\n\n")
         assert sum(line.startswith("| ") for line in cases.splitlines()) == 1 + 4 * len(places)
-        assert "| aim | outcome |" in rest
+        assert "| goal | outcome |" in rest
         assert str(tmp_path) not in json.dumps(written) + table
 
     def test_table_and_plot_come_again_from_the_json(self, tmp_path):

@@ -111,7 +111,8 @@ class TestPredict:
 
     def test_wrong_use(self, kept, images, tmp_path):
         (tmp_path / "empty").mkdir()
-        with pytest.raises(UsageError, match=r"there is no image in \S*/empty: name image files, or folders with .avif, .bmp"):
+        empty = r"there is no image in \S*/empty: name image files, or folders with .avif, .bmp"
+        with pytest.raises(UsageError, match=empty):
             run(predict, kept, tmp_path / "empty")
         with pytest.raises(UsageError, match="there is no file or folder nowhere"):
             run(predict, kept, "nowhere")

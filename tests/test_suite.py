@@ -165,8 +165,8 @@ class TestSummary:
         found, page = summary.read(command.RESULTS / "cpu"), (command.RESULTS / "cpu" / "summary.md").read_text()
         for lines in (summary.steps_table(summary.steps(found)), summary.table(summary.parts(found), "")):
             assert report.markdown(lines) in page
-        assert report.markdown(summary.aims(found, "")) in page
-        assert summary.PAGE.read_text() == summary.with_aims(summary.PAGE.read_text(), found)
+        assert report.markdown(summary.goals(found, "")) in page
+        assert summary.PAGE.read_text() == summary.with_goals(summary.PAGE.read_text(), found)
 
     def test_nothing_measured_is_one_sentence(self, tmp_path):
         with pytest.raises(SystemExit, match="holds no results of stoch_norm"):

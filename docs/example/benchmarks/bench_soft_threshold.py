@@ -74,7 +74,7 @@ def bandwidth_share(case: Case, part: str) -> Spread:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """The aims, with the figures that decide them."""
+    """The goals, with the figures that decide them."""
     figures = {
         f"{case['label']} {case['dtype']}": speedup(case, SOFTSHRINK, OURS, "both").median for case in results["cases"]
     }
