@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = get_model(NETWORK, weights="DEFAULT" if args.pretrained else None)
     model = model.to(device, memory_format=torch.channels_last)
     cache = args.out.with_suffix(".attention.safetensors")
-    attention = attention_of(model, ImageFolder(data / "train", plain), device, 10 if args.pretrained else 2, cache)
+    attention = attention_of(model, ImageFolder(data / "train", plain), device, 10 if args.pretrained else 1, cache)
     source = frozen(model, LAYERS)  # the pretrained network as it is now; dtype=torch.bfloat16 is faster still
     model.fc = nn.Linear(model.fc.in_features, len(train.classes)).to(device)  # after frozen(), which needs no new head
     outputs_of = IntermediateLayerGetter(model, LAYERS)
