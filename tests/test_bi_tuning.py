@@ -627,6 +627,54 @@ def test_fault_half_precision_rounded_the_momentum_away(dtype, key_buffers, devi
             torch.testing.assert_close(tensor.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_averages_of_half_precision_are_in_no_state_dict(device):
+    model = make(norm=True).to(device, torch.bfloat16)
+    for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+        q.data.fill_(2)
+        k.data.fill_(1)
+
+    def check(model, start):
+        for _ in range(100):
+            model._momentum_update_key_encoder()
+        for k in model.encoder_k.parameters():
+            right = torch.full_like(k, 2 + (start - 2) * 0.999**100, dtype=torch.float64)
+            torch.testing.assert_close(k.double(), right, rtol=0, atol=2**-8 + 1e-5)  # half the distance of two numbers
+
+    check(model, 1)
+    assert set(model.state_dict()) == set(make(norm=True).state_dict())
+    resumed = make(norm=True).to(device, torch.bfloat16)
+    resumed.load_state_dict(model.state_dict())
+    copied = copy.deepcopy(model)
+    check(resumed, 1.09375)  # 2 - 0.999^100 = 1.0952, rounded to bfloat16
+    check(model, 2 - 0.999**100)
+    check(copied, 2 - 0.999**100)
+    assert same_state(copied.encoder_k.state_dict(), model.encoder_k.state_dict())
+
+
+def test_key_encoder_that_is_cast_by_itself():
+    model = make(m=0.75)
+    model.encoder_k.bfloat16()
+    for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+        q.data.fill_(2)
+        k.data.fill_(1)
+    model._momentum_update_key_encoder()
+    for k in model.encoder_k.parameters():
+        assert k.dtype == torch.bfloat16 and (k == 1.25).all()
+
+
+@pytest.mark.parametrize("cast", ["encoders", "model"])
+def test_step_in_half_precision_compiles_once(cast):
+    parts = [encoder(norm=True) for _ in range(2)]
+    if cast == "encoders":
+        parts = [part.bfloat16() for part in parts]
+    model = BiTuning(*parts, CLASSES, QUEUE, key_buffers="average").bfloat16()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
+        im_q, im_k, labels = step_inputs(dtype=torch.bfloat16)
+        with torch.compiler.set_stance(stance):
+            loss_of(*step(im_q, im_k, labels), labels).backward()
+
+
 def test_key_encoder_in_float32_follows_a_query_encoder_in_half_precision():
     model = make(m=0.75)
     model.encoder_q.bfloat16()

@@ -190,9 +190,10 @@ def test_part_is_no_module(part):
 @pytest.mark.parametrize("out_features", [None, "6", 6.0])
 def test_backbone_does_not_say_how_many_features(out_features):
     backbone = nn.Conv2d(3, 6, 3)
+    has = "none"
     if out_features:
-        backbone.out_features = out_features
-    with pytest.raises(ValueError, match=rf"integer out_features.*Conv2d has {out_features or 'none'!r}"):
+        backbone.out_features, has = out_features, f"out_features = {out_features!r}"
+    with pytest.raises(ValueError, match=rf"integer out_features, .*, got Conv2d with {has}"):
         Classifier(backbone, 5)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from process_support import PATIENCE
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -170,7 +171,7 @@ def test_fingerprints_are_those_of_another_process():
     code = "from test_fingerprint import *; print(fingerprint(*objects()))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert result.stdout.strip() == fingerprint(*objects())
 
 

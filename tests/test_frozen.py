@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+import sys
 import threading
 
 import pytest
@@ -606,7 +607,7 @@ def test_without_torchs_watch_nothing_is_folded(monkeypatch):
 
 
 def test_watching_operators_says_none_without_torchs_class(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils._python_dispatch", None)
+    monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
     assert torch_private.watching_operators(print) is None
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from process_support import PATIENCE
 
 import talib_fast
 from talib_fast import finetune, ops
@@ -14,9 +15,9 @@ from talib_fast.ops.library import Compiled
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE)
 
 
 def test_backends_name_every_operation_on_every_device():

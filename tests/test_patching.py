@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from process_support import PATIENCE
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from upstream_support import ATTRIBUTES, SIGNATURES, STAR_IMPORTED
@@ -779,7 +780,7 @@ def test_model_stays_as_it_is_after_a_failure_in_the_middle(tllib):
 
 def test_importing_talib_fast_imports_neither_package(tllib, talib, site):
     code = "import sys, talib_fast; assert not {'tllib', 'talib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=site, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=site, check=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("method", STAR_IMPORTED)

@@ -657,6 +657,10 @@ def _train_a_rank(rank, folder, shares, width):
     loss = bss(model(x))
     loss.backward()
     torch.save((loss.detach(), layer.weight.grad), f"{folder}/{rank}.pt")
+    feature = torch.randn(4, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(bss(feature), feature, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
     dist.barrier()
 
 

@@ -77,9 +77,8 @@ class Distance(nn.Module):
         self.source = frozen(pretrained, {"3": "2", "1": "0"})
         self.regularization = regularization
         self.target_maps = IntermediateLayerGetter(self.target, ["2", "0"])
-        self.register_buffer(
-            "shown", images()
-        )  # to the source: a constant, so that derivatives are those of the target
+        # what the source sees: a constant, so that derivatives are those of the target
+        self.register_buffer("shown", images())
         self.source(self.shown)  # a first call that is not compiled
 
     def __deepcopy__(self, memo):

@@ -4,7 +4,7 @@ Paper: Zhong, Wang, Kou, Wang and Long, `Bi-tuning of Pre-trained Representation
 <https://arxiv.org/abs/2011.06182>`__.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from .names import parameters_by_name, plain_name
 
 # upstream's scripts get ClassifierBase, nn, normalize and torch by `import *`
 __all__ = ["BiTuning", "Bituning", "Classifier", "ClassifierBase", "Keys", "nn", "normalize", "torch"]
+
+_Pair = tuple[Tensor, Tensor]  # the key encoder's tensor, and the query encoder's
 
 
 class Classifier(ClassifierBase):
@@ -115,6 +117,12 @@ class BiTuning(nn.Module):
 
     A key that is not finite is not put into the queues. The loss of that step may be NaN, but not the next one.
 
+    Half precision would round a momentum step of a thousandth away. Tensors of the key encoder in half precision
+    therefore have averages in float32. The averages move with this module, and are copied and pickled with it. They are
+    not in the state dict, which has upstream's keys alone. After ``load_state_dict`` they start from the loaded values,
+    so a resumed run may differ by a rounding of half precision. Float32 parameters need no averages, also under
+    autocast: their state dict has everything.
+
     To accumulate gradients over micro-batches, call :meth:`enqueue` with all of them first, and give each forward pass
     what it returned. The key encoder and the queues are then updated once, as with one batch.
 
@@ -175,7 +183,7 @@ class BiTuning(nn.Module):
     queue_h: Tensor
     queue_z: Tensor
     queue_ptr: Tensor
-    _averages: Sequence[Tensor] = ()  # in float32, of what the key encoder has in half precision
+    _averages: list[Tensor]  # in float32, of the tensors that _momentum_pairs has in half precision
 
     def __init__(
         self,
@@ -229,42 +237,73 @@ class BiTuning(nn.Module):
             self.register_buffer("queue_h", normalize(torch.randn(encoder_q.features_dim + 1, num_classes, K), dim=0))
             self.register_buffer("queue_z", normalize(torch.randn(encoder_q.projection_dim, num_classes, K), dim=0))
             self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
+        self._averages = []
+        self._prepare_averages()
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, K={self.K}, m={self.m}, T={self.T}, key_buffers={self.key_buffers!r}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BiTuning":
+        super()._apply(fn, recurse)
+        self._prepare_averages()
+        return self
+
+    def _momentum_pairs(self) -> tuple[list[_Pair], list[_Pair]]:
+        """What follows by momentum: pairs of at least 32 bits a number, and pairs in half precision."""
+        pairs: list[_Pair] = []
+        pairs += zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        if self.key_buffers == "average":
+            buffers = zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True)
+            pairs += [pair for pair in buffers if pair[0].is_floating_point()]
+        return [pair for pair in pairs if pair[0].itemsize >= 4], [pair for pair in pairs if pair[0].itemsize < 4]
+
+    def _copied_pairs(self) -> list[_Pair]:
+        """The pairs of buffers that are copied at each step."""
+        if self.key_buffers == "own":
+            return []
+        buffers = zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True)
+        return [pair for pair in buffers if self.key_buffers == "copy" or not pair[0].is_floating_point()]
+
+    def _prepare_averages(self) -> None:
+        """Have an average in float32 for each key encoder's tensor in half precision, on the tensor's device.
+
+        This happens where the module's tensors change, not in the first step: code that is compiled for a step without
+        averages would be compiled again for the next one.
+        """
+        halves = [k for k, _ in self._momentum_pairs()[1]]
+        kept = [average.shape for average in self._averages] == [k.shape for k in halves]
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode can't be overwritten later
+            self._averages = [
+                (self._averages[j] if kept and not self._averages[j].is_meta else k).to(k.device, torch.float32)
+                for j, k in enumerate(halves)
+            ]
+
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
         """Move the key encoder's parameters towards the query encoder's, and its buffers as ``key_buffers`` says."""
-        followed: list[tuple[Tensor, Tensor]] = []
-        followed += zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
-        copied: list[tuple[Tensor, Tensor]] = []
-        if self.key_buffers != "own":
-            for pair in zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True):
-                averaged = self.key_buffers == "average" and pair[0].is_floating_point()
-                (followed if averaged else copied).append(pair)
-        self._follow([pair for pair in followed if pair[0].itemsize >= 4])
-        self._follow_in_float32([pair for pair in followed if pair[0].itemsize < 4])
+        wide, halves = self._momentum_pairs()
+        self._follow(wide)
+        self._follow_in_float32(halves)
+        copied = self._copied_pairs()
         if copied:
             torch._foreach_copy_([k for k, _ in copied], [q for _, q in copied])
 
-    def _follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _follow(self, pairs: list[_Pair]) -> None:
         """Move the first tensor of each pair by momentum towards the second."""
         if pairs:
             torch._foreach_lerp_([k for k, _ in pairs], [q.to(k.dtype) for k, q in pairs], 1 - self.m)
 
-    def _follow_in_float32(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """The same for half precision, in which a step of a thousandth would be rounded away.
-
-        The averages are kept in float32, and start anew where a tensor is no more what its average is rounded.
-        """
-        if [(average.shape, average.device) for average in self._averages] != [(k.shape, k.device) for k, _ in pairs]:
-            self._averages = [k.float() for k, _ in pairs]
-        for average, (k, _) in zip(self._averages, pairs, strict=True):
+    def _follow_in_float32(self, pairs: list[_Pair]) -> None:
+        """The same in half precision, by the averages. One starts anew where its tensor has other values meanwhile."""
+        if not pairs:
+            return
+        keys = [k for k, _ in pairs]
+        if [(average.shape, average.device) for average in self._averages] != [(k.shape, k.device) for k in keys]:
+            self._prepare_averages()  # an encoder's tensors were replaced, and this module was not asked
+        for average, k in zip(self._averages, keys, strict=True):
             average.copy_(torch.where(average.to(k.dtype) == k, average, k))  # in place, as CUDA graphs need it
         self._follow([(average, q) for average, (_, q) in zip(self._averages, pairs, strict=True)])
-        if pairs:
-            torch._foreach_copy_([k for k, _ in pairs], list(self._averages))
+        torch._foreach_copy_(keys, self._averages)
 
     def _own_class_first(self, labels: Tensor) -> Tensor:
         """The indices ``[b, C·K]`` of a queue's keys in each sample's order: its own class, then the others."""
@@ -350,12 +389,12 @@ class BiTuning(nn.Module):
             features.append(h_k)
         parts = (features, [own.z_k for own in keys], [own.labels for own in keys])
         h, z, labels = _gather(self.process_group, *map(_joined, parts))
-        own = type(self)._dequeue_and_enqueue is not BiTuning._dequeue_and_enqueue
-        if not own and "_dequeue_and_enqueue" not in vars(self):
-            self._dequeue_and_enqueue(h, z, labels)
-        else:
+        overridden = type(self)._dequeue_and_enqueue is not BiTuning._dequeue_and_enqueue
+        if overridden or "_dequeue_and_enqueue" in vars(self):
             for i, label in enumerate(labels):
                 self._dequeue_and_enqueue(h[i : i + 1], z[i : i + 1], label)
+        else:
+            self._dequeue_and_enqueue(h, z, labels)
         return keys
 
     def forward(

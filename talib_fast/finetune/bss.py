@@ -71,7 +71,7 @@ class BatchSpectralShrinkage(nn.Module):
             what one process with the whole batch would. The ranks' batches may differ in size. All ranks return the
             same loss. If gradients are averaged over the ranks, as DistributedDataParallel does, they equal those of
             one process. It costs two collectives and one wait for the device in the forward pass, and one collective in
-            the backward pass.
+            the backward pass. Features that were joined have no second derivative: to ask for one raises RuntimeError.
         process_group: the ranks to join. None is the default group.
 
     Inputs:

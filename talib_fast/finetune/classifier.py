@@ -66,10 +66,10 @@ class ClassifierBase(nn.Module):
         check_module(backbone, "backbone")
         check_positive_integer(num_classes, "num_classes")
         if not is_integer(getattr(backbone, "out_features", None)):
+            has = f"out_features = {backbone.out_features!r}" if hasattr(backbone, "out_features") else "none"
             raise ValueError(
-                "expected backbone with an integer out_features, its number of channels; "
-                f"{type(backbone).__name__} has "
-                f"{getattr(backbone, 'out_features', 'none')!r}"
+                "expected backbone with an integer out_features, its number of channels, "
+                f"got {type(backbone).__name__} with {has}"
             )
         if pool_layer is not None:
             check_part(pool_layer, "pool_layer")

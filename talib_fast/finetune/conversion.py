@@ -4,7 +4,6 @@ import warnings
 from collections import Counter
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +18,7 @@ from .norms import (
     _StochNorm,
     watch_for_lost_methods,
 )
+from .ranks import check_group
 
 _STOCHASTIC: dict[type, type] = {
     nn.BatchNorm1d: StochNorm1d,
@@ -117,7 +117,8 @@ def convert_model(module: nn.Module, p: float) -> nn.Module:
     check_module(module, "module")
     check_number(p, "p", 1)
     watch_for_lost_methods()
-    counterparts = {**_STOCHASTIC, **counterparts_in_timm(), **dict(zip(_SYNCHRONIZED, _SYNCHRONIZED, strict=True))}
+    stochastic = {kind: kind for kind in _SYNCHRONIZED}  # which keep their class and get the new p
+    counterparts = {**_STOCHASTIC, **counterparts_in_timm(), **stochastic}
     converted, left = _change_classes(module, counterparts, _BatchNorm)
     for layer in converted:
         layer.p = float(p)
@@ -202,9 +203,7 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
         'SyncStochNorm'
     """
     check_module(module, "module")
-    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-        got = type(process_group).__name__
-        raise TypeError(f"expected a torch.distributed.ProcessGroup that this process is in, or None, got {got}")
+    check_group(process_group)
     converted, left = _change_classes(module, _SYNCHRONIZED, _StochNorm)
     for layer in converted:
         layer.process_group = process_group

@@ -120,7 +120,7 @@ class Frozen(KeptModule):
                 return self.module(*args, **kwargs)
             return self._getter.collect(args, kwargs, self._runs)[0]
 
-    @runs_uncompiled
+    @runs_uncompiled  # which shows the docstring where a compiler wants a single graph
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first call of a frozen network shows what to fold: make one before it's compiled as one graph."""
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,6 +1,7 @@
 """The category relationship of Co-Tuning: how a source classifier sees the target classes.
 
-https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html
+Paper: You, Kou, Long and Wang, `Co-Tuning for Transfer Learning (NeurIPS 2020)
+<https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html>`__.
 """
 
 import math
@@ -149,31 +150,7 @@ class Relationship:
         self.process_group = process_group
         self._progress = progress
         cache = from_first(lambda: None if cache is None else os.fspath(cache), process_group)
-        if cache is None:
-            self.relationship = self._learn()
-            return
-        path = Path(cache)
-        if path.suffix != ".npz":
-            path = path.with_name(f"{path.name.removesuffix('.npy')}.npz")
-        fingerprint, unknown = self._fingerprint()
-
-        def read() -> tuple[np.ndarray | None, str]:
-            if unknown:
-                return None, f"the cached relationship {path} is computed again every time: it depends on {unknown}"
-            return _read_cache(path, fingerprint, num_classes, upstreams=Path(cache).suffix != ".npz")
-
-        cached, message = from_first(read, process_group)
-        if message:  # on the first rank, and if warnings are errors, raised on all
-            from_first(lambda: warnings.warn(message, stacklevel=5), process_group)
-        if cached is None:
-            cached = self._learn()
-            if not unknown:
-
-                def write() -> None:
-                    write_atomically(path, lambda file: np.savez(file, relationship=cached, fingerprint=fingerprint))
-
-                from_first(write, process_group)
-        self.relationship = cached
+        self.relationship = self._learn() if cache is None else self._cached(Path(cache))
 
     @property
     def relationship(self) -> np.ndarray:
@@ -287,6 +264,30 @@ class Relationship:
         counts = torch.bincount(labels, minlength=num_classes)
         return self._table(sums, counts, (probabilities, labels) if self.method == "reverse" else None)
 
+    def _cached(self, cache: Path) -> np.ndarray:
+        """The relationship from the file, or if that does not fit, computed and written to it."""
+        path = cache if cache.suffix == ".npz" else cache.with_name(f"{cache.name.removesuffix('.npy')}.npz")
+        fingerprint, unknown = self._fingerprint()
+
+        def read() -> tuple[np.ndarray | None, str]:
+            if unknown:
+                return None, f"the cached relationship {path} is computed again every time: it depends on {unknown}"
+            return _read_cache(path, fingerprint, self.num_classes, or_npy=path != cache)
+
+        table, message = from_first(read, self.process_group)
+        if message:  # on the first rank, and if warnings are errors, raised on all
+            from_first(lambda: warnings.warn(message, stacklevel=6), self.process_group)
+        if table is not None:
+            return table
+        learned = self._learn()
+
+        def write() -> None:
+            write_atomically(path, lambda file: np.savez(file, relationship=learned, fingerprint=fingerprint))
+
+        if not unknown:
+            from_first(write, self.process_group)
+        return learned
+
     def _learn(self) -> np.ndarray:
         """Compute the relationship from the data."""
         kind = type(self)
@@ -393,13 +394,14 @@ _OPTIONS = ("num_classes", "absent", "method", "temperature", "C")
 _ATTRIBUTES = {*_OPTIONS, "data_loader", "classifier", "device", "process_group", "_progress"}
 
 
-def _read_cache(
-    path: Path, fingerprint: str, num_classes: int | None, upstreams: bool
-) -> tuple[np.ndarray | None, str]:
-    """The table in a file, or the reason to compute it again. ``upstreams``: also look for the library's own file."""
+def _read_cache(path: Path, fingerprint: str, num_classes: int | None, or_npy: bool) -> tuple[np.ndarray | None, str]:
+    """The table in a file, or the reason to compute it again.
+
+    With ``or_npy`` a file of the Transfer-Learning-Library, which ends in .npy, is a reason too.
+    """
     if not path.exists():
         other = path.with_suffix(".npy")
-        if not upstreams or not other.exists():
+        if not or_npy or not other.exists():
             return None, ""
         return None, (
             f"the cached relationship {other} is computed again: it has no fingerprint, so what it was made from is "
