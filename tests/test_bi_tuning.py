@@ -1080,3 +1080,15 @@ def test_fault_rank_0s_queue_overwrote_the_others(tmp_path):
         for state, model in zip(states, (bare, trained, alone), strict=True):
             for name, tensor in model.state_dict().items():
                 torch.testing.assert_close(state[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("key_buffers", ["own", "copy", "average"])
+def test_encoders_with_different_buffers(key_buffers):
+    query, key = encoder(), encoder()
+    key.register_buffer("scale", torch.ones(2))
+    if key_buffers == "own":  # the key encoder's buffers are its own
+        BiTuning(query, key, CLASSES, QUEUE)
+        return
+    expected = f"the same buffers for key_buffers='{key_buffers}', but theirs differ in number or shape"
+    with pytest.raises(ValueError, match=expected):
+        BiTuning(query, key, CLASSES, QUEUE, key_buffers=key_buffers)

@@ -1,6 +1,7 @@
 import copy
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -152,10 +153,16 @@ def test_temperature_is_positive(T):
         KnowledgeDistillationLoss(T)
 
 
-@pytest.mark.parametrize("T", ["3", None])
+@pytest.mark.parametrize("T", ["3", None, torch.ones(2)])
 def test_temperature_is_a_number(T):
-    with pytest.raises(TypeError, match=rf"expected temperature T to be a number, got {T!r}"):
+    with pytest.raises(TypeError, match=f"expected temperature T to be a number, got {re.escape(repr(T))}"):
         KnowledgeDistillationLoss(T)
+
+
+def test_temperature_is_a_tensor_of_one_number():
+    student, teacher = torch.randn(2, 4, 3)
+    loss = KnowledgeDistillationLoss(torch.tensor(2.0))(student, teacher)
+    torch.testing.assert_close(loss, KnowledgeDistillationLoss(2.0)(student, teacher))
 
 
 def test_logits_are_floating_point_tensors():

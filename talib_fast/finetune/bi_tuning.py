@@ -216,6 +216,12 @@ class BiTuning(nn.Module):
             raise ValueError("expected two encoders, got the same module twice: build one more, or copy.deepcopy it")
         if _names_and_shapes(encoder_q) != _names_and_shapes(encoder_k):
             raise ValueError("expected two encoders of one architecture, but their parameters differ in name or shape")
+        shapes_q, shapes_k = ([buffer.shape for buffer in encoder.buffers()] for encoder in (encoder_q, encoder_k))
+        if key_buffers != "own" and shapes_q != shapes_k:
+            raise ValueError(
+                f"expected two encoders with the same buffers for key_buffers={key_buffers!r}, "
+                "but theirs differ in number or shape"
+            )
         of_q = set(encoder_q.parameters())
         shared = next((name for name, parameter in encoder_k.named_parameters() if parameter in of_q), None)
         if shared is not None:  # a shared parameter would follow itself, without gradients

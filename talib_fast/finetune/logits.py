@@ -17,10 +17,11 @@ def check_logits(logits: Any, name: str) -> None:
 
 
 def check_temperature(temperature: Any, name: str = "temperature") -> None:
-    """Raise TypeError unless ``temperature`` is a number, and ValueError unless it is > 0."""
-    if not isinstance(temperature, (numbers.Real, Tensor)):
+    """Raise TypeError unless ``temperature`` is a number or a tensor of one, and ValueError unless it is > 0."""
+    is_number = isinstance(temperature, numbers.Real) or (isinstance(temperature, Tensor) and temperature.numel() == 1)
+    if not is_number:
         raise TypeError(f"expected {name} to be a number, got {temperature!r}")
-    if not temperature > 0:  # type: ignore[operator]
+    if not temperature > 0:
         raise ValueError(f"expected a {name} > 0, got {temperature}")
 
 
