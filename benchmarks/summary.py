@@ -184,7 +184,7 @@ def draw_steps(axes: Any, cases: Sequence[Case]) -> None:
         axes.barh(places, [s.median for s in spreads], xerr=bars, color=colour, height=0.36, label=name)
         label_bars(axes, spreads, places, digits=2)
     limits = [step.limit(case) for case in cases]
-    axes.plot(limits, range(len(cases)), "|", color="black", ms=18, mew=2, label="limit (convolutions, memory)")
+    axes.plot(limits, range(len(cases)), "|", color="black", ms=18, mew=2, label=f"limit ({step.BARE})")
     report.label_rows(axes, [f"{case['network']}, {case['dtype']}" for case in cases])
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.xaxis.set_major_formatter("{x:g}×")
@@ -239,9 +239,10 @@ PARTS_CAPTION = (
 
 
 GOALS_CAPTION = (
-    "A goal is missed where any judged place misses it. The limit is the best figure that memory or arithmetic allows "
-    "on this machine, by what the same run measured; the benchmark's table says how it is calculated. A place whose "
-    "limit leaves no room for the goal is not judged. Shown is the worst judged place."
+    "A goal is missed where any judged place misses it. The limit is what memory or arithmetic allows on this machine, "
+    "by what the same run measured; the benchmark's table says how it is calculated. Where it is the speed of copy_, "
+    "stores past the caches may beat it. A place whose limit leaves no room for the goal is not judged. Shown is the "
+    "worst judged place."
 )
 
 

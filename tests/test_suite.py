@@ -248,7 +248,7 @@ class TestStep:
             return [goal.passed for goal in found if goal.passed is not None]
 
         mobilenet = "mobilenet_v2", "stochnorm"
-        assert step.limit(case(*mobilenet, 1.0, bare=0.74)) == pytest.approx(0.74 + 0.26 * 8 / 13)  # 0.9
+        assert step.by_bytes(case(*mobilenet, 1.0, bare=0.74)) == pytest.approx(0.74 + 0.26 * 8 / 13)  # 0.9
         assert verdicts("cpu", case(*mobilenet, 0.84), case("mobilenet_v2", "bss", 2.0)) == [True, True, True]
         assert verdicts("cpu", case(*mobilenet, 0.86, kept=76)) == [True, False, False]
         assert verdicts("cpu", case("resnet50", "stochnorm", 1.01)) == [False, False]
