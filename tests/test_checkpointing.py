@@ -243,7 +243,6 @@ def test_activation_memory_budgets(way, budget):
         assert_as_without(way("aot_eager"))
 
 
-@needs_inductor
 def assert_as_without_or_refused(wrap, message):
     """Whether torch repeats what was drawn depends on its version; if it does, the backward pass raises."""
     try:
@@ -252,6 +251,7 @@ def assert_as_without_or_refused(wrap, message):
         assert message in str(error)
 
 
+@needs_inductor
 def test_no_memory_for_activations_at_all_is_refused():
     with torch._functorch.config.patch(activation_memory_budget=0.0):
         assert_as_without_or_refused(torch.compile, "set an activation_memory_budget above 0")
