@@ -407,9 +407,9 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 CAPTION = (
     "A step is forward, backward and SGD with Nesterov's momentum. Times: median (quartiles) of the rounds' ratios. "
     f"{BARE}: plain without batch norms and activations, which StochNorm cannot be faster than, so that it is the "
-    "limit beside the goals. What the bytes suggest: 8/13 of the rest besides, the share of the bytes that a fused "
-    "norm has to move. Peak: what a step takes at most beyond weights, gradients and optimizer state; kept: what "
-    "autograd saves for the backward pass, but for parameters, buffers and images."
+    "limit beside the goals. What the bytes suggest: the step without norms and 8/13 of the rest, the share of the "
+    "bytes that a fused norm has to move. Peak: what a step takes at most beyond weights, gradients and optimizer "
+    "state; kept: what autograd saves for the backward pass, but for parameters, buffers and images."
 )
 
 
